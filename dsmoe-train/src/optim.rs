@@ -115,16 +115,6 @@ impl Squares {
     }
 }
 
-/// Joins neighbours in the layout that are updated alike: the first of them, and their range. The padding between them
-/// is zero in every arena.
-fn runs(layout: &Layout) -> impl Iterator<Item = (&TensorSpec, Range<usize>)> {
-    let alike = |a: &Entry, b: &Entry| (a.spec.decay, a.spec.router) == (b.spec.decay, b.spec.router);
-    layout
-        .entries()
-        .chunk_by(alike)
-        .map(|run| (&run[0].spec, run[0].range.start..run[run.len() - 1].range.end))
-}
-
 /// Returns the factor that scales a gradient of norm `norm` to a norm of at most `clip`; 1 when `clip` is 0.
 pub fn clip_scale(norm: f64, clip: f64) -> f32 {
     if clip > 0.0 && norm > clip { (clip / (norm + CLIP_EPS)) as f32 } else { 1.0 }
@@ -174,6 +164,8 @@ pub struct AdamW {
     pub v: Buf,
     /// The parameters, in arena order.
     owned: Vec<Range<usize>>,
+    /// The decoder layers that are trained; none trains everything.
+    trained: Option<Vec<usize>>,
 }
 
 impl AdamW {
@@ -186,7 +178,39 @@ impl AdamW {
     pub fn of(shards: &Shards, rank: usize) -> AdamW {
         let owned = shards.owned(rank);
         let len = owned.iter().map(|range| range.len()).sum();
-        AdamW { m: Buf::zeros(len), v: Buf::zeros(len), owned }
+        AdamW { m: Buf::zeros(len), v: Buf::zeros(len), owned, trained: None }
+    }
+
+    /// Trains the decoder layers of these numbers and nothing else from now on; none trains everything.
+    pub fn train_layers(&mut self, layers: Option<Vec<usize>>) {
+        self.trained = layers;
+    }
+
+    /// Returns whether a tensor stays as it is.
+    pub(crate) fn is_frozen(&self, entry: &Entry) -> bool {
+        self.trained.as_ref().is_some_and(|layers| entry.layer.is_none_or(|layer| !layers.contains(&layer)))
+    }
+
+    /// Returns whether some tensors stay as they are.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn freezes(&self) -> bool {
+        self.trained.is_some()
+    }
+
+    /// Sets the gradients of tensors that stay as they are to 0, so that they are in no norm.
+    pub(crate) fn drop_frozen(&self, grads: &mut [f32], layout: &Layout) {
+        for entry in layout.entries().iter().filter(|entry| self.is_frozen(entry)) {
+            grads[entry.range.clone()].fill(0.0);
+        }
+    }
+
+    /// Joins neighbours in the layout that are updated alike: the first of them, and their range. The padding between them
+    /// is zero in every arena.
+    fn runs<'l>(&'l self, layout: &'l Layout) -> impl Iterator<Item = (&'l TensorSpec, Range<usize>)> {
+        let kind = |entry: &Entry| (entry.spec.decay, entry.spec.router, self.is_frozen(entry));
+        let runs = layout.entries().chunk_by(move |a, b| kind(a) == kind(b));
+        let trained = runs.filter(|run| !self.is_frozen(&run[0]));
+        trained.map(|run| (&run[0].spec, run[0].range.start..run[run.len() - 1].range.end))
     }
 
     /// Returns the places in the moments of the parameters in `range` that are owned: the parameters, and the moments.
@@ -207,9 +231,11 @@ impl AdamW {
     pub fn step(&mut self, params: &mut [f32], grads: &[f32], layout: &Layout, update: &Update<'_>) {
         let lens = [params.len(), grads.len()];
         assert_eq!(lens, [layout.len(); 2], "adamw: parameters and gradients for the layout");
-        for (spec, range) in runs(layout) {
-            let hyper = update.hyper(spec.decay, spec.router);
-            let places: Vec<_> = self.places(range).collect();
+        let runs: Vec<(adamw::Hyper, Vec<_>)> = self
+            .runs(layout)
+            .map(|(spec, range)| (update.hyper(spec.decay, spec.router), self.places(range).collect()))
+            .collect();
+        for (hyper, places) in runs {
             for (range, place) in places {
                 let (m, v) = (&mut self.m[place.clone()], &mut self.v[place]);
                 let (param, grad, grad_scale) = (&mut params[range.clone()], &grads[range], update.scale);
@@ -251,6 +277,31 @@ mod tests {
         };
         for (got, want) in [(want.all, by_entry(false)), (want.router, by_entry(true))] {
             assert!((got / want - 1.0).abs() < 1e-12, "{got} is not {want}");
+        }
+    }
+
+    #[test]
+    fn frozen_layers_keep_their_bits_and_are_in_no_norm() {
+        let model = dsmoe_core::Model::new(dsmoe_core::init::preset("tiny").unwrap());
+        let layout = model.layout();
+        let config = TrainConfig::default();
+        let update = Update { config: &config, lr: 0.1, scale: 1.0, step: 1 };
+        let mut grads = vec![0.0; layout.len()];
+        Rng::new(1, 0).fill_normal(&mut grads, 1.0);
+        let (mut all, mut some) = (AdamW::new(layout), AdamW::new(layout));
+        some.train_layers(Some(vec![1]));
+        let (mut with_all, mut with_some) = (vec![1.0; layout.len()], vec![1.0; layout.len()]);
+        all.step(&mut with_all, &grads, layout, &update);
+        some.step(&mut with_some, &grads, layout, &update);
+        some.drop_frozen(&mut grads, layout);
+        for entry in layout.entries() {
+            let range = entry.range.clone();
+            let of = |params: &[f32]| params[range.clone()].to_vec();
+            let is_trained = entry.spec.name.starts_with("model.layers.1.");
+            assert_eq!(some.is_frozen(entry), !is_trained);
+            assert_eq!(of(&with_some) == of(&with_all), is_trained, "{}", entry.spec.name);
+            assert_eq!(of(&with_some).iter().all(|&x| x == 1.0), !is_trained, "{}", entry.spec.name);
+            assert_eq!(grads[range].iter().all(|&x| x == 0.0), !is_trained, "{}", entry.spec.name);
         }
     }
 

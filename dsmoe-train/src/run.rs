@@ -136,8 +136,9 @@ impl Trainer {
             false => (model, None),
         };
         let saved = optimizer.as_ref().map(|_| state.step);
-        let optimizer =
+        let mut optimizer =
             optimizer.unwrap_or_else(|| AdamW::of(&Shards::new(model.layout(), comm.size()), comm.rank()));
+        optimizer.train_layers(state.config.train_layers.clone());
 
         let origin = made_for.map_or("", |_| "# active_target is the model's own.\n");
         let header = header(&model, &mixture, &state);
@@ -528,6 +529,12 @@ fn check_fit(model: &Model, data: &TrainData, config: &TrainConfig) -> Result<()
     if config.seq > of.max_position {
         let allowed = format!("at most the model's max_position_embeddings {}", of.max_position);
         return Err(Error::field("seq", config.seq, allowed));
+    }
+    if let Some(layers) = &config.train_layers
+        && (layers.is_empty() || layers.iter().any(|&layer| layer >= of.num_layers))
+    {
+        let allowed = format!("a list of layers from 0 to {}", of.num_layers - 1);
+        return Err(Error::field("train_layers", format!("{layers:?}"), allowed));
     }
     let largest = data.sources.iter().map(|source| source.tokens.max_id()).max().unwrap_or(0);
     if largest as usize >= of.vocab_size {

@@ -141,6 +141,7 @@ impl Engine for CpuEngine {
         if let Some(masks) = model.masks() {
             masks.apply(&mut self.grads, &self.layout);
         }
+        self.optimizer.drop_frozen(&mut self.grads, &self.layout);
         self.reduce(step)?;
         self.squares.compute(&self.grads);
         let own_micro_batches = self.micro_batches as usize / self.comm.size();
