@@ -140,7 +140,7 @@ pub(crate) fn memory_plan(
     model: &Config,
     config: &TrainConfig,
     (params, data_bytes): (u64, u64),
-    processes: usize,
+    (processes, recompute): (usize, bool),
 ) -> Vec<MemoryUse> {
     let active = match config.budget() {
         _ if model.moe.is_none() => {
@@ -154,7 +154,7 @@ pub(crate) fn memory_plan(
     let moments = 8 * params.div_ceil(processes as u64);
     let arenas =
         [memory("  weights", 4 * params), memory("  gradients", gradients), memory("  moments", moments)];
-    let step = TrainWorkspace::memory(model, config.batch * config.seq, active);
+    let step = TrainWorkspace::memory(model, config.batch * config.seq, active, recompute);
     let step = step.iter().map(|part| memory(part.what, part.bytes as u64));
     // A token of text is about four bytes, and four bytes as a number.
     let exchange = (processes > 1).then(|| memory("  exchange", Staging::bytes(params)));

@@ -101,6 +101,9 @@ pub enum Error {
     /// An error in a router's configuration or initialisation.
     #[error(transparent)]
     Router(#[from] dsmoe_router::Error),
+    /// Communication with the other processes of a training.
+    #[error(transparent)]
+    Comm(#[from] dsmoe_kernels::comm::CommError),
 }
 
 /// Result of this crate.

@@ -99,10 +99,11 @@ fn training() {
     let (seq, tokens) = (32, 128);
     let inputs: Vec<u32> = (0..tokens as u32).map(|i| 7 * i % 1000).collect();
     let args = StepArgs { loss_scale: 1.0 / tokens as f32, sparsity_weight: 0.5, ..StepArgs::default() };
-    for threshold in [None, Some(0.5)] {
+    for (threshold, recompute) in [(None, false), (Some(0.5), false), (Some(0.5), true)] {
         for precision in [Precision::F32, Precision::Bf16] {
             let model = model(threshold);
-            let mut workspace = TrainWorkspace::new(&model, tokens, precision);
+            let make = if recompute { TrainWorkspace::recomputing } else { TrainWorkspace::new };
+            let mut workspace = make(&model, tokens, precision);
             let mut grads = vec![0.0; model.params().len()];
             let mut counts = Vec::with_capacity(STEPS + 1);
             let mut steps = || {
@@ -114,7 +115,7 @@ fn training() {
                 }
                 counts.windows(2).map(|two| two[1] - two[0]).collect::<Vec<_>>()
             };
-            let case = format!("threshold {threshold:?}, {precision}");
+            let case = format!("threshold {threshold:?}, {precision}, recompute {recompute}");
             let serial = with_threads(1, &mut steps);
             assert_eq!(serial, [0; STEPS], "{case}, one thread");
             // A worker that comes late to its first task of a kind makes its scratch then.

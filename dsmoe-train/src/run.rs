@@ -143,7 +143,8 @@ impl Trainer {
         let origin = made_for.map_or("", |_| "# active_target is the model's own.\n");
         let header = header(&model, &mixture, &state);
         let records = by_first(&*comm, START, || Records::open(&options, &state, saved, (origin, &header)))?;
-        let setup = Setup { optimizer, device: options.device, lessons, comm: comm.clone() };
+        let RunOptions { device, recompute, .. } = options;
+        let setup = Setup { optimizer, device, recompute, lessons, comm: comm.clone() };
         let mut stepper = agree(&*comm, START, Stepper::new(&model, &state.config, setup))?;
         if state.thresholds.is_some() {
             stepper.engine.count_logits()?;

@@ -56,6 +56,7 @@ pub(crate) struct Setup {
     /// The moments of the parameters that this process owns.
     pub(crate) optimizer: AdamW,
     pub(crate) device: Device,
+    pub(crate) recompute: bool,
     pub(crate) lessons: Option<Lessons>,
     pub(crate) comm: Arc<dyn Communicator>,
 }
@@ -63,11 +64,12 @@ pub(crate) struct Setup {
 impl Stepper {
     /// Allocates the memory to train `model` under a resolved `config`.
     pub(crate) fn new(model: &Model, config: &TrainConfig, setup: Setup) -> Result<Stepper> {
-        let Setup { optimizer, device, lessons, comm } = setup;
+        let Setup { optimizer, device, recompute, lessons, comm } = setup;
         let (seq, precision) = (config.seq, config.dtype);
         let tokens = config.batch * seq;
         let lanes = own_lanes(config.lanes(), &*comm)?;
-        let options = EngineOptions { tokens, seq, lanes: lanes.clone().count(), precision, device };
+        let own = lanes.clone().count();
+        let options = EngineOptions { tokens, seq, lanes: own, precision, device, recompute };
         let alone = comm.size() == 1;
         let mut engine = engine::new(model, optimizer, options, comm)?;
         if let Some(lessons) = lessons {

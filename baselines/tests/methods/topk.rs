@@ -181,6 +181,9 @@ fn training_moves_every_part_of_the_gate_and_the_loss_goes_down() {
     }
     let (again, _, _) = step(&model, 1, &mut workspace);
     assert_eq!(grads[..], again[..]);
+    let mut recomputing = TrainWorkspace::recomputing(&model, inputs.len(), Precision::F32);
+    let (recomputed, ..) = step(&model, 1, &mut recomputing);
+    assert_eq!(grads[..], recomputed[..]);
     let (other, _, _) = step(&model, 2, &mut workspace);
     assert_ne!(grads[..], other[..], "noise of another seed");
     for seed in 0..60 {

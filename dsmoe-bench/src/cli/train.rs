@@ -98,6 +98,10 @@ pub(crate) struct Train {
     /// Device that computes: cpu, or a GPU such as cuda:0 (matrix products in bf16)
     #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,
+    /// Keep the inputs of layers alone and run their forward pass again in the backward pass: less memory, about a third more
+    /// work, the same numbers. On a CPU
+    #[arg(long)]
+    pub(crate) recompute: bool,
     #[command(flatten)]
     pub(crate) processes: ProcessArgs,
     /// Seed of the order of the text [default: 0]

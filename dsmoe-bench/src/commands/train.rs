@@ -82,6 +82,7 @@ pub(crate) fn run(
         teacher: args.teacher.clone(),
         teacher_cache: args.teacher_cache.clone(),
         device: args.device,
+        recompute: args.recompute,
         comm: comm.clone(),
         ..RunOptions::new(&args.model, &args.out)
     };
@@ -228,7 +229,7 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> 
     let flops_per_token = 3.0 * accounting.mean_flops_per_token(all_experts, config.seq);
     let text = if args.data.cache.is_some() { 0 } else { total_bytes(texts) };
     let mut memory = match args.device {
-        Device::Cpu => memory_plan(&model, &config, (accounting.total, text), processes),
+        Device::Cpu => memory_plan(&model, &config, (accounting.total, text), (processes, args.recompute)),
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => host_plan(accounting.total, text),
     };

@@ -205,7 +205,7 @@ fn row(
     let active = share * counts.num_experts as f64;
     let flops = tokens as f64 * training_flops(&counts, gated, share, train.seq)
         + measured_tokens * counts.mean_flops_per_token(active, train.seq);
-    let memory = memory_plan(config, train, (counts.total, 0), 1);
+    let memory = memory_plan(config, train, (counts.total, 0), (1, false));
     Ok(Row {
         run: run.to_owned(),
         params_total: counts.total as f64,

@@ -129,7 +129,7 @@ impl Run {
     ) -> Result<Run> {
         let model = random_model(config);
         let tokens = ids.len() - 1;
-        let options = EngineOptions { tokens, seq, lanes: 1, precision, device };
+        let options = EngineOptions { tokens, seq, lanes: 1, precision, device, recompute: false };
         Ok(Run {
             engine: engine::new(&model, AdamW::new(model.layout()), options, Arc::new(Alone))?,
             inputs: ids[..tokens].to_vec(),

@@ -1,6 +1,5 @@
 //! A model with all its parameters in one arena: made, loaded, changed and saved.
 
-use std::ops::Range;
 use std::path::Path;
 
 use dsmoe_kernels::buf::Buf;
@@ -269,9 +268,5 @@ impl Model {
     /// Returns empty routing statistics for this model; none without routers.
     pub fn new_stats(&self) -> Option<RoutingStats> {
         self.num_experts().map(|n| RoutingStats::new(self.config.num_layers, n))
-    }
-
-    pub(crate) fn param(&self, range: &Range<usize>) -> &[f32] {
-        &self.params[range.clone()]
     }
 }

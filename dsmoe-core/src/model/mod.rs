@@ -28,4 +28,4 @@ pub use arena::Model;
 pub use inference::{After, Cache, Inference, Likelihood, Segment, Workspace};
 pub use memory::MemoryUse;
 pub use tensors::Batch;
-pub use train::{StepArgs, StepOutput, Teacher, TopRows, TrainWorkspace};
+pub use train::{Grads, Lessons, Params, StepArgs, StepOutput, Teacher, TopRows, TrainWorkspace, Units};

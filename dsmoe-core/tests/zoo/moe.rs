@@ -18,6 +18,7 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::testing::refused;
 use serde_json::{Value, json};
 
+use crate::gradients::recomputes_the_same;
 use crate::{TOLERANCE, worst};
 
 pub(crate) const MIXTURES: [&str; 4] = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"];
@@ -106,6 +107,7 @@ fn losses_of_scoring_and_of_training_are_those_of_transformers() {
         let mut grads = Buf::zeros(model.params().len());
         let mut workspace = TrainWorkspace::new(&model, inputs.len(), Precision::F32);
         let step = model.train_step(&mut grads, batch, &StepArgs::default(), &mut workspace).unwrap();
+        recomputes_the_same(&model, batch, Precision::F32, name);
         let want: f64 = golden.losses.iter().map(|&loss| f64::from(loss)).sum();
         assert!((step.loss_sum - want).abs() / (inputs.len() as f64) < 2e-5, "{name}: {}", step.loss_sum);
         for entry in model.layout().entries() {

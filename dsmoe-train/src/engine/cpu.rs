@@ -54,11 +54,13 @@ impl CpuEngine {
     ) -> CpuEngine {
         let layout = model.layout().clone();
         let shards = Shards::new(&layout, comm.size());
+        let make = if options.recompute { TrainWorkspace::recomputing } else { TrainWorkspace::new };
+        let workspace = make(model, options.tokens, options.precision);
         CpuEngine {
             optimizer,
             stats: model.new_stats(),
             grads: Buf::zeros(layout.len()),
-            workspace: Box::new(TrainWorkspace::new(model, options.tokens, options.precision)),
+            workspace: Box::new(workspace),
             lessons: None,
             tree: Tree::new(),
             lanes: options.lanes,

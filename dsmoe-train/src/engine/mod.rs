@@ -44,6 +44,8 @@ pub struct EngineOptions {
     pub precision: Precision,
     /// The device that computes.
     pub device: Device,
+    /// Keep the inputs of layers alone, and run their forward pass again in the backward pass.
+    pub recompute: bool,
 }
 
 /// The losses and gradient norms of a step.
@@ -224,6 +226,10 @@ pub fn new(
         #[cfg(feature = "cuda")]
         Device::Cuda(_) if options.lanes > 1 => {
             return Err(Error::field("lanes", options.lanes, "1 on a GPU, and a larger {accumulate}"));
+        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) if options.recompute => {
+            return Err(Error::field("recompute", "set for a GPU", "it with {device} cpu only"));
         }
         #[cfg(feature = "cuda")]
         Device::Cuda(ordinal) => Box::new(CudaEngine::new(model, optimizer, options, ordinal)?),

@@ -28,6 +28,8 @@ pub struct RunOptions {
     pub teacher_cache: Option<PathBuf>,
     /// The device to train and evaluate on. A run may resume on another; its numbers then differ in the last bits.
     pub device: Device,
+    /// Keep the inputs of layers alone, and run their forward pass again in the backward pass. No number depends on it.
+    pub recompute: bool,
     /// The processes that share the steps. Results do not depend on their number, and a run may resume with another.
     pub comm: Arc<dyn Communicator>,
 }
@@ -46,6 +48,7 @@ impl RunOptions {
             teacher: None,
             teacher_cache: None,
             device,
+            recompute: false,
             comm: Arc::new(Alone),
         }
     }

@@ -3,12 +3,13 @@
 use std::ops::Range;
 
 use dsmoe_kernels::{Precision, add, attention, cross_entropy, embedding, linear, rms_norm};
-use dsmoe_router::SparsityGrad;
+use dsmoe_router::{RoutingStats, SparsityGrad};
 
-use super::workspace::{LayerActs, NormActs, TrainWorkspace};
-use super::{StepArgs, StepOutput, Teacher, TopRows};
+use super::units::{Grads, Params, Units, Whole};
+use super::workspace::{LayerActs, NormActs, TrainWorkspace, is_not_finite};
+use super::{Lessons, StepArgs, StepOutput, Teacher, TopRows};
 use crate::error::Result;
-use crate::ffn::{FfnBackward, FfnForward, Record};
+use crate::ffn::{FfnBackward, FfnForward, FfnReport, FfnScratch, Record};
 use crate::model::arena::Model;
 use crate::model::block::Block;
 use crate::model::ropes::Turn;
@@ -37,8 +38,7 @@ impl Model {
         args: &StepArgs,
         workspace: &mut TrainWorkspace,
     ) -> Result<StepOutput> {
-        batch.check(&self.config)?;
-        Ok(self.step_of(grads, batch, args, (None, workspace)))
+        self.step_of(grads, batch, args, Lessons::None, workspace)
     }
 
     /// Does as [`Model::train_step`] with, in place of the token losses,
@@ -60,18 +60,7 @@ impl Model {
         teacher: &mut Teacher,
         workspace: &mut TrainWorkspace,
     ) -> Result<StepOutput> {
-        batch.check(teacher.model.config())?;
-        batch.check(&self.config)?;
-        let Teacher { model, weight, workspace: of_teacher } = teacher;
-        let model = model.on_host()?;
-        model.last_hidden(batch.inputs, batch.seq, of_teacher);
-        let distributions = cross_entropy::Distributions::Model {
-            hidden_states: &of_teacher.h,
-            head: &model.head,
-            logits: logits_of(&model.config),
-        };
-        let lesson = Lesson { distributions, weight: *weight };
-        Ok(self.step_of(grads, batch, args, (Some(lesson), workspace)))
+        self.step_of(grads, batch, args, Lessons::Of(teacher), workspace)
     }
 
     /// Does as [`Model::distill_step`] with the most likely tokens of a teacher, in place of the teacher: all other tokens
@@ -91,9 +80,7 @@ impl Model {
         (rows, weight): (&TopRows, f32),
         workspace: &mut TrainWorkspace,
     ) -> Result<StepOutput> {
-        batch.check(&self.config)?;
-        let distributions = cross_entropy::Distributions::Top { ids: &rows.ids, log_p: &rows.log_p };
-        Ok(self.step_of(grads, batch, args, (Some(Lesson { distributions, weight }), workspace)))
+        self.step_of(grads, batch, args, Lessons::Rows(rows, weight), workspace)
     }
 
     fn step_of(
@@ -101,276 +88,366 @@ impl Model {
         grads: &mut [f32],
         batch: Batch<'_>,
         args: &StepArgs,
-        (lesson, workspace): (Option<Lesson<'_>>, &mut TrainWorkspace),
-    ) -> StepOutput {
-        assert!(
-            grads.len() == self.params.len() && batch.inputs.len() == workspace.tokens(),
-            "train_step: {} gradients, {} inputs, workspace for {}",
-            grads.len(),
-            batch.inputs.len(),
-            workspace.tokens()
-        );
-        in_pool(|| self.pooled_step(grads, batch, args, (lesson, workspace)))
+        lessons: Lessons<'_>,
+        workspace: &mut TrainWorkspace,
+    ) -> Result<StepOutput> {
+        let [grads_len, params_len] = [grads.len(), self.params.len()];
+        assert!(grads_len == params_len, "train_step: {grads_len} gradients of {params_len} parameters");
+        let units = &mut Whole { params: &self.params, grads };
+        self.step_on(units, (batch, lessons), args, workspace)
     }
 
-    fn pooled_step(
+    /// Does as [`Model::train_step`], or its like for `lessons`, with the parameters and gradients that `units` lends.
+    /// The own ones of this model are not used.
+    ///
+    /// # Errors
+    /// Those of [`Model::distill_step`], and of `units`.
+    ///
+    /// # Panics
+    /// Those of [`Model::distill_step`] and [`Model::distill_step_from`].
+    pub fn step_on(
         &self,
-        grads: &mut [f32],
-        batch: Batch<'_>,
+        units: &mut dyn Units,
+        (batch, lessons): (Batch<'_>, Lessons<'_>),
         args: &StepArgs,
-        (lesson, workspace): (Option<Lesson<'_>>, &mut TrainWorkspace),
-    ) -> StepOutput {
-        let Batch { inputs, targets, seq } = batch;
-        let mut output = self.forward_train(inputs, seq, args, workspace);
-        let dims = cross_entropy::Dims {
-            tokens: inputs.len(),
-            hidden: self.config.hidden,
-            vocab: self.config.vocab_size,
+        workspace: &mut TrainWorkspace,
+    ) -> Result<StepOutput> {
+        batch.check(&self.config)?;
+        let (inputs, room) = (batch.inputs.len(), workspace.tokens());
+        assert!(inputs == room, "train_step: {inputs} inputs, workspace for {room}");
+        let lesson = match lessons {
+            Lessons::None => None,
+            Lessons::Of(Teacher { model, weight, workspace }) => {
+                batch.check(model.config())?;
+                let model = model.on_host()?;
+                model.last_hidden(batch.inputs, batch.seq, workspace);
+                let (hidden_states, head) = (&workspace.h[..], &model.head);
+                let logits = logits_of(&model.config);
+                let distributions = cross_entropy::Distributions::Model { hidden_states, head, logits };
+                Some(Lesson { distributions, weight: *weight })
+            }
+            Lessons::Rows(TopRows { ids, log_p }, weight) => {
+                Some(Lesson { distributions: cross_entropy::Distributions::Top { ids, log_p }, weight })
+            }
         };
+        let (block, precision) = (Block::of(&self.config), workspace.precision);
+        let pass = Pass { model: self, block, batch, args, precision };
+        in_pool(|| pass.step(units, lesson, workspace))
+    }
+}
+
+/// One micro-batch on its way through the units of a model.
+#[derive(Clone, Copy)]
+struct Pass<'a> {
+    model: &'a Model,
+    block: Block,
+    batch: Batch<'a>,
+    args: &'a StepArgs,
+    precision: Precision,
+}
+
+/// The memory that a layer's forward pass sets.
+struct LayerWork<'a> {
+    /// The residual stream before the layer.
+    x: &'a [f32],
+    /// The residual stream after it; set if there is one.
+    next: Option<&'a mut [f32]>,
+    acts: &'a mut LayerActs,
+    h: &'a mut [f32],
+    y: &'a mut [f32],
+    scratch: &'a mut FfnScratch,
+    stats: Option<&'a mut RoutingStats>,
+}
+
+impl Pass<'_> {
+    fn step(
+        self,
+        units: &mut dyn Units,
+        lesson: Option<Lesson<'_>>,
+        workspace: &mut TrainWorkspace,
+    ) -> Result<StepOutput> {
+        let Pass { model: Model { config, ranges, .. }, batch, args, .. } = self;
+        let mut output = self.forward(units, workspace)?;
         let TrainWorkspace { h, y: dh, losses, divergences, head, .. } = workspace;
-        divergences.resize(if lesson.is_some() { inputs.len() } else { 0 });
+        divergences.resize(if lesson.is_some() { batch.inputs.len() } else { 0 });
         let teacher = lesson.map(|Lesson { distributions, weight }| cross_entropy::Teacher {
             divergences,
             distributions,
             weight,
         });
+        let (params, mut grads) = units.both(self.head_unit())?;
         cross_entropy::ForwardBackward {
             losses,
             dhidden: dh,
-            dhead: &mut grads[self.ranges.head.clone()],
+            dhead: grads.of(&ranges.head),
             hidden_states: h,
-            head: self.param(&self.ranges.head),
-            targets,
+            head: params.of(&ranges.head),
+            targets: batch.targets,
             teacher,
             scale: args.loss_scale,
-            logits: logits_of(&self.config),
-            dims,
+            logits: logits_of(config),
+            dims: cross_entropy::Dims {
+                tokens: batch.inputs.len(),
+                hidden: config.hidden,
+                vocab: config.vocab_size,
+            },
             scratch: head,
         }
         .run();
         [output.loss_sum, output.divergence_sum] =
             [&*losses, &workspace.divergences].map(|values| values.iter().map(|&nats| f64::from(nats)).sum());
-        output.predicted = targets.iter().filter(|&&t| t != cross_entropy::IGNORE).count();
-        if output.loss_sum.is_finite() && output.divergence_sum.is_finite() {
-            self.backward(grads, inputs, seq, args, workspace);
-        } else {
+        output.predicted = batch.targets.iter().filter(|&&t| t != cross_entropy::IGNORE).count();
+        let finite = output.loss_sum.is_finite() && output.divergence_sum.is_finite();
+        if !finite {
             output.non_finite = Some(workspace.first_non_finite());
         }
-        output
+        if units.go_on(finite)? {
+            self.backward(units, workspace)?;
+        }
+        Ok(output)
     }
 
-    fn forward_train(
-        &self,
-        inputs: &[u32],
-        seq: usize,
-        args: &StepArgs,
-        workspace: &mut TrainWorkspace,
-    ) -> StepOutput {
-        let (config, block) = (&self.config, Block::of(&self.config));
-        let (hidden, scale) = (config.hidden, config.architecture.embed_scale);
-        let (tokens, precision) = (inputs.len(), workspace.precision);
+    /// Returns the unit of the final norm, the last one.
+    fn last_unit(self) -> usize {
+        self.model.config.num_layers + 1
+    }
+
+    /// Returns the unit of the head.
+    fn head_unit(self) -> usize {
+        if self.model.config.tie_word_embeddings { 0 } else { self.last_unit() }
+    }
+
+    fn forward(self, units: &mut dyn Units, workspace: &mut TrainWorkspace) -> Result<StepOutput> {
+        let Pass { model: Model { config, ranges, .. }, block, batch, .. } = self;
         let mut output = StepOutput::default();
-        let TrainWorkspace { layers, x: x_last, rstd: rstd_last, h, y, scratch, stats, .. } = workspace;
+        let TrainWorkspace { streams, kept, of_layer, rstd, h, y, scratch, stats, .. } = workspace;
         if let Some(stats) = stats {
             stats.clear();
         }
-        // What the next block reads: each block's output joins the residual stream in the norm of the next.
-        let first =
-            layers.first_mut().map_or((&mut *x_last, &mut *rstd_last), |acts| (&mut acts.x, &mut acts.rstd));
         embedding::Forward {
-            out: first.0,
-            table: self.param(&self.ranges.embed),
-            ids: inputs,
-            hidden,
-            scale,
+            out: &mut streams[0],
+            table: units.params(0)?.of(&ranges.embed),
+            ids: batch.inputs,
+            hidden: config.hidden,
+            scale: config.architecture.embed_scale,
         }
         .run();
-        let norm = self.norm_before(0);
-        self.read(block, norm, h, first.1, first.0);
-        for (i, ranges) in self.ranges.layers.iter().enumerate() {
-            let (done, after) = layers.split_at_mut(i + 1);
-            let LayerActs { x, qkv, a, lse, x_mid, rstd_mid, heads, after: norms, ffn: saved, .. } =
-                &mut done[i];
-            let attention = attention_dims(config, i, tokens / seq, [seq, seq]);
-            let dims = LinearDims::of(attention, hidden, precision);
-            let bias = ranges.qkv_bias.as_ref().map(|range| self.param(range));
-            linear::Forward { y: qkv, x: h, w: self.param(&ranges.qkv()), bias, dims: dims.qkv }.run();
-            self.norm_heads(block, i, qkv, heads.as_mut());
-            self.ropes.forward(i, qkv, turn(attention));
-            attention::ForwardJoined { out: a, lse, qkv, dims: attention }.run();
-            let bias = ranges.o_bias.as_ref().map(|range| self.param(range));
-            linear::Forward { y, x: a, w: self.param(&ranges.o), bias, dims: dims.o }.run();
-            let [after_attention, after_ffn] =
-                norms.as_mut().map_or([None, None], |acts| acts.each_mut().map(Some));
-            let join = Join { x: &mut *x_mid, rstd: rstd_mid, residual: x, branch: y, h };
-            self.join(
-                block,
-                ranges.after_attention.as_ref().zip(after_attention),
-                ranges.before_ffn.as_ref(),
-                join,
-            );
-            let report = self.ffns[i].forward_train(FfnForward {
-                y,
-                saved: saved.as_mut(),
-                x: h,
-                params: self.param(&ranges.ffn),
-                training: args.gate_training(i, config.num_layers),
-                record: stats.as_mut().map(|stats| Record { stats, layer: i }),
-                scratch,
-            });
-            let (x, rstd) = match after.first_mut() {
-                Some(acts) => (&mut acts.x, &mut acts.rstd),
-                None => (&mut *x_last, &mut *rstd_last),
-            };
-            let join = Join { x, rstd, residual: x_mid, branch: y, h };
-            self.join(block, ranges.after_ffn.as_ref().zip(after_ffn), self.norm_before(i + 1), join);
+        let mut not_finite = None;
+        for i in 0..config.num_layers {
+            let (before, after) = streams.split_at_mut(i + 1);
+            let (acts, stats) = (&mut kept[of_layer[i]], stats.as_mut());
+            let work = LayerWork { x: &before[i], next: Some(&mut after[0]), acts, h, y, scratch, stats };
+            let report = self.layer(i, units.params(i + 1)?, work);
+            // What is not kept is looked at here.
+            if not_finite.is_none() && of_layer[i + 1..].contains(&of_layer[i]) {
+                not_finite = is_not_finite(&kept[of_layer[i]].x_mid).then_some(i);
+            }
             output.sparsity_loss += report.sparsity_loss / config.num_layers as f64;
             output.mean_gate += report.mean_gate / config.num_layers as f64;
             output.balance_loss += report.balance_loss;
             output.separability += report.separability / config.num_layers as f64;
         }
-        output
+        let params = units.params(self.last_unit())?;
+        block.norm(params.of(&ranges.norm), h, rstd, &streams[config.num_layers]);
+        workspace.attention_not_finite = not_finite;
+        Ok(output)
     }
 
-    fn backward(
-        &self,
-        grads: &mut [f32],
-        inputs: &[u32],
-        seq: usize,
-        args: &StepArgs,
+    /// Runs the forward pass of layer `i`.
+    fn layer(self, i: usize, params: Params<'_>, work: LayerWork<'_>) -> FfnReport {
+        let Pass { model: Model { config, ranges, ffns, ropes, .. }, args, .. } = self;
+        let ranges = &ranges.layers[i];
+        let LayerWork { x, next, acts, h, y, scratch, stats } = work;
+        let LayerActs { rstd, qkv, a, lse, x_mid, rstd_mid, heads, after, ffn: saved } = acts;
+        let (attention, dims) = self.dims(i);
+        let of = |range: &Option<Range<usize>>| range.as_ref().map(|range| params.of(range));
+        self.read(of(&ranges.before_attention), h, rstd, x);
+        let (w, bias) = (params.of(&ranges.qkv()), of(&ranges.qkv_bias));
+        linear::Forward { y: qkv, x: h, w, bias, dims: dims.qkv }.run();
+        self.norm_heads(i, params, qkv, heads.as_mut());
+        ropes.forward(i, qkv, turn(attention));
+        attention::ForwardJoined { out: a, lse, qkv, dims: attention }.run();
+        let (w, bias) = (params.of(&ranges.o), of(&ranges.o_bias));
+        linear::Forward { y, x: a, w, bias, dims: dims.o }.run();
+        let [after_attention, after_ffn] =
+            after.as_mut().map_or([None, None], |acts| acts.each_mut().map(Some));
+        let norm = of(&ranges.after_attention).zip(after_attention);
+        let join = Join { x: &mut *x_mid, residual: x, branch: y, h };
+        self.join_and_read(norm, of(&ranges.before_ffn), rstd_mid, join);
+        let report = ffns[i].forward_train(FfnForward {
+            y,
+            saved: saved.as_mut(),
+            x: h,
+            params: params.of(&ranges.ffn),
+            training: args.gate_training(i, config.num_layers),
+            record: stats.map(|stats| Record { stats, layer: i }),
+            scratch,
+        });
+        let norm = of(&ranges.after_ffn).zip(after_ffn);
+        let branch = self.normed(norm, y, h);
+        if let Some(next) = next {
+            next.copy_from_slice(x_mid);
+            add::Add { y: next, x: branch, scale: config.architecture.residual_scale }.run();
+        }
+        report
+    }
+
+    fn dims(self, i: usize) -> (attention::Dims, LinearDims) {
+        let Batch { inputs, seq, .. } = self.batch;
+        let attention = attention_dims(&self.model.config, i, inputs.len() / seq, [seq, seq]);
+        (attention, LinearDims::of(attention, self.model.config.hidden, self.precision))
+    }
+
+    fn backward(self, units: &mut dyn Units, workspace: &mut TrainWorkspace) -> Result<()> {
+        let Pass { model: Model { config, ranges, .. }, batch, .. } = self;
+        let (params, mut grads) = units.both(self.last_unit())?;
+        let TrainWorkspace { streams, rstd, y: dh, dx, .. } = workspace;
+        let (dweight, weight) = (grads.of(&ranges.norm), params.of(&ranges.norm));
+        let (x, offset) = (&streams[config.num_layers], config.architecture.norm_offset);
+        rms_norm::Backward { dx, dweight, dy: dh, x, weight, offset, rstd, add: false }.run();
+        units.done(self.last_unit())?;
+        for i in (0..config.num_layers).rev() {
+            let (params, mut grads) = units.both(i + 1)?;
+            if workspace.recomputes(i) {
+                let TrainWorkspace { streams, kept, of_layer, h, y, scratch, .. } = workspace;
+                let (x, acts) = (&streams[i], &mut kept[of_layer[i]]);
+                self.layer(i, params, LayerWork { x, next: None, acts, h, y, scratch, stats: None });
+            }
+            self.layer_backward(i, params, &mut grads, workspace);
+            units.done(i + 1)?;
+        }
+        let (mut grads, scale) = (units.grads(0), config.architecture.embed_scale);
+        let (dtable, dout) = (grads.of(&ranges.embed), &workspace.dx);
+        embedding::Backward { dtable, dout, ids: batch.inputs, hidden: config.hidden, scale }.run();
+        units.done(0)
+    }
+
+    fn layer_backward(
+        self,
+        i: usize,
+        params: Params<'_>,
+        grads: &mut Grads<'_>,
         workspace: &mut TrainWorkspace,
     ) {
-        let (config, block) = (&self.config, Block::of(&self.config));
-        let (tokens, hidden) = (inputs.len(), config.hidden);
-        let precision = workspace.precision;
-        let gates = config.num_layers * tokens * self.num_experts().unwrap_or(1);
+        let Pass { model: Model { config, ranges, ffns, ropes, .. }, batch, args, .. } = self;
+        let ranges @ LayerRanges { o, ffn, .. } = &ranges.layers[i];
+        let gates = config.num_layers * batch.inputs.len() * self.model.num_experts().unwrap_or(1);
         let sparsity = SparsityGrad { weight: args.sparsity_weight / gates as f32, over: args.sparsity_over };
-        let TrainWorkspace { layers, x, rstd, h, y: dh, dx, dbranch, dqkv, da, scratch, .. } = workspace;
-
-        let (norm, offset) = (&self.ranges.norm, config.architecture.norm_offset);
-        let (dweight, weight) = (part(grads, norm), self.param(norm));
-        rms_norm::Backward { dx, dweight, dy: dh, x, weight, offset, rstd, add: false }.run();
-        for (i, (ranges, acts)) in self.ranges.layers.iter().zip(layers).enumerate().rev() {
-            let LayerRanges { o, ffn, .. } = ranges;
-            let LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, heads, after, ffn: saved } = acts;
-            let attention = attention_dims(config, i, tokens / seq, [seq, seq]);
-            let dims = LinearDims::of(attention, hidden, precision);
-            let (dqkv, da) = (&mut dqkv[..qkv.len()], &mut da[..a.len()]);
-            let [after_attention, after_ffn] =
-                after.as_ref().map_or([None, None], |acts| acts.each_ref().map(Some));
-            // x_mid + scale norm(ffn(h))
-            let norm = ranges.after_ffn.as_ref().zip(after_ffn);
-            let dy = self.branch_gradient(grads, norm, dbranch, h, dx);
-            self.restore(ranges.before_ffn.as_ref(), h, x_mid, rstd_mid);
-            self.ffns[i].backward(FfnBackward {
-                dx: dh,
-                grads: part(grads, ffn),
-                dy,
-                saved: saved.as_mut(),
-                x: h,
-                params: self.param(ffn),
-                sparsity,
-                training: args.gate_training(i, config.num_layers),
-                scratch,
-            });
-            self.input_gradient(grads, ranges.before_ffn.as_ref(), [&mut *dx, &mut *dh], x_mid, rstd_mid);
-            // x_mid = x + scale norm(a W_o^T + b)
-            let norm = ranges.after_attention.as_ref().zip(after_attention);
-            let dy = self.branch_gradient(grads, norm, dbranch, h, dx);
-            linear::BackwardWeight { dw: part(grads, o), dy, x: a, dims: dims.o }.run();
-            if let Some(bias) = &ranges.o_bias {
-                linear::BackwardBias { db: part(grads, bias), dy, dims: dims.o }.run();
-            }
-            linear::BackwardInput { dx: da, dy, w: self.param(o), dims: dims.o, add: false }.run();
-            attention::Backward { dqkv, dout: da, out: a, qkv, lse, dims: attention }.run();
-            self.ropes.backward(i, dqkv, turn(attention));
-            self.norm_heads_backward(grads, block, i, dqkv, heads.as_ref());
-            self.restore(ranges.before_attention.as_ref(), h, x, rstd);
-            linear::BackwardWeight { dw: part(grads, &ranges.qkv()), dy: dqkv, x: h, dims: dims.qkv }.run();
-            if let Some(bias) = &ranges.qkv_bias {
-                linear::BackwardBias { db: part(grads, bias), dy: dqkv, dims: dims.qkv }.run();
-            }
-            linear::BackwardInput {
-                dx: dh,
-                dy: dqkv,
-                w: self.param(&ranges.qkv()),
-                dims: dims.qkv,
-                add: false,
-            }
-            .run();
-            self.input_gradient(grads, ranges.before_attention.as_ref(), [&mut *dx, &mut *dh], x, rstd);
+        let TrainWorkspace { streams, kept, of_layer, h, y: dh, dx, dbranch, dqkv, da, scratch, .. } =
+            workspace;
+        let LayerActs { rstd, qkv, a, lse, x_mid, rstd_mid, heads, after, ffn: saved } =
+            &mut kept[of_layer[i]];
+        let x = &streams[i];
+        let (attention, dims) = self.dims(i);
+        let (dqkv, da) = (&mut dqkv[..qkv.len()], &mut da[..a.len()]);
+        let [after_attention, after_ffn] =
+            after.as_ref().map_or([None, None], |acts| acts.each_ref().map(Some));
+        let of = |range: &Option<Range<usize>>| range.as_ref().map(|range| params.of(range));
+        // x_mid + scale norm(ffn(h))
+        let norm = ranges.after_ffn.as_ref().zip(after_ffn);
+        let dy = self.branch_gradient((params, &mut *grads), norm, dbranch, h, dx);
+        self.restore(of(&ranges.before_ffn), h, x_mid, rstd_mid);
+        ffns[i].backward(FfnBackward {
+            dx: dh,
+            grads: grads.of(ffn),
+            dy,
+            saved: saved.as_mut(),
+            x: h,
+            params: params.of(ffn),
+            sparsity,
+            training: args.gate_training(i, config.num_layers),
+            scratch,
+        });
+        let of_norm = (params, &mut *grads);
+        self.input_gradient(of_norm, ranges.before_ffn.as_ref(), [&mut *dx, &mut *dh], [x_mid, rstd_mid]);
+        // x_mid = x + scale norm(a W_o^T + b)
+        let norm = ranges.after_attention.as_ref().zip(after_attention);
+        let dy = self.branch_gradient((params, &mut *grads), norm, dbranch, h, dx);
+        linear::BackwardWeight { dw: grads.of(o), dy, x: a, dims: dims.o }.run();
+        if let Some(bias) = &ranges.o_bias {
+            linear::BackwardBias { db: grads.of(bias), dy, dims: dims.o }.run();
         }
-        let (dtable, scale) = (part(grads, &self.ranges.embed), config.architecture.embed_scale);
-        embedding::Backward { dtable, dout: dx, ids: inputs, hidden, scale }.run();
+        linear::BackwardInput { dx: da, dy, w: params.of(o), dims: dims.o, add: false }.run();
+        attention::Backward { dqkv, dout: da, out: a, qkv, lse, dims: attention }.run();
+        ropes.backward(i, dqkv, turn(attention));
+        self.norm_heads_backward((params, &mut *grads), i, dqkv, heads.as_ref());
+        self.restore(of(&ranges.before_attention), h, x, rstd);
+        let of_qkv = ranges.qkv();
+        linear::BackwardWeight { dw: grads.of(&of_qkv), dy: dqkv, x: h, dims: dims.qkv }.run();
+        if let Some(bias) = &ranges.qkv_bias {
+            linear::BackwardBias { db: grads.of(bias), dy: dqkv, dims: dims.qkv }.run();
+        }
+        let w = params.of(&of_qkv);
+        linear::BackwardInput { dx: dh, dy: dqkv, w, dims: dims.qkv, add: false }.run();
+        let of_norm = (params, &mut *grads);
+        self.input_gradient(of_norm, ranges.before_attention.as_ref(), [&mut *dx, &mut *dh], [x, rstd]);
     }
 
-    /// Returns the norm that is taken of the residual stream before layer `i`, or before the head; none where the layer
-    /// reads the stream itself.
-    fn norm_before(&self, i: usize) -> Option<&Range<usize>> {
-        match self.ranges.layers.get(i) {
-            Some(ranges) => ranges.before_attention.as_ref(),
-            None => Some(&self.ranges.norm),
-        }
-    }
-
-    /// Sets `h` to what a block reads of the residual stream `x`.
-    fn read(&self, block: Block, norm: Option<&Range<usize>>, h: &mut [f32], rstd: &mut [f32], x: &[f32]) {
+    /// Sets `h` to what a block reads of the residual stream `x`: its norm, or `x` itself where there is none.
+    fn read(self, norm: Option<&[f32]>, h: &mut [f32], rstd: &mut [f32], x: &[f32]) {
         match norm {
-            Some(range) => block.norm(self.param(range), h, rstd, x),
+            Some(weight) => self.block.norm(weight, h, rstd, x),
             None => h.copy_from_slice(x),
         }
     }
 
     /// Sets `h` to what a block read of the residual stream `x` in the forward pass.
-    fn restore(&self, norm: Option<&Range<usize>>, h: &mut [f32], x: &[f32], rstd: &[f32]) {
+    fn restore(self, norm: Option<&[f32]>, h: &mut [f32], x: &[f32], rstd: &[f32]) {
         match norm {
-            Some(range) => {
-                let (weight, offset) = (self.param(range), self.config.architecture.norm_offset);
+            Some(weight) => {
+                let offset = self.model.config.architecture.norm_offset;
                 rms_norm::Restore { y: h, x, weight, offset, rstd }.run();
             }
             None => h.copy_from_slice(x),
         }
     }
 
+    /// Returns what a block adds to the residual stream: its output `branch`, or the norm of it, for which `h` is used, where
+    /// there is one behind the block.
+    fn normed<'a>(
+        self,
+        after: Option<(&[f32], &mut NormActs)>,
+        branch: &'a [f32],
+        h: &'a mut [f32],
+    ) -> &'a [f32] {
+        let Some((weight, acts)) = after else { return branch };
+        acts.x.copy_from_slice(branch);
+        self.block.norm(weight, h, &mut acts.rstd, &acts.x);
+        h
+    }
+
     /// Adds what a block gives to the residual stream, after the norm behind the block, and sets `h` to what the next
-    /// block reads.
-    fn join(
-        &self,
-        block: Block,
-        after: Option<(&Range<usize>, &mut NormActs)>,
-        next: Option<&Range<usize>>,
+    /// block reads, after its norm `next`, whose reciprocal deviations are `rstd`.
+    fn join_and_read(
+        self,
+        after: Option<(&[f32], &mut NormActs)>,
+        next: Option<&[f32]>,
+        rstd: &mut [f32],
         join: Join<'_>,
     ) {
-        let Join { x, rstd, residual, branch, h } = join;
-        let scale = self.config.architecture.residual_scale;
+        let Join { x, residual, branch, h } = join;
+        let scale = self.model.config.architecture.residual_scale;
         if let Some(next) = next.filter(|_| after.is_none() && scale == 1.0) {
-            block.norm_sum(self.param(next), [h, rstd, x], [residual, branch]);
+            self.block.norm_sum(next, [h, rstd, x], [residual, branch]);
             return;
         }
-        let branch = match after {
-            Some((range, acts)) => {
-                acts.x.copy_from_slice(branch);
-                block.norm(self.param(range), h, &mut acts.rstd, &acts.x);
-                &*h
-            }
-            None => branch,
-        };
         x.copy_from_slice(residual);
-        add::Add { y: x, x: branch, scale }.run();
-        self.read(block, next, h, rstd, x);
+        add::Add { y: x, x: self.normed(after, branch, h), scale }.run();
+        self.read(next, h, rstd, x);
     }
 
     /// Returns the gradient of what a block gives, from the gradient `dx` of the residual stream that it joined; `h` and
     /// `dbranch` are used for it. Adds the gradient of the norm behind the block.
     fn branch_gradient<'a>(
-        &self,
-        grads: &mut [f32],
+        self,
+        (params, grads): (Params<'_>, &mut Grads<'_>),
         after: Option<(&Range<usize>, &NormActs)>,
         dbranch: &'a mut [f32],
         h: &mut [f32],
         dx: &'a [f32],
     ) -> &'a [f32] {
-        let scale = self.config.architecture.residual_scale;
+        let architecture = &self.model.config.architecture;
+        let scale = architecture.residual_scale;
         let Some((range, NormActs { x, rstd })) = after else {
             if scale == 1.0 {
                 return dx;
@@ -384,38 +461,37 @@ impl Model {
             add::Scale { y: h, x: dx, scale }.run();
             &*h
         };
-        let (dweight, weight) = (part(grads, range), self.param(range));
-        let offset = self.config.architecture.norm_offset;
+        let (dweight, weight, offset) = (grads.of(range), params.of(range), architecture.norm_offset);
         rms_norm::Backward { dx: dbranch, dweight, dy, x, weight, offset, rstd, add: false }.run();
         dbranch
     }
 
     /// Adds to the gradient `dx` of the residual stream `x` that of what a block read of it, `dh`.
     fn input_gradient(
-        &self,
-        grads: &mut [f32],
+        self,
+        (params, grads): (Params<'_>, &mut Grads<'_>),
         norm: Option<&Range<usize>>,
         [dx, dh]: [&mut [f32]; 2],
-        x: &[f32],
-        rstd: &[f32],
+        [x, rstd]: [&[f32]; 2],
     ) {
         let Some(range) = norm else {
             add::Add { y: dx, x: dh, scale: 1.0 }.run();
             return;
         };
-        let (dweight, weight) = (part(grads, range), self.param(range));
-        let offset = self.config.architecture.norm_offset;
+        let (dweight, weight) = (grads.of(range), params.of(range));
+        let offset = self.model.config.architecture.norm_offset;
         rms_norm::Backward { dx, dweight, dy: dh, x, weight, offset, rstd, add: true }.run();
     }
 
     /// Norms the queries and keys in `qkv`, where the family does.
-    fn norm_heads(&self, block: Block, i: usize, qkv: &mut [f32], acts: Option<&mut [NormActs; 2]>) {
-        let (Some(ranges), Some(acts)) = (&self.ranges.layers[i].qk_norm, acts) else { return };
-        let ([q, kv], mut first) = (self.config.attention_widths(i), 0);
+    fn norm_heads(self, i: usize, params: Params<'_>, qkv: &mut [f32], acts: Option<&mut [NormActs; 2]>) {
+        let Model { config, ranges, .. } = self.model;
+        let (Some(ranges), Some(acts)) = (&ranges.layers[i].qk_norm, acts) else { return };
+        let ([q, kv], mut first) = (config.attention_widths(i), 0);
         for ((range, acts), width) in ranges.iter().zip(acts).zip([q, kv]) {
-            let weight = self.param(range);
+            let weight = params.of(range);
             let (saved, rstd) = (Some(&mut acts.x[..]), &mut acts.rstd[..]);
-            let heads = block.heads(weight, width, q + 2 * kv);
+            let heads = self.block.heads(weight, width, q + 2 * kv);
             rms_norm::ForwardHeads { x: &mut qkv[first..], saved, rstd, weight, heads }.run();
             first += width;
         }
@@ -423,18 +499,18 @@ impl Model {
 
     /// Turns the gradients of normed queries and keys in `dqkv` into those before their norms.
     fn norm_heads_backward(
-        &self,
-        grads: &mut [f32],
-        block: Block,
+        self,
+        (params, grads): (Params<'_>, &mut Grads<'_>),
         i: usize,
         dqkv: &mut [f32],
         acts: Option<&[NormActs; 2]>,
     ) {
-        let (Some(ranges), Some(acts)) = (&self.ranges.layers[i].qk_norm, acts) else { return };
-        let ([q, kv], mut first) = (self.config.attention_widths(i), 0);
+        let Model { config, ranges, .. } = self.model;
+        let (Some(ranges), Some(acts)) = (&ranges.layers[i].qk_norm, acts) else { return };
+        let ([q, kv], mut first) = (config.attention_widths(i), 0);
         for ((range, NormActs { x, rstd }), width) in ranges.iter().zip(acts).zip([q, kv]) {
-            let (weight, dweight) = (self.param(range), part(grads, range));
-            let heads = block.heads(weight, width, q + 2 * kv);
+            let (weight, dweight) = (params.of(range), grads.of(range));
+            let heads = self.block.heads(weight, width, q + 2 * kv);
             rms_norm::BackwardHeads { dx: &mut dqkv[first..], dweight, x, rstd, weight, heads }.run();
             first += width;
         }
@@ -451,8 +527,6 @@ struct Lesson<'a> {
 struct Join<'a> {
     /// The stream after it; set.
     x: &'a mut [f32],
-    /// The reciprocal deviations of the norm that the next block reads; set if there is one.
-    rstd: &'a mut [f32],
     /// The stream before it.
     residual: &'a [f32],
     /// The block's output.
@@ -480,9 +554,4 @@ impl LinearDims {
         let width = attention.heads * attention.head_dim;
         LinearDims { qkv: dims(hidden, attention.joined_width()), o: dims(width, hidden) }
     }
-}
-
-/// Returns one tensor, or one FFN, of the gradients.
-fn part<'a>(grads: &'a mut [f32], range: &Range<usize>) -> &'a mut [f32] {
-    &mut grads[range.clone()]
 }

@@ -3,11 +3,13 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+mod units;
 mod workspace;
 
 use dsmoe_kernels::cross_entropy;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::SparsityOver;
+pub use units::{Grads, Params, Units};
 pub use workspace::TrainWorkspace;
 
 use crate::config::Config;
@@ -156,4 +158,16 @@ pub struct TopRows {
     pub ids: Vec<u32>,
     /// `[tokens, top + 1]`: the logarithms of their probabilities, then that of all other tokens together.
     pub log_p: Vec<f32>,
+}
+
+/// What a micro-batch learns from beside its text.
+#[derive(Debug)]
+pub enum Lessons<'a> {
+    /// Nothing.
+    None,
+    /// The distributions of a teacher: [`Model::distill_step`](crate::Model::distill_step).
+    Of(&'a mut Teacher),
+    /// The most likely tokens of a teacher, and the weight of the divergence:
+    /// [`Model::distill_step_from`](crate::Model::distill_step_from).
+    Rows(&'a TopRows, f32),
 }

@@ -7,15 +7,15 @@ use dsmoe_kernels::{Precision, cross_entropy, expert_ffn};
 use dsmoe_router::RoutingStats;
 
 use crate::config::{Config, LayerShape};
-use crate::ffn::FfnScratch;
+use crate::ffn::{Ffn, FfnScratch};
 use crate::model::arena::Model;
 use crate::model::memory::MemoryUse;
+use crate::model::tensors::ffns_of;
 
-/// Values that one layer's backward needs from its forward. Normed inputs are recomputed from the residual stream.
+/// Values that one layer's backward needs from its forward, beside its input. Normed inputs are recomputed from the residual
+/// stream.
 #[derive(Debug)]
 pub(crate) struct LayerActs {
-    /// Input of the layer.
-    pub(crate) x: Buf,
     pub(crate) rstd: Buf,
     /// Queries, keys and values, rotated.
     pub(crate) qkv: Buf,
@@ -43,8 +43,14 @@ pub(crate) struct NormActs {
 pub struct TrainWorkspace {
     pub(crate) precision: Precision,
     tokens: usize,
-    pub(crate) layers: Vec<LayerActs>,
-    pub(crate) x: Buf,
+    /// The residual stream before every layer and after the last.
+    pub(crate) streams: Vec<Buf>,
+    /// What layers keep: one of each layer, or of each kind of layer.
+    pub(crate) kept: Vec<LayerActs>,
+    /// The one that a layer has.
+    pub(crate) of_layer: Vec<usize>,
+    /// The first layer whose attention gave a value that is not finite, of those that do not keep it.
+    pub(crate) attention_not_finite: Option<usize>,
     pub(crate) rstd: Buf,
     /// Normed input of the block at work.
     pub(crate) h: Buf,
@@ -81,14 +87,14 @@ impl Widths {
     }
 
     /// Returns the widths of [`LayerActs`] in order, without norms of heads, norms after a block, and the FFN.
-    fn layer(self) -> [usize; 7] {
-        [self.hidden, 1, self.qkv, self.attention, self.heads, self.hidden, 1]
+    fn layer(self) -> [usize; 6] {
+        [1, self.qkv, self.attention, self.heads, self.hidden, 1]
     }
 
     /// Returns the widths of the buffers of [`TrainWorkspace`] in order.
-    fn shared(self, config: &Config) -> [usize; 9] {
+    fn shared(self, config: &Config) -> [usize; 8] {
         let dbranch = if scales_branches(config) { self.hidden } else { 0 };
-        [self.hidden, 1, self.hidden, 1, self.hidden, self.hidden, dbranch, self.qkv, self.attention]
+        [1, self.hidden, 1, self.hidden, self.hidden, dbranch, self.qkv, self.attention]
     }
 }
 
@@ -108,25 +114,63 @@ fn after_norm_widths(config: &Config) -> Option<[[usize; 2]; 2]> {
     config.architecture.norms_after().then_some([[config.hidden, 1]; 2])
 }
 
+/// Returns for every layer the first one of its kind: what one of them keeps has room for any other.
+fn kinds(config: &Config, ffns: &[Box<dyn Ffn>]) -> Vec<usize> {
+    let kind = |i: usize| {
+        let LayerShape { num_heads, num_kv_heads, .. } = config.layer(i);
+        let saved = ffns[i].new_saved(0);
+        ((*saved).type_id(), [num_heads, num_kv_heads], ffns[i].tensors())
+    };
+    let mut firsts = Vec::new();
+    let mut first_of = |i| {
+        let own = kind(i);
+        if let Some((first, _)) = firsts.iter().find(|(_, other)| *other == own) {
+            return *first;
+        }
+        firsts.push((i, own));
+        i
+    };
+    (0..ffns.len()).map(&mut first_of).collect()
+}
+
 impl TrainWorkspace {
     /// Makes a workspace for micro-batches of `tokens` tokens of `model`; operands of matrix products are rounded to
     /// `precision` (routers stay f32).
     pub fn new(model: &Model, tokens: usize, precision: Precision) -> TrainWorkspace {
+        let each = (0..model.ffns.len()).collect();
+        TrainWorkspace::keeping(model, tokens, precision, each)
+    }
+
+    /// Does as [`TrainWorkspace::new`], but keeps the input of every layer alone: the backward pass runs the forward pass of a
+    /// layer again. Results are the same to the bit.
+    pub fn recomputing(model: &Model, tokens: usize, precision: Precision) -> TrainWorkspace {
+        TrainWorkspace::keeping(model, tokens, precision, kinds(&model.config, &model.ffns))
+    }
+
+    /// Makes a workspace in which layers of the same number in `firsts` share what they keep.
+    fn keeping(model: &Model, tokens: usize, precision: Precision, firsts: Vec<usize>) -> TrainWorkspace {
         let config = &model.config;
         let room = |width: usize| Buf::zeros(tokens * width);
         let norms = |[x, rstd]: [usize; 2]| NormActs { x: room(x), rstd: room(rstd) };
-        let layers = model.ffns.iter().enumerate().map(|(i, ffn)| {
+        let layer = |i: usize| {
             let shape = config.layer(i);
             let widths = Widths::of(config, shape.num_heads, shape.num_kv_heads);
-            let [x, rstd, qkv, a, lse, x_mid, rstd_mid] = widths.layer().map(room);
+            let [rstd, qkv, a, lse, x_mid, rstd_mid] = widths.layer().map(room);
             let heads = head_norm_widths(config, i).map(|widths| widths.map(norms));
             let after = after_norm_widths(config).map(|widths| widths.map(norms));
-            LayerActs { x, rstd, qkv, a, lse, x_mid, rstd_mid, heads, after, ffn: ffn.new_saved(tokens) }
-        });
-        let layers = layers.collect();
+            let ffn = model.ffns[i].new_saved(tokens);
+            LayerActs { rstd, qkv, a, lse, x_mid, rstd_mid, heads, after, ffn }
+        };
+        let mut distinct = firsts.clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let place = |first: &usize| distinct.iter().position(|other| other == first).unwrap_or(0);
+        let of_layer = firsts.iter().map(place).collect();
+        let kept = distinct.iter().map(|&i| layer(i)).collect();
+        let streams = (0..=firsts.len()).map(|_| room(config.hidden)).collect();
         // Room for the widest layer.
         let widest = Widths::of(config, config.num_heads, config.num_kv_heads);
-        let [x, rstd, h, losses, y, dx, dbranch, dqkv, da] = widest.shared(config).map(room);
+        let [rstd, h, losses, y, dx, dbranch, dqkv, da] = widest.shared(config).map(room);
         let mut head = cross_entropy::Scratch::new(precision);
         head.reserve(cross_entropy::Dims { tokens, hidden: config.hidden, vocab: config.vocab_size });
         let experts = expert_ffn::Scratch::new(precision);
@@ -138,8 +182,10 @@ impl TrainWorkspace {
         TrainWorkspace {
             precision,
             tokens,
-            layers,
-            x,
+            streams,
+            kept,
+            of_layer,
+            attention_not_finite: None,
             rstd,
             h,
             losses,
@@ -156,26 +202,38 @@ impl TrainWorkspace {
     }
 
     /// Returns the memory of a workspace for `tokens` tokens of a model of `config`, when `active` is the share of its
-    /// experts that a token runs.
-    pub fn memory(config: &Config, tokens: usize, active: f64) -> Vec<MemoryUse> {
-        let layer = |(i, shape): (usize, LayerShape)| {
+    /// experts that a token runs; of [`TrainWorkspace::recomputing`] if `recompute` is set.
+    pub fn memory(config: &Config, tokens: usize, active: f64, recompute: bool) -> Vec<MemoryUse> {
+        let layer = |i: usize| {
+            let shape = config.layer(i);
             let widths = Widths::of(config, shape.num_heads, shape.num_kv_heads);
             let norms = head_norm_widths(config, i).into_iter().chain(after_norm_widths(config));
             let norms: usize = norms.flatten().flatten().sum();
             // An FFN keeps what gate and up give.
             widths.layer().iter().sum::<usize>() + norms + 2 * shape.intermediate
         };
+        let firsts =
+            if recompute { kinds(config, &ffns_of(config)) } else { (0..config.num_layers).collect() };
+        let distinct = firsts.iter().enumerate().filter(|(i, first)| i == *first);
+        let kept: usize = distinct.map(|(i, _)| layer(i)).sum();
+        let streams = config.hidden * (config.num_layers + 1);
         let shared = Widths::of(config, config.num_heads, config.num_kv_heads).shared(config);
         let head = cross_entropy::Dims { tokens, hidden: config.hidden, vocab: config.vocab_size };
         // An FFN at work holds one activation of every pair, and five of the active ones.
         let ffn = config.intermediate as f64 * (1.0 + 5.0 * active);
         let f32s = |what, values: usize| MemoryUse { what, bytes: 4 * values };
         vec![
-            f32s("  kept activations", tokens * config.layers().enumerate().map(layer).sum::<usize>()),
-            f32s("  residual stream", tokens * shared.iter().sum::<usize>()),
+            f32s("  kept activations", tokens * kept),
+            f32s("  residual stream", tokens * (streams + shared.iter().sum::<usize>())),
             f32s("  FFN at work", (tokens as f64 * ffn) as usize),
             f32s("  logits", head.chunk().min(tokens) * config.vocab_size),
         ]
+    }
+
+    /// Returns whether the backward pass runs the forward pass of layer `i` again.
+    pub(crate) fn recomputes(&self, i: usize) -> bool {
+        let own = self.of_layer[i];
+        self.of_layer[i + 1..].contains(&own)
     }
 
     /// Counts the logits of the routers in all further steps, for [`RoutingStats::logits`] of
@@ -196,21 +254,30 @@ impl TrainWorkspace {
 
     /// Returns the first place of the forward pass with a value that is not finite.
     pub(crate) fn first_non_finite(&self) -> String {
-        let bad = |buf: &Buf| buf.iter().any(|x| !x.is_finite());
-        for (i, layer) in self.layers.iter().enumerate() {
-            if bad(&layer.x) {
+        let layers = self.of_layer.len();
+        for i in 0..layers {
+            if is_not_finite(&self.streams[i]) {
                 return match i {
                     0 => "embedding".to_owned(),
                     _ => format!("layer {} ffn", i - 1),
                 };
             }
-            if bad(&layer.x_mid) {
+            let of_attention = match self.recomputes(i) {
+                true => self.attention_not_finite == Some(i),
+                false => is_not_finite(&self.kept[self.of_layer[i]].x_mid),
+            };
+            if of_attention {
                 return format!("layer {i} attention");
             }
         }
-        match bad(&self.x) {
-            true => format!("layer {} ffn", self.layers.len() - 1),
+        match is_not_finite(&self.streams[layers]) {
+            true => format!("layer {} ffn", layers - 1),
             false => "head".to_owned(),
         }
     }
+}
+
+/// Returns whether a value is a NaN or an infinity.
+pub(crate) fn is_not_finite(values: &[f32]) -> bool {
+    values.iter().any(|x| !x.is_finite())
 }

@@ -1,0 +1,98 @@
+//! What a training pass reads and adds to, unit by unit: the embedding, each layer, and the final norm with the head, as
+//! [`Shards::units`](crate::shard::Shards::units) number them.
+
+use std::ops::Range;
+
+use crate::error::Result;
+
+/// The parameters of a unit, by their places in the arena.
+#[derive(Clone, Copy, Debug)]
+pub struct Params<'a> {
+    first: usize,
+    values: &'a [f32],
+}
+
+impl<'a> Params<'a> {
+    /// Views `values`, the part of the arena that starts at `first`.
+    pub fn new(first: usize, values: &'a [f32]) -> Params<'a> {
+        Params { first, values }
+    }
+
+    pub(super) fn of(self, range: &Range<usize>) -> &'a [f32] {
+        &self.values[range.start - self.first..range.end - self.first]
+    }
+}
+
+/// The gradients of a unit, by their places in the arena.
+#[derive(Debug)]
+pub struct Grads<'a> {
+    first: usize,
+    values: &'a mut [f32],
+}
+
+impl<'a> Grads<'a> {
+    /// Views `values`, the part of the arena that starts at `first`.
+    pub fn new(first: usize, values: &'a mut [f32]) -> Grads<'a> {
+        Grads { first, values }
+    }
+
+    pub(super) fn of(&mut self, range: &Range<usize>) -> &mut [f32] {
+        &mut self.values[range.start - self.first..range.end - self.first]
+    }
+}
+
+/// The parameters and gradients of a training pass. The pass works on one unit at a time: what it was lent of another is no
+/// longer used.
+pub trait Units: Send {
+    /// Lends the parameters of unit `unit`.
+    ///
+    /// # Errors
+    /// They lie in several processes, and communication fails.
+    fn params(&mut self, unit: usize) -> Result<Params<'_>>;
+
+    /// Lends the gradients of unit `unit`, as far as they are.
+    fn grads(&mut self, unit: usize) -> Grads<'_>;
+
+    /// Lends both.
+    ///
+    /// # Errors
+    /// Those of [`Units::params`].
+    fn both(&mut self, unit: usize) -> Result<(Params<'_>, Grads<'_>)>;
+
+    /// Is told whether all losses of the micro-batch are finite, between its forward and its backward pass. Returns whether
+    /// there is to be a backward pass.
+    ///
+    /// # Errors
+    /// Processes that go on together are asked, and communication fails.
+    fn go_on(&mut self, finite: bool) -> Result<bool> {
+        Ok(finite)
+    }
+
+    /// Is told that the pass has added all that it adds to the gradients of unit `unit`.
+    ///
+    /// # Errors
+    /// Gradients are summed over processes, and communication fails.
+    fn done(&mut self, _unit: usize) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Whole arenas.
+pub(crate) struct Whole<'a> {
+    pub(crate) params: &'a [f32],
+    pub(crate) grads: &'a mut [f32],
+}
+
+impl Units for Whole<'_> {
+    fn params(&mut self, _unit: usize) -> Result<Params<'_>> {
+        Ok(Params::new(0, self.params))
+    }
+
+    fn grads(&mut self, _unit: usize) -> Grads<'_> {
+        Grads::new(0, self.grads)
+    }
+
+    fn both(&mut self, _unit: usize) -> Result<(Params<'_>, Grads<'_>)> {
+        Ok((Params::new(0, self.params), Grads::new(0, self.grads)))
+    }
+}
