@@ -26,68 +26,78 @@ impl ProductKernel for Panel<'_> {
     type Output = ();
     #[inline(always)]
     fn body<S: Product>(self, s: S) {
-        match self.cells.precision {
-            Precision::F32 => s.isolated(PanelOf::<false>(self)),
-            Precision::Bf16 => s.isolated(PanelOf::<true>(self)),
+        // Registers of a column, and columns with sums of their own: as many registers on every tier.
+        match (self.cells.precision, S::LANES) {
+            (Precision::F32, 16) => s.isolated(Columns::<false, 4, 2>(self)),
+            (Precision::Bf16, 16) => s.isolated(Columns::<true, 4, 2>(self)),
+            (Precision::F32, _) => s.isolated(Columns::<false, SUMS, 1>(self)),
+            (Precision::Bf16, _) => s.isolated(Columns::<true, SUMS, 1>(self)),
         }
     }
 }
 
-struct PanelOf<'a, const BF16: bool>(Panel<'a>);
+/// A panel whose columns are `V` registers of outputs, `C` of them at a time.
+struct Columns<'a, const BF16: bool, const V: usize, const C: usize>(Panel<'a>);
 
-impl<const BF16: bool> ProductKernel for PanelOf<'_, BF16> {
+impl<const BF16: bool, const V: usize, const C: usize> ProductKernel for Columns<'_, BF16, V, C> {
     type Output = ();
     #[inline(always)]
     fn body<S: Product>(self, s: S) {
+        const { assert!(V * C == SUMS) };
+        assert_eq!(V * S::LANES, PANEL);
         let Panel { y, kept, cells, panel } = self.0;
         let run = if BF16 { PANEL / 2 } else { PANEL };
         let words = cells.panel(panel);
-        // Registers of a column, and columns with sums of their own.
-        let (vectors, chains) = (PANEL / S::LANES, SUMS * S::LANES / PANEL);
-        let mut sums = [s.splat(0.0); SUMS];
-        let mut add = |chain: usize, index: u32, value: f32| {
-            let column = &words[index as usize * run..][..run];
-            let value = s.splat(value);
-            if BF16 {
-                for half in 0..vectors / 2 {
-                    let (group, within) = (half * S::LANES / WORDS, half * S::LANES % WORDS);
-                    let (low, high) = s.widen(bytemuck::cast_slice(&column[half * S::LANES..]));
-                    let lane = group * GROUP + within;
-                    let (first, second) = (lane / S::LANES, (lane + WORDS) / S::LANES);
-                    let (first, second) = (chain * vectors + first, chain * vectors + second);
-                    sums[first] = s.fma(value, low, sums[first]);
-                    sums[second] = s.fma(value, high, sums[second]);
+        let (indices, values) = (&kept.indices[..], &kept.values[..kept.indices.len()]);
+        let mut sums = [[s.splat(0.0); V]; C];
+        let (groups, rest) = indices.as_chunks::<C>();
+        for (group, indices) in groups.iter().enumerate() {
+            for (c, sums) in sums.iter_mut().enumerate() {
+                let at = group * C + c;
+                if let Some(&next) = kept.indices.get(at + AHEAD) {
+                    for line in 0..run / LINE {
+                        s.prefetch(words, next as usize * run + line * LINE);
+                    }
                 }
-            } else {
-                for vector in 0..vectors {
-                    let at = chain * vectors + vector;
-                    sums[at] = s.fma(value, s.load(&column[vector * S::LANES..]), sums[at]);
-                }
-            }
-        };
-        let ahead = |i: usize| {
-            if let Some(&index) = kept.indices.get(i + AHEAD) {
-                for line in (0..run).step_by(LINE) {
-                    s.prefetch(words, index as usize * run + line);
-                }
-            }
-        };
-        let whole = kept.indices.len() - kept.indices.len() % chains;
-        for first in (0..whole).step_by(chains) {
-            for chain in 0..chains {
-                ahead(first + chain);
-                add(chain, kept.indices[first + chain], kept.values[first + chain]);
+                add_column::<S, BF16, V>(s, sums, &words[indices[c] as usize * run..][..run], values[at]);
             }
         }
-        for i in whole..kept.indices.len() {
-            add(0, kept.indices[i], kept.values[i]);
+        for (&index, &value) in rest.iter().zip(&values[groups.len() * C..]) {
+            add_column::<S, BF16, V>(s, &mut sums[0], &words[index as usize * run..][..run], value);
         }
-        for (vector, y) in y.chunks_mut(S::LANES).enumerate() {
-            let mut sum = sums[vector];
-            for chain in 1..chains {
-                sum = s.add(sum, sums[chain * vectors + vector]);
+        let mut total = sums[0];
+        for others in &sums[1..] {
+            for (total, sum) in total.iter_mut().zip(others) {
+                *total = s.add(*total, *sum);
             }
+        }
+        for (sum, y) in total.into_iter().zip(y.chunks_mut(S::LANES)) {
             s.store_tail(y, sum);
+        }
+    }
+}
+
+/// Adds a column times `value`.
+#[inline(always)]
+fn add_column<S: Product, const BF16: bool, const V: usize>(
+    s: S,
+    sums: &mut [S::V; V],
+    column: &[f32],
+    value: f32,
+) {
+    let value = s.splat(value);
+    if BF16 {
+        for half in 0..V / 2 {
+            let word = half * S::LANES;
+            let (low, high) = s.widen(bytemuck::cast_slice(&column[word..]));
+            let first = (word / WORDS * GROUP + word % WORDS) / S::LANES;
+            let second = first + WORDS / S::LANES;
+            sums[first] = s.fma(value, low, sums[first]);
+            sums[second] = s.fma(value, high, sums[second]);
+        }
+    } else {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            *sum = s.fma(value, s.load(&column[i * S::LANES..]), *sum);
         }
     }
 }
@@ -127,16 +137,18 @@ impl ProductKernel for Rows<'_> {
     }
 }
 
-/// Returns the sum of products of a row of bf16 with x.
+/// Returns the sum of products of a row of bf16 with x; both are of whole panels.
 #[inline(always)]
 fn dot_bf16<S: Product>(s: S, row: &[f32], x: &[f32]) -> f32 {
     let mut sums = [s.splat(0.0); 4];
-    for (at, (words, x)) in row.chunks_exact(WORDS).zip(x.chunks_exact(GROUP)).enumerate() {
+    for (words, x) in row.chunks_exact(2 * WORDS).zip(x.chunks_exact(PANEL)) {
         for first in (0..WORDS).step_by(S::LANES) {
             let (low, high) = s.widen(bytemuck::cast_slice(&words[first..]));
-            let chain = 2 * (at % 2);
-            sums[chain] = s.fma(low, s.load(&x[first..]), sums[chain]);
-            sums[chain + 1] = s.fma(high, s.load(&x[WORDS + first..]), sums[chain + 1]);
+            sums[0] = s.fma(low, s.load(&x[first..]), sums[0]);
+            sums[1] = s.fma(high, s.load(&x[WORDS + first..]), sums[1]);
+            let (low, high) = s.widen(bytemuck::cast_slice(&words[WORDS + first..]));
+            sums[2] = s.fma(low, s.load(&x[GROUP + first..]), sums[2]);
+            sums[3] = s.fma(high, s.load(&x[GROUP + WORDS + first..]), sums[3]);
         }
     }
     s.reduce_add(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3])))

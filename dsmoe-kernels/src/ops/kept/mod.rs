@@ -89,7 +89,7 @@ pub struct ForwardRows<'a> {
 #[inline(always)]
 fn keeps(threshold: f32, x: f32) -> bool {
     // A NaN has to reach the output.
-    !(x.abs() <= threshold)
+    x.abs() > threshold || x.is_nan()
 }
 
 /// Sets `y` to the values of `x` that the threshold keeps and to 0 elsewhere, and returns their number.
