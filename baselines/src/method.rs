@@ -3,8 +3,10 @@
 use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use dsmoe_core::Config;
+use dsmoe_kernels::comm::Communicator;
 
 use crate::error::{Error, Result};
 use crate::settings::{SettingInfo, SettingValues};
@@ -118,6 +120,9 @@ pub struct Job<'a> {
     pub calibration: &'a [Vec<u32>],
     /// Seed of everything random.
     pub seed: u64,
+    /// The processes that do the job together; each is given the same one. They divide the calibration text, and the first one
+    /// writes. [`alone`](dsmoe_kernels::comm::alone) for a single process.
+    pub comm: &'a Arc<dyn Communicator>,
 }
 
 /// The result of a method.

@@ -3,7 +3,9 @@
 use anyhow::{Context, Result, bail};
 use dsmoe_core::config::Config;
 use dsmoe_datasets::mixture::from_words;
+use dsmoe_datasets::tasks::sha256;
 use dsmoe_datasets::{Bos, CorpusOptions, Mixture, SplitOptions};
+use dsmoe_kernels::comm::{Communicator, What};
 use dsmoe_train::TrainConfig;
 use serde::Serialize;
 
@@ -12,6 +14,7 @@ use std::path::{Path, PathBuf};
 use crate::cli::prune::CalibrationArgs;
 use crate::files::lossy;
 use crate::models::tokenizer;
+use crate::processes::agree;
 use crate::progress::{Progress, Unit};
 use crate::texts::{find, load};
 use crate::ui::Ui;
@@ -64,6 +67,23 @@ pub(crate) fn read(
     let mixture = Mixture::new(&sources, split, None)?;
     let sequences = mixture.sequences(args.samples as usize, seed);
     sequences.with_context(|| format!("--calib with --samples {} and --seq {seq}", args.samples))
+}
+
+/// Does as [`read`] in all processes of `comm`.
+pub(crate) fn read_on(
+    comm: &dyn Communicator,
+    args: &CalibrationArgs,
+    (model, config): (&Path, &Config),
+    seed: u64,
+    ui: &Ui,
+) -> Result<Vec<Vec<u32>>> {
+    agree(comm, What::of("the calibration text"), read(args, model, config, seed, ui))
+}
+
+/// Returns a hash of sequences, for a comparison of processes.
+pub(crate) fn identity(sequences: &[Vec<u32>]) -> String {
+    let words = sequences.iter().map(|ids| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" "));
+    sha256(&words.collect::<Vec<_>>().join("\n"))[..12].to_owned()
 }
 
 /// Progress of stages that follow each other.

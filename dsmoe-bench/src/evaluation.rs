@@ -2,7 +2,8 @@
 
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
-use dsmoe_train::eval::{Domain, DomainReport, EvalOptions, EvalReport, UsedShares, evaluate_domains};
+use dsmoe_kernels::comm::{Alone, Communicator};
+use dsmoe_train::eval::{Domain, DomainReport, EvalOptions, EvalReport, UsedShares, evaluate_domains_on};
 
 use crate::format::{self, Table};
 use crate::progress::{Progress, Unit};
@@ -10,18 +11,19 @@ use crate::ui::Ui;
 
 /// Evaluates with progress.
 pub(crate) fn measure(model: &Inference, ids: &[u32], options: EvalOptions, ui: &Ui) -> Result<EvalReport> {
-    measure_domains(model, &[Domain { name: "", weight: 1.0, ids }], options, ui)
+    measure_on(&Alone, model, &[Domain { name: "", weight: 1.0, ids }], options, ui)
 }
 
-/// Evaluates several texts with progress.
-pub(crate) fn measure_domains(
+/// Evaluates texts with progress, on the processes of `comm`.
+pub(crate) fn measure_on(
+    comm: &dyn Communicator,
     model: &Inference,
     domains: &[Domain<'_>],
     options: EvalOptions,
     ui: &Ui,
 ) -> Result<EvalReport> {
     let report = Progress::during(ui, "evaluating", Unit::Windows, |show| {
-        evaluate_domains(model, domains, options, &mut |done, total| show(done as u64, total as u64))
+        evaluate_domains_on(comm, model, domains, options, &mut |done, total| show(done as u64, total as u64))
     })?;
     if !report.nll.is_finite() {
         bail!(

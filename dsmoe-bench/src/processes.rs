@@ -1,10 +1,15 @@
 //! The processes that share a command: how they start, who prints, and how they end when one fails.
 
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use dsmoe_datasets::tasks::sha256;
+use dsmoe_kernels::Isa;
 use dsmoe_kernels::comm::{self, Alone, CommError, Communicator, Settings, What};
 
 use crate::cli::processes::ProcessArgs;
@@ -12,6 +17,9 @@ use crate::ui::{Ui, stderr_line};
 
 /// How long a process waits to be ended by the one whose error it has been told.
 const TO_BE_ENDED: Duration = Duration::from_secs(10);
+
+/// How long another process than the first one waits with an error of its own.
+const OF_THE_FIRST: Duration = Duration::from_millis(500);
 
 /// Connects the processes of a command that several can share, before it starts threads.
 pub(crate) fn connect(args: Option<&ProcessArgs>) -> Result<Arc<dyn Communicator>> {
@@ -83,6 +91,27 @@ pub(crate) fn agree<T>(comm: &dyn Communicator, of: What, outcome: Result<T>) ->
     }
 }
 
+/// Checks that all processes were started with these arguments on the model in `model`, and have the same values of `more`.
+pub(crate) fn check_alike(
+    comm: &dyn Communicator,
+    args: &dyn Debug,
+    model: &Path,
+    more: &[(&str, String)],
+) -> Result<()> {
+    if comm.size() == 1 {
+        return Ok(());
+    }
+    let identity = agree(comm, What::of("the model"), dsmoe_train::identity_of(model).map_err(Into::into))?;
+    let own = [
+        ("the version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("the instruction set", Isa::current().name().to_owned()),
+        ("the arguments", sha256(&format!("{args:?}"))[..12].to_owned()),
+        ("the model", identity[..12].to_owned()),
+    ];
+    let values = own.iter().chain(more).map(|(name, value)| ((*name).to_owned(), value.clone()));
+    Ok(dsmoe_train::check_alike(comm, &values.collect::<BTreeMap<_, _>>())?)
+}
+
 /// Returns the status of a command. After an error of several processes the one that has it prints it with its rank, and ends
 /// all.
 pub(crate) fn ended(comm: &dyn Communicator, outcome: Result<ExitCode>, ui: &Ui) -> Result<ExitCode> {
@@ -96,6 +125,10 @@ pub(crate) fn ended(comm: &dyn Communicator, outcome: Result<ExitCode>, ui: &Ui)
         // Such a message names the rank.
         Some(_) => drop(Ui { muted: false, ..*ui }.fail(&error)),
         None => {
+            if comm.rank() > 0 {
+                // An error that all have is that of the first process, which ends this one.
+                std::thread::sleep(OF_THE_FIRST);
+            }
             let named: Result<()> = Err(error).with_context(|| name(comm));
             if let Err(error) = named {
                 Ui { muted: false, ..*ui }.fail(&error);
@@ -107,10 +140,23 @@ pub(crate) fn ended(comm: &dyn Communicator, outcome: Result<ExitCode>, ui: &Ui)
 
 /// Returns the error of communication in a chain.
 fn of_comm(error: &anyhow::Error) -> Option<&CommError> {
-    error.chain().find_map(|cause| match cause.downcast_ref::<dsmoe_train::Error>() {
-        Some(dsmoe_train::Error::Comm(error)) => Some(error),
-        _ => cause.downcast_ref(),
+    error.chain().find_map(|cause| {
+        if let Some(dsmoe_baselines::Error::Core(error)) = cause.downcast_ref() {
+            return of_core(error);
+        }
+        match cause.downcast_ref() {
+            Some(dsmoe_train::Error::Comm(error)) => Some(error),
+            Some(dsmoe_train::Error::Core(error)) => of_core(error),
+            _ => cause.downcast_ref().and_then(of_core).or_else(|| cause.downcast_ref()),
+        }
     })
+}
+
+fn of_core(error: &dsmoe_core::Error) -> Option<&CommError> {
+    match error {
+        dsmoe_core::Error::Comm(error) => Some(error),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -123,6 +169,7 @@ mod tests {
         for error in [
             anyhow::Error::new(dsmoe_train::Error::Comm(reported())),
             anyhow::Error::new(reported()).context("training"),
+            anyhow::Error::new(dsmoe_baselines::Error::Core(dsmoe_core::Error::Comm(reported()))),
         ] {
             assert!(matches!(of_comm(&error), Some(CommError::Reported { other: 2, .. })), "{error:?}");
         }

@@ -6,8 +6,10 @@ use anyhow::Result;
 use dsmoe_datasets::mixture::{from_toml, from_words};
 use dsmoe_datasets::tokens::{Prepared, Stage, prepare};
 use dsmoe_datasets::{Bos, Corpus, CorpusOptions, SourceSpec, TokenSource, Tokenizer};
+use dsmoe_kernels::comm::{Communicator, What};
 
 use crate::cli::data::DataArgs;
+use crate::processes::agree;
 use crate::progress::{Progress, Unit};
 use crate::remedies::flag;
 use crate::ui::Ui;
@@ -83,6 +85,28 @@ pub(crate) fn load(
         Ok(TokenSource { name: text.spec.name.clone(), weight: text.spec.weight, tokens })
     };
     texts.iter().map(load).collect()
+}
+
+/// Loads the ids of all sources in all processes of `comm`. A cache is filled by the first one, while the others wait.
+pub(crate) fn load_on(
+    comm: &dyn Communicator,
+    texts: &[Text],
+    (tokenizer, bos): (&Tokenizer, Bos),
+    cache: Option<&Path>,
+    ui: &Ui,
+) -> Result<Vec<TokenSource>> {
+    let of = What::of("the tokens of the text");
+    let read = || load(texts, tokenizer, bos, cache, ui);
+    let first = cache.is_some() && comm.size() > 1;
+    if !first {
+        return agree(comm, of, read());
+    }
+    let of_first = if comm.rank() == 0 { read().map(Some) } else { Ok(None) };
+    let of_others = match agree(comm, of, of_first)? {
+        Some(sources) => Ok(sources),
+        None => read(),
+    };
+    agree(comm, of, of_others)
 }
 
 /// Tokenizes a source into the cache unless it is there.

@@ -9,10 +9,10 @@ use dsmoe_core::config::Config;
 use dsmoe_core::model::TrainWorkspace;
 #[cfg(feature = "cuda")]
 use dsmoe_core::model::cuda::CudaTrainer;
-use dsmoe_core::shard::Staging;
 use dsmoe_datasets::overlap::Removed;
-use dsmoe_kernels::cross_entropy;
+use dsmoe_kernels::{Precision, cross_entropy};
 use dsmoe_train::config::{Budget, TrainConfig};
+use dsmoe_train::engine::Share;
 use dsmoe_train::eval::{DomainReport, EvalReport};
 use dsmoe_train::metrics::StepRecord;
 use dsmoe_train::run::{Observer, Outcome, Trainer};
@@ -134,13 +134,13 @@ pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> R
     })
 }
 
-/// Returns the memory of one of the processes that share a training, from the sizes alone: the arenas, the work space of a
-/// micro-batch, the text.
+/// Returns the memory of one of the processes that share a training, from the sizes alone: parameters, gradients and moments,
+/// the work space of a micro-batch, the text, and what an evaluation needs beyond the gradients that it frees.
 pub(crate) fn memory_plan(
     model: &Config,
     config: &TrainConfig,
-    (params, data_bytes): (u64, u64),
-    (processes, recompute): (usize, bool),
+    data_bytes: u64,
+    (share, recompute): (Share, bool),
 ) -> Vec<MemoryUse> {
     let active = match config.budget() {
         _ if model.moe.is_none() => {
@@ -150,21 +150,18 @@ pub(crate) fn memory_plan(
         Budget::Weight(_) => 1.0,
     };
     let memory = |what, bytes| MemoryUse { what, bytes };
-    let gradients = 4 * params * gradient_arenas(config.lanes() / processes);
-    let moments = 8 * params.div_ceil(processes as u64);
-    let arenas =
-        [memory("  weights", 4 * params), memory("  gradients", gradients), memory("  moments", moments)];
+    let state = share.memory(model);
+    let gradients = state.iter().find(|part| part.what == "  gradients").map_or(0, |part| part.bytes as u64);
     let step = TrainWorkspace::memory(model, config.batch * config.seq, active, recompute);
-    let step = step.iter().map(|part| memory(part.what, part.bytes as u64));
+    let parts = state.iter().chain(&step).map(|part| memory(part.what, part.bytes as u64));
+    let mut uses: Vec<MemoryUse> = parts.collect();
     // A token of text is about four bytes, and four bytes as a number.
-    let exchange = (processes > 1).then(|| memory("  exchange", Staging::bytes(params)));
-    arenas.into_iter().chain(step).chain([memory("  text", data_bytes)]).chain(exchange).collect()
-}
-
-/// Returns the number of arenas of gradients of a process that computes so many lanes: the nodes of the tree that wait for a
-/// neighbour, and the lane at work.
-fn gradient_arenas(lanes: usize) -> u64 {
-    if lanes <= 1 { 1 } else { u64::from((lanes + 1).ilog2()) + 1 }
+    uses.push(memory("  text", data_bytes));
+    let packed = Accounting::of(model).total * if config.dtype == Precision::F32 { 4 } else { 2 };
+    if config.valid_fraction > 0.0 && packed > gradients {
+        uses.push(memory("  evaluation", packed - gradients));
+    }
+    uses
 }
 
 /// Returns the memory of a teacher of `config`: weights in bf16, one chunk of logits, and the activations of a layer.
@@ -268,27 +265,5 @@ impl Observer for View {
 
     fn note(&mut self, message: &str) {
         self.progress.note(message);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use dsmoe_kernels::buf::Buf;
-    use dsmoe_kernels::comm::Tree;
-
-    use super::gradient_arenas;
-
-    #[test]
-    fn arenas_of_gradients_are_those_that_the_tree_takes() {
-        for lanes in [2, 3, 4, 6, 7, 8, 12, 63, 64] {
-            let (mut tree, mut leaf) = (Tree::new(), Buf::zeros(16));
-            let most = (0..lanes).map(|_| {
-                tree.push(&mut leaf);
-                // The lane at work is one more.
-                tree.arrays() + 1
-            });
-            assert_eq!(gradient_arenas(lanes), most.max().unwrap() as u64, "{lanes}");
-        }
-        assert_eq!(gradient_arenas(1), 1);
     }
 }

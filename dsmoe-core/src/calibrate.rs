@@ -15,8 +15,10 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::comm::{Communicator, What, alone};
 use dsmoe_kernels::matmul::{Mat, Packed};
 use dsmoe_kernels::{Precision, add, attention, kept, linear, swiglu};
 
@@ -32,6 +34,7 @@ use crate::model::block::Block;
 use crate::model::ropes::{Ropes, Turn};
 use crate::model::tensors::{attention_dims, check_input, in_pool};
 use crate::params::TensorSpec;
+use crate::rounds::Rounds;
 
 /// A dense model's layers in order, and the hidden states of calibration sequences before the next one.
 #[derive(Debug)]
@@ -46,6 +49,7 @@ pub struct LayerStream {
     /// `[sequences, seq, hidden]`.
     states: Buf,
     scratch: Scratch,
+    rounds: Rounds,
 }
 
 /// Input of some linears of a layer.
@@ -196,6 +200,15 @@ impl LayerStream {
     /// `dir` holds no dense LLaMA or cannot be read; sequences of different lengths, without tokens, longer than the
     /// model's positions, or with a token outside the vocabulary.
     pub fn open(dir: &Path, sequences: &[Vec<u32>]) -> Result<LayerStream> {
+        LayerStream::open_on(alone(), dir, sequences)
+    }
+
+    /// Does as [`LayerStream::open`] on the processes of `comm`, which make the same calls on the same sequences. Each runs
+    /// every n-th sequence, and all see and hold what a single process would.
+    ///
+    /// # Errors
+    /// Those of [`LayerStream::open`].
+    pub fn open_on(comm: &Arc<dyn Communicator>, dir: &Path, sequences: &[Vec<u32>]) -> Result<LayerStream> {
         let config = Config::load(dir)?;
         if !config.is_dense() {
             let help = "use a dense model, or export this one as a dense model first";
@@ -222,7 +235,8 @@ impl LayerStream {
         let mut states = Buf::zeros(sequences.len() * seq * config.hidden);
         embed(&mut states, &config, &mut WeightReader::resume(names, &checkpoint), sequences)?;
         let (precision, scratch) = (Precision::F32, Scratch::default());
-        Ok(LayerStream { config, checkpoint, names, ropes, precision, seq, states, scratch })
+        let rounds = Rounds::new(comm);
+        Ok(LayerStream { config, checkpoint, names, ropes, precision, seq, states, scratch, rounds })
     }
 
     /// Rounds the operands of all products to `precision` instead of f32.
@@ -249,6 +263,11 @@ impl LayerStream {
     /// Returns the model's tensors in those files.
     pub fn tensors(&self) -> LlamaTensors {
         self.names
+    }
+
+    /// Returns the processes that divide the sequences.
+    pub fn comm(&self) -> &Arc<dyn Communicator> {
+        self.rounds.comm()
     }
 
     /// Returns the number of tokens of a sequence.
@@ -310,26 +329,39 @@ impl LayerStream {
     /// Runs all sequences through a layer of these weights and shows `tap` what its linears read, sequence by sequence
     /// in the order of [`Input::ALL`]. The states stay.
     ///
+    /// # Errors
+    /// Another process fails.
+    ///
     /// # Panics
     /// The weights are not of this model.
-    pub fn forward(&mut self, weights: &LayerWeights, tap: &mut (dyn FnMut(Tap<'_>) + Send)) {
-        self.run(weights, tap, false);
+    pub fn forward(&mut self, weights: &LayerWeights, tap: &mut (dyn FnMut(Tap<'_>) + Send)) -> Result<()> {
+        self.run(weights, Some(tap), false)
     }
 
     /// Replaces the states by the outputs of a layer of these weights, and shows `tap` what [`LayerStream::forward`] would.
     ///
+    /// # Errors
+    /// Another process fails.
+    ///
     /// # Panics
     /// The weights are not of this model.
-    pub fn advance_seen(&mut self, weights: &LayerWeights, tap: &mut (dyn FnMut(Tap<'_>) + Send)) {
-        self.run(weights, tap, true);
+    pub fn advance_seen(
+        &mut self,
+        weights: &LayerWeights,
+        tap: &mut (dyn FnMut(Tap<'_>) + Send),
+    ) -> Result<()> {
+        self.run(weights, Some(tap), true)
     }
 
     /// Replaces the states by the outputs of a layer of these weights.
     ///
+    /// # Errors
+    /// Another process fails.
+    ///
     /// # Panics
     /// The weights are not of this model.
-    pub fn advance(&mut self, weights: &LayerWeights) {
-        self.run(weights, &mut |_| {}, true);
+    pub fn advance(&mut self, weights: &LayerWeights) -> Result<()> {
+        self.run(weights, None, true)
     }
 
     /// Shows `see` the outputs `[seq, hidden]` of a layer of these weights for the sequences that `is_seen` names. The states
@@ -357,30 +389,54 @@ impl LayerStream {
     /// Adds the attention of a layer to the states. The FFN of the layer is then due: [`LayerStream::see_ffn`] and
     /// [`LayerStream::join_ffn`].
     ///
+    /// # Errors
+    /// Another process fails.
+    ///
     /// # Panics
     /// The weights are not of this model.
-    pub fn attend(&mut self, weights: &LayerWeights) {
-        let LayerStream { config, ropes, precision, seq, states, scratch, .. } = self;
-        let len = (*seq * config.hidden).max(1);
+    pub fn attend(&mut self, weights: &LayerWeights) -> Result<()> {
+        let (len, all) = (self.sequence_len(), self.all());
+        let LayerStream { config, ropes, precision, states, scratch, rounds, .. } = self;
         in_pool(|| {
             let layer = Ready::new(weights, 0..4, *precision);
-            for states in states.chunks_exact_mut(len) {
-                scratch.attention(states, &layer, config, ropes, &mut |_, _, _| {});
-                states.copy_from_slice(&scratch.x);
+            if rounds.is_alone() {
+                for states in states.chunks_exact_mut(len) {
+                    scratch.attention(states, &layer, config, ropes, &mut |_, _, _| {});
+                    states.copy_from_slice(&scratch.x);
+                }
+                return Ok(());
             }
-        });
+            let mut work = |states: &[f32], sequence: usize, out: &mut [f32]| {
+                scratch.attention(&states[sequence * len..][..len], &layer, config, ropes, &mut |_, _, _| {});
+                out.copy_from_slice(&scratch.x);
+            };
+            let mut see = |states: &mut [f32], sequence: usize, out: &[f32]| {
+                states[sequence * len..][..len].copy_from_slice(out);
+            };
+            rounds.each((&all, len), of_layer(weights), states, &mut work, &mut see)
+        })
     }
 
     /// Shows `see` the FFN of a layer, sequence by sequence, between [`LayerStream::attend`] and
     /// [`LayerStream::join_ffn`]. The states stay.
     ///
+    /// # Errors
+    /// Another process fails.
+    ///
     /// # Panics
     /// The weights are not of this model.
-    pub fn see_ffn(&mut self, weights: &LayerWeights, see: &mut (dyn FnMut(FfnTap<'_>) + Send)) {
-        self.see_ffn_of(weights, &|_| true, see);
+    pub fn see_ffn(
+        &mut self,
+        weights: &LayerWeights,
+        see: &mut (dyn FnMut(FfnTap<'_>) + Send),
+    ) -> Result<()> {
+        self.see_ffn_of(weights, &|_| true, see)
     }
 
     /// Does the same as [`LayerStream::see_ffn`] for the sequences that `is_seen` names.
+    ///
+    /// # Errors
+    /// Another process fails.
     ///
     /// # Panics
     /// The weights are not of this model.
@@ -389,39 +445,113 @@ impl LayerStream {
         weights: &LayerWeights,
         is_seen: &(dyn Fn(usize) -> bool + Sync),
         see: &mut (dyn FnMut(FfnTap<'_>) + Send),
-    ) {
-        let LayerStream { config, precision, seq, states, scratch, .. } = self;
-        let len = (*seq * config.hidden).max(1);
+    ) -> Result<()> {
+        let (len, mut seen) = (self.sequence_len(), self.all());
+        seen.retain(|&sequence| is_seen(sequence));
+        let width = self.seq * weights.linears[4].outputs;
+        let LayerStream { config, precision, seq, states, scratch, rounds, .. } = self;
         in_pool(|| {
             let layer = Ready::new(weights, 4..6, *precision);
-            for (sequence, states) in states.chunks_exact(len).enumerate().filter(|(i, _)| is_seen(*i)) {
-                scratch.set_states(states, *seq);
-                let (x, neurons) = scratch.neurons(&layer, config);
-                see(FfnTap { sequence, residual: states, x, neurons });
+            if rounds.is_alone() {
+                for sequence in seen {
+                    let states = &states[sequence * len..][..len];
+                    scratch.set_states(states, *seq);
+                    let (x, neurons) = scratch.neurons(&layer, config);
+                    see(FfnTap { sequence, residual: states, x, neurons });
+                }
+                return Ok(());
             }
-        });
+            let mut work = |states: &[f32], sequence: usize, out: &mut [f32]| {
+                scratch.set_states(&states[sequence * len..][..len], *seq);
+                let (x, neurons) = scratch.neurons(&layer, config);
+                out[..len].copy_from_slice(x);
+                out[len..].copy_from_slice(neurons);
+            };
+            let mut show = |states: &mut [f32], sequence: usize, out: &[f32]| {
+                let (x, neurons) = out.split_at(len);
+                see(FfnTap { sequence, residual: &states[sequence * len..][..len], x, neurons });
+            };
+            rounds.each((&seen, len + width), of_layer(weights), states, &mut work, &mut show)
+        })
     }
 
     /// Completes a layer after [`LayerStream::attend`]: adds to the states what `ffn` sets its first argument
-    /// `[seq, hidden]` to, after the norm behind the FFN where there is one.
+    /// `[seq, hidden]` to, after the norm behind the FFN where there is one. `ffn` is called for the sequences of this process.
+    ///
+    /// # Errors
+    /// Another process fails.
     ///
     /// # Panics
     /// The weights are not of this model.
-    pub fn join_ffn(&mut self, weights: &LayerWeights, ffn: &mut (dyn FnMut(&mut [f32], FfnTap<'_>) + Send)) {
-        let LayerStream { config, precision, seq, states, scratch, .. } = self;
-        let len = (*seq * config.hidden).max(1);
+    pub fn join_ffn(
+        &mut self,
+        weights: &LayerWeights,
+        ffn: &mut (dyn FnMut(&mut [f32], FfnTap<'_>) + Send),
+    ) -> Result<()> {
+        self.join_ffn_measured(weights, &mut |y, tap| {
+            ffn(y, tap);
+            []
+        })
+        .map(drop)
+    }
+
+    /// Does as [`LayerStream::join_ffn`], and returns what `ffn` returns for every sequence, in their order and in all processes.
+    ///
+    /// # Errors
+    /// Another process fails.
+    ///
+    /// # Panics
+    /// The weights are not of this model.
+    pub fn join_ffn_measured<const N: usize>(
+        &mut self,
+        weights: &LayerWeights,
+        ffn: &mut (dyn FnMut(&mut [f32], FfnTap<'_>) -> [f64; N] + Send),
+    ) -> Result<Vec<[f64; N]>> {
+        let (len, all) = (self.sequence_len(), self.all());
+        let LayerStream { config, precision, seq, states, scratch, rounds, .. } = self;
         let block = Block::of(config);
         let mut y = Buf::zeros(len);
+        let mut measured = Vec::with_capacity(all.len());
         in_pool(|| {
             let layer = Ready::new(weights, 4..6, *precision);
-            for (sequence, states) in states.chunks_exact_mut(len).enumerate() {
+            let mut join = |states: &mut [f32], sequence: usize| {
                 scratch.set_states(states, *seq);
                 let (x, neurons) = scratch.neurons(&layer, config);
-                ffn(&mut y, FfnTap { sequence, residual: states, x, neurons });
+                let found = ffn(&mut y, FfnTap { sequence, residual: states, x, neurons });
                 let Scratch { h, rstd, .. } = scratch;
                 block.join(states, &y, weights.norms[3].as_deref(), h, rstd);
+                found
+            };
+            if rounds.is_alone() {
+                let states = states.chunks_exact_mut(len).enumerate();
+                measured.extend(states.map(|(sequence, states)| join(states, sequence)));
+                return Ok(());
             }
-        });
+            let mut work = |states: &[f32], sequence: usize, out: &mut [f32]| {
+                let (values, found) = out.split_at_mut(len);
+                values.copy_from_slice(&states[sequence * len..][..len]);
+                let of_sequence = join(values, sequence);
+                let halves = of_sequence.iter().flat_map(|value| halves(*value));
+                found.iter_mut().zip(halves).for_each(|(to, half)| *to = half);
+            };
+            let mut see = |states: &mut [f32], sequence: usize, out: &[f32]| {
+                let (values, found) = out.split_at(len);
+                states[sequence * len..][..len].copy_from_slice(values);
+                measured.push(std::array::from_fn(|at| whole([found[2 * at], found[2 * at + 1]])));
+            };
+            rounds.each((&all, len + 2 * N), of_layer(weights), states, &mut work, &mut see)
+        })?;
+        Ok(measured)
+    }
+
+    /// Returns the values of the states of a sequence.
+    fn sequence_len(&self) -> usize {
+        (self.seq * self.config.hidden).max(1)
+    }
+
+    /// Returns the numbers of all sequences.
+    fn all(&self) -> Vec<usize> {
+        (0..self.states.len() / self.sequence_len()).collect()
     }
 
     /// Appends copies of the first `sequences` sequences' states, `times` of each, all of the first copy first.
@@ -460,23 +590,99 @@ impl LayerStream {
         WeightReader::resume(self.names, &self.checkpoint).rows(&spec, sink)
     }
 
-    fn run(&mut self, weights: &LayerWeights, tap: &mut (dyn FnMut(Tap<'_>) + Send), replace: bool) {
-        let LayerStream { config, ropes, precision, seq, states, scratch, .. } = self;
-        let len = *seq * config.hidden;
-        if len == 0 {
-            return;
-        }
+    /// Runs a layer, shows `tap` what its linears read, and replaces the states if asked to.
+    fn run(
+        &mut self,
+        weights: &LayerWeights,
+        mut tap: Option<&mut (dyn FnMut(Tap<'_>) + Send)>,
+        replace: bool,
+    ) -> Result<()> {
+        let (len, all) = (self.sequence_len(), self.all());
+        let LayerStream { config, ropes, precision, seq, states, scratch, rounds, .. } = self;
+        let linear = |i: usize| *seq * weights.linears[i].inputs;
+        // The output, what the FFN's output joins, and what the linears read.
+        let parts = Parts { lens: [len, len, linear(0), linear(3), linear(4), linear(6)] };
         in_pool(|| {
             let layer = Ready::new(weights, 0..7, *precision);
-            for (sequence, states) in states.chunks_exact_mut(len).enumerate() {
-                let mut see = |input, x: &[f32], residual: &[f32]| tap(Tap { sequence, input, x, residual });
-                scratch.layer(states, &layer, config, ropes, &mut see);
-                if replace {
-                    states.copy_from_slice(&scratch.x);
+            if rounds.is_alone() {
+                for (sequence, states) in states.chunks_exact_mut(len).enumerate() {
+                    let mut see = |input, x: &[f32], residual: &[f32]| {
+                        if let Some(tap) = &mut tap {
+                            tap(Tap { sequence, input, x, residual });
+                        }
+                    };
+                    scratch.layer(states, &layer, config, ropes, &mut see);
+                    if replace {
+                        states.copy_from_slice(&scratch.x);
+                    }
                 }
+                return Ok(());
             }
-        });
+            let sent = if tap.is_some() { parts.lens.iter().sum() } else { len };
+            let is_seen = tap.is_some();
+            let mut work = |states: &[f32], sequence: usize, out: &mut [f32]| {
+                let mut see = |input, x: &[f32], residual: &[f32]| {
+                    if is_seen {
+                        out[parts.of(input)].copy_from_slice(x);
+                        out[parts.range(1)].copy_from_slice(residual);
+                    }
+                };
+                scratch.layer(&states[sequence * len..][..len], &layer, config, ropes, &mut see);
+                out[..len].copy_from_slice(&scratch.x);
+            };
+            let mut see = |states: &mut [f32], sequence: usize, out: &[f32]| {
+                let states = &mut states[sequence * len..][..len];
+                if let Some(tap) = &mut tap {
+                    for input in Input::ALL {
+                        let before = matches!(input, Input::Attention | Input::Heads);
+                        let residual = if before { &*states } else { &out[parts.range(1)] };
+                        tap(Tap { sequence, input, x: &out[parts.of(input)], residual });
+                    }
+                }
+                if replace {
+                    states.copy_from_slice(&out[..len]);
+                }
+            };
+            rounds.each((&all, sent), of_layer(weights), states, &mut work, &mut see)
+        })
     }
+}
+
+/// The values of a sequence that a process sends to the others.
+struct Parts {
+    lens: [usize; 6],
+}
+
+impl Parts {
+    fn range(&self, part: usize) -> Range<usize> {
+        let start = self.lens[..part].iter().sum();
+        start..start + self.lens[part]
+    }
+
+    fn of(&self, input: Input) -> Range<usize> {
+        self.range(match input {
+            Input::Attention => 2,
+            Input::Heads => 3,
+            Input::Ffn => 4,
+            Input::Neurons => 5,
+        })
+    }
+}
+
+/// Describes what processes send each other of a layer.
+fn of_layer(weights: &LayerWeights) -> What {
+    What::of("the calibration of a layer").unit(weights.layer)
+}
+
+/// Cuts the bits of a value into two values of half the size.
+fn halves(value: f64) -> [f32; 2] {
+    let bits = value.to_bits();
+    [f32::from_bits((bits >> 32) as u32), f32::from_bits(bits as u32)]
+}
+
+/// Puts [`halves`] together.
+fn whole([high, low]: [f32; 2]) -> f64 {
+    f64::from_bits(u64::from(high.to_bits()) << 32 | u64::from(low.to_bits()))
 }
 
 fn vector(reader: &mut WeightReader<'_>, name: String, len: usize) -> Result<Buf> {

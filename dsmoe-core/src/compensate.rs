@@ -9,12 +9,18 @@
 //! one that the next norm sees. m and n are the means of h and r under s^2; without an intercept they and b are 0.
 //! lambda is a share of the mean of the matrix's diagonal.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use dsmoe_kernels::Precision;
+use dsmoe_kernels::comm::{Communicator, What, alone};
 use dsmoe_kernels::matmul::{Mat, Matmul};
 use dsmoe_router::linalg::solve_positive;
 use rayon::prelude::*;
 
+use crate::error::Result;
 use crate::gram::Gram;
+use crate::rounds::broadcast;
 
 /// Tokens whose products are taken together.
 const BATCH: usize = 1024;
@@ -32,12 +38,13 @@ pub struct LeastSquares {
     waiting: [Vec<f32>; 2],
     factors: Vec<f32>,
     gram: Gram,
-    /// `[inputs, outputs]`: sum of s^2 h r^T.
+    /// `[inputs, outputs]`: sum of s^2 h r^T. Each process has its rows until all have all.
     products: Vec<f32>,
     /// Sums of s^2 h and of s^2 r.
     sums: [Vec<f64>; 2],
     /// Sum of s^2.
     weight: f64,
+    comm: Arc<dyn Communicator>,
 }
 
 /// The solution of a least-squares problem.
@@ -75,7 +82,35 @@ impl LeastSquares {
             products: vec![0.0; inputs * outputs],
             sums,
             weight: 0.0,
+            comm: Arc::clone(alone()),
         }
+    }
+
+    /// Divides the products among the processes of `comm`, which add the same tokens and then call [`LeastSquares::complete`].
+    #[must_use]
+    pub fn on(self, comm: &Arc<dyn Communicator>) -> LeastSquares {
+        LeastSquares { gram: self.gram.on(comm), comm: Arc::clone(comm), ..self }
+    }
+
+    /// Gives all processes all sums, as [`Gram::complete`] does.
+    ///
+    /// # Errors
+    /// Another process fails.
+    pub fn complete(&mut self) -> Result<()> {
+        self.take_waiting();
+        self.gram.complete()?;
+        for rank in 0..self.comm.size() {
+            let rows = self.rows_of(rank);
+            let products = &mut self.products[rows.start * self.outputs..rows.end * self.outputs];
+            broadcast(&*self.comm, What::of("sums of products"), rank, products)?;
+        }
+        Ok(())
+    }
+
+    /// Returns the rows of the products that a process adds to.
+    fn rows_of(&self, rank: usize) -> Range<usize> {
+        let (inputs, size) = (self.gram.columns(), self.comm.size());
+        rank * inputs / size..(rank + 1) * inputs / size
     }
 
     /// Rounds the factors of all products to `precision` instead of f32.
@@ -117,8 +152,15 @@ impl LeastSquares {
                 add_rows(sums, values, &self.factors);
             }
             self.gram.add(h);
-            let (a, b) = (Mat::new(h, tokens, inputs).t(), Mat::new(r, tokens, outputs));
-            Matmul { c: &mut self.products, a, b, accumulate: true, precision: self.precision }.run();
+            let rows = self.rows_of(self.comm.rank());
+            if !rows.is_empty() {
+                let a = Mat::with_stride(&h[rows.start..], tokens, rows.len(), inputs).t();
+                let (c, b) = (
+                    &mut self.products[rows.start * outputs..rows.end * outputs],
+                    Mat::new(r, tokens, outputs),
+                );
+                Matmul { c, a, b, accumulate: true, precision: self.precision }.run();
+            }
         }
         self.waiting.iter_mut().for_each(Vec::clear);
         self.factors.clear();
@@ -148,6 +190,20 @@ impl Moments {
     /// Makes the sums over no token.
     pub fn new(inputs: usize) -> Moments {
         Moments { gram: Gram::new(inputs), sums: vec![0.0; inputs], weight: 0.0 }
+    }
+
+    /// Divides the products among the processes of `comm`, which add the same tokens and then call [`Moments::complete`].
+    #[must_use]
+    pub fn on(self, comm: &Arc<dyn Communicator>) -> Moments {
+        Moments { gram: self.gram.on(comm), ..self }
+    }
+
+    /// Gives all processes all sums, as [`Gram::complete`] does.
+    ///
+    /// # Errors
+    /// Another process fails.
+    pub fn complete(&mut self) -> Result<()> {
+        self.gram.complete()
     }
 
     /// Adds tokens `h` `[tokens, inputs]` with their factors s.
@@ -432,5 +488,23 @@ mod tests {
         let got = sums.solve(0.0, false).unwrap();
         let sum = f64::from(got.weight[0] + got.weight[1]);
         assert!((sum - 1.0 / 3.0).abs() < 0.01, "{got:?}");
+    }
+
+    #[test]
+    fn processes_do_not_show() {
+        use dsmoe_kernels::comm::threads::members;
+        let of = problem();
+        let solved = |comm: Arc<dyn Communicator>| {
+            let mut sums = LeastSquares::new(INPUTS, OUTPUTS).on(&comm);
+            sums.add(Rows { inputs: &of.inputs, residuals: &of.residuals, factors: &of.factors });
+            sums.complete().unwrap();
+            sums.solve(0.01, true).unwrap()
+        };
+        let alone = solved(Arc::clone(alone()));
+        std::thread::scope(|scope| {
+            let threads = members(9, std::time::Duration::from_secs(60)).into_iter();
+            let threads: Vec<_> = threads.map(|one| scope.spawn(|| solved(Arc::new(one)))).collect();
+            threads.into_iter().for_each(|thread| assert_eq!(thread.join().unwrap(), alone));
+        });
     }
 }

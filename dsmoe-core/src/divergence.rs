@@ -8,9 +8,11 @@
 //! So every weight is read once, and no model is in memory.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::comm::{Communicator, alone};
 use dsmoe_kernels::cross_entropy::{LogSoftmaxRow, Logits};
 use dsmoe_kernels::matmul::{Mat, MatmulPacked, Packed};
 use rayon::prelude::*;
@@ -42,23 +44,40 @@ impl Alone {
     /// # Errors
     /// Those of [`LayerStream::open`].
     pub fn open(dir: &Path, text: &[Vec<u32>], tokens: usize, precision: Precision) -> Result<Alone> {
+        Alone::open_on(alone(), dir, text, tokens, precision)
+    }
+
+    /// Does as [`Alone::open`] on the processes of `comm`, which divide the text and its copies.
+    ///
+    /// # Errors
+    /// Those of [`LayerStream::open`].
+    pub fn open_on(
+        comm: &Arc<dyn Communicator>,
+        dir: &Path,
+        text: &[Vec<u32>],
+        tokens: usize,
+        precision: Precision,
+    ) -> Result<Alone> {
         let seq = text.first().map_or(0, Vec::len).min(SEQ);
         let sequences = (tokens / seq.max(1)).clamp(1, text.len().max(1));
         // Sequences from all parts of the text.
         let step = (text.len() / sequences).max(1);
         let chosen = text.iter().step_by(step).take(sequences);
         let text: Vec<Vec<u32>> = chosen.map(|ids| ids[..seq].to_vec()).collect();
-        let stream = LayerStream::open(dir, &text)?.in_precision(precision);
+        let stream = LayerStream::open_on(comm, dir, &text)?.in_precision(precision);
         Ok(Alone { stream, sequences: text.len(), copies: 0 })
     }
 
     /// Passes a layer, and adds a copy of the text for each of `changes` of its FFN.
     ///
+    /// # Errors
+    /// Another process fails.
+    ///
     /// # Panics
     /// The weights are not of this model.
-    pub fn layer(&mut self, weights: &LayerWeights, changes: &mut [Box<Change<'_>>]) {
+    pub fn layer(&mut self, weights: &LayerWeights, changes: &mut [Box<Change<'_>>]) -> Result<()> {
         let Alone { stream, sequences, copies } = self;
-        stream.attend(weights);
+        stream.attend(weights)?;
         let unchanged = *sequences * (*copies + 1);
         stream.repeat(*sequences, changes.len());
         *copies += changes.len();
@@ -66,7 +85,7 @@ impl Alone {
         stream.join_ffn(weights, &mut |y, tap| match tap.sequence.checked_sub(unchanged) {
             None => dense.forward(y, tap.neurons),
             Some(sequence) => changes[sequence / *sequences](y, tap),
-        });
+        })
     }
 
     /// Returns the divergence of every copy, in their order.

@@ -101,7 +101,7 @@ pub enum Error {
     /// An error in a router's configuration or initialisation.
     #[error(transparent)]
     Router(#[from] dsmoe_router::Error),
-    /// Communication with the other processes of a training.
+    /// Another process failed, or does not take part.
     #[error(transparent)]
     Comm(#[from] dsmoe_kernels::comm::CommError),
 }

@@ -1,11 +1,20 @@
 //! Sums of products of columns over tokens: `G = X^T X`, of which panels of rows are kept from the diagonal block on,
 //! since the rest is symmetric.
+//!
+//! Several processes that see the same tokens divide the rows. Every entry is a sum over tokens in one process, so their number
+//! does not change it.
+
+use std::ops::Range;
+use std::sync::Arc;
 
 use dsmoe_kernels::Precision;
+use dsmoe_kernels::comm::{Communicator, What, alone};
 use dsmoe_kernels::matmul::{Mat, Matmul};
 use rayon::prelude::*;
 
 use crate::checkpoint::transpose;
+use crate::error::Result;
+use crate::rounds::broadcast;
 
 /// Rows of G in a panel.
 const PANEL: usize = 512;
@@ -17,15 +26,68 @@ const LINE: usize = 16;
 pub struct Gram {
     columns: usize,
     precision: Precision,
-    panels: Vec<Vec<f32>>,
+    panels: Vec<Panel>,
+    comm: Arc<dyn Communicator>,
+}
+
+/// Some rows of G from their diagonal block on.
+#[derive(Clone, Debug)]
+struct Panel {
+    rows: Range<usize>,
+    /// The process that adds tokens to it.
+    owner: usize,
+    /// `[rows, columns - rows.start]`; empty in other processes until all have it.
+    values: Vec<f32>,
 }
 
 impl Gram {
     /// Makes the sums over no token.
     pub fn new(columns: usize) -> Gram {
-        let panel = |first| vec![0.0; PANEL.min(columns - first) * (columns - first)];
-        let precision = Precision::F32;
-        Gram { columns, precision, panels: (0..columns).step_by(PANEL).map(panel).collect() }
+        Gram::of(columns, alone())
+    }
+
+    /// Divides the rows among the processes of `comm`, which add the same tokens and then call [`Gram::complete`].
+    #[must_use]
+    pub fn on(self, comm: &Arc<dyn Communicator>) -> Gram {
+        Gram { precision: self.precision, ..Gram::of(self.columns, comm) }
+    }
+
+    fn of(columns: usize, comm: &Arc<dyn Communicator>) -> Gram {
+        let panel = |owner: usize, first: usize, end: usize| {
+            let rows = first..end.min(first + PANEL);
+            let len = if owner == comm.rank() { rows.len() * (columns - first) } else { 0 };
+            Panel { rows, owner, values: vec![0.0; len] }
+        };
+        let size = comm.size();
+        // Of a triangle of area 1 the rows before this one have the area rank / size.
+        let cut = |rank: usize| {
+            let row = columns as f64 * (1.0 - (1.0 - rank as f64 / size as f64).sqrt());
+            if rank == size { columns } else { (row / LINE as f64).round() as usize * LINE }.min(columns)
+        };
+        let of_owner = |owner: usize| {
+            (cut(owner)..cut(owner + 1)).step_by(PANEL).map(move |first| panel(owner, first, cut(owner + 1)))
+        };
+        let panels = (0..size).flat_map(of_owner).collect();
+        Gram { columns, precision: Precision::F32, panels, comm: Arc::clone(comm) }
+    }
+
+    /// Gives all processes all rows. Nothing is read before; nothing is added after.
+    ///
+    /// # Errors
+    /// Another process fails.
+    pub fn complete(&mut self) -> Result<()> {
+        for Panel { rows, owner, values } in &mut self.panels {
+            values.resize(rows.len() * (self.columns - rows.start), 0.0);
+            broadcast(&*self.comm, What::of("sums of products"), *owner, values)?;
+        }
+        Ok(())
+    }
+
+    /// Returns the panel with row `i`.
+    fn panel(&self, i: usize) -> &Panel {
+        let panel = &self.panels[self.panels.partition_point(|panel| panel.rows.end <= i)];
+        assert!(!panel.values.is_empty(), "Gram: rows of another process are read before it is complete");
+        panel
     }
 
     /// Rounds the tokens to `precision` instead of f32.
@@ -54,11 +116,12 @@ impl Gram {
         // The products need the tokens of a column contiguous.
         let mut transposed = vec![0.0; x.len()];
         transpose(&mut transposed, x, tokens, columns);
-        for (number, panel) in self.panels.iter_mut().enumerate() {
-            let first = number * PANEL;
+        let rank = self.comm.rank();
+        for Panel { rows, values, .. } in self.panels.iter_mut().filter(|panel| panel.owner == rank) {
+            let first = rows.start;
             let of = |count| Mat::new(&transposed[first * tokens..(first + count) * tokens], count, tokens);
-            let (a, b) = (of(PANEL.min(columns - first)), of(columns - first).t());
-            Matmul { c: panel, a, b, accumulate: true, precision: self.precision }.run();
+            let (a, b) = (of(rows.len()), of(columns - first).t());
+            Matmul { c: values, a, b, accumulate: true, precision: self.precision }.run();
         }
     }
 
@@ -67,8 +130,9 @@ impl Gram {
     /// # Panics
     /// There is no such column.
     pub fn diagonal(&self, i: usize) -> f32 {
-        let row = i % PANEL;
-        self.panels[i / PANEL][row * (self.columns - i / PANEL * PANEL) + row]
+        let Panel { rows, values, .. } = self.panel(i);
+        let row = i - rows.start;
+        values[row * (self.columns - rows.start) + row]
     }
 
     /// Returns all of G times `scale`, row-major.
@@ -77,18 +141,18 @@ impl Gram {
         let mut values = vec![0.0; n * n];
         values.par_chunks_mut(LINE * n.max(1)).enumerate().for_each(|(task, out)| {
             let top = task * LINE;
-            let rows = out.len() / n;
-            let first = top / PANEL * PANEL;
-            let width = n - first;
+            let count = out.len() / n;
+            let own = self.panel(top);
+            let first = own.rows.start;
             for (r, out) in out.chunks_exact_mut(n).enumerate() {
-                let row = &self.panels[first / PANEL][(top + r - first) * width..][..width];
-                out[first..].copy_from_slice(row);
+                out[first..].copy_from_slice(&own.values[(top + r - first) * (n - first)..][..n - first]);
             }
-            for j in 0..first {
-                let panel_first = j / PANEL * PANEL;
-                let at = (j - panel_first) * (n - panel_first) + (top - panel_first);
-                let line = &self.panels[j / PANEL][at..][..rows];
-                line.iter().enumerate().for_each(|(r, &x)| out[r * n + j] = x);
+            for Panel { rows, values, .. } in self.panels.iter().take_while(|panel| panel.rows.end <= first) {
+                for j in rows.clone() {
+                    let at = (j - rows.start) * (n - rows.start) + (top - rows.start);
+                    let line = &values[at..][..count];
+                    line.iter().enumerate().for_each(|(r, &x)| out[r * n + j] = x);
+                }
             }
             out.iter_mut().for_each(|x| *x *= scale);
         });
@@ -130,5 +194,29 @@ mod tests {
             gram.add(&x);
             gram.square(1.0)
         });
+    }
+
+    #[test]
+    fn processes_do_not_show() {
+        use dsmoe_kernels::comm::threads::members;
+        for columns in [1, 40, 600, PANEL + 300] {
+            let x = normals(37 * columns, 8);
+            let sums = |comm: Arc<dyn Communicator>| {
+                let mut gram = Gram::new(columns).on(&comm);
+                x.chunks(20 * columns).for_each(|x| gram.add(x));
+                gram.complete().unwrap();
+                (0..columns).map(|i| gram.diagonal(i)).chain(gram.square(0.5)).collect::<Vec<f32>>()
+            };
+            let alone = sums(Arc::clone(alone()));
+            for size in [2, 3, 4] {
+                std::thread::scope(|scope| {
+                    let threads = members(size, std::time::Duration::from_secs(60)).into_iter();
+                    let threads: Vec<_> = threads.map(|one| scope.spawn(|| sums(Arc::new(one)))).collect();
+                    for thread in threads {
+                        assert!(thread.join().unwrap() == alone, "{columns} columns, {size} processes");
+                    }
+                });
+            }
+        }
     }
 }

@@ -63,6 +63,22 @@ impl UsedWeights {
         self.tokens += tokens as u64;
     }
 
+    /// Returns all sums as words, for other processes.
+    pub fn words(&self) -> Vec<u64> {
+        std::iter::once(self.tokens).chain(self.layers.iter().flatten().copied()).collect()
+    }
+
+    /// Adds sums that [`UsedWeights::words`] of a model with as many layers has given.
+    pub fn add_words(&mut self, words: &[u64]) {
+        let Some((tokens, layers)) = words.split_first() else { return };
+        self.tokens += tokens;
+        let layers = layers.as_chunks::<LINEARS>().0;
+        self.layers.resize(self.layers.len().max(layers.len()), [0; LINEARS]);
+        for (sums, others) in self.layers.iter_mut().zip(layers) {
+            sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
+        }
+    }
+
     /// Returns the sums of tokens and of weights by layer.
     pub(crate) fn sums(&self) -> (u64, &[[u64; LINEARS]]) {
         (self.tokens, &self.layers)

@@ -27,6 +27,7 @@ pub mod model;
 pub mod params;
 pub mod partition;
 mod remedy;
+mod rounds;
 pub mod shard;
 
 pub use config::Config;

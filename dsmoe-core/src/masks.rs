@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -285,9 +286,20 @@ impl Masks {
     /// # Panics
     /// The masks are not of a model of that layout.
     pub fn apply(&self, arena: &mut [f32], layout: &Layout) {
-        for (name, mask) in self.iter() {
-            let entry = layout.get(name).expect("a masked linear of the model");
-            mask.zero(&mut arena[entry.range.clone()], entry.spec.stored);
+        self.apply_within(arena, layout, 0..layout.len());
+    }
+
+    /// Does as [`Masks::apply`] with the part `range` of an arena, of whole tensors.
+    ///
+    /// # Panics
+    /// Those of [`Masks::apply`]; `part` has another length.
+    pub fn apply_within(&self, part: &mut [f32], layout: &Layout, range: Range<usize>) {
+        assert_eq!(part.len(), range.len(), "masks: part of an arena");
+        for entry in layout.within(&range) {
+            if let Some(mask) = self.get(&entry.spec.name) {
+                let of = entry.range.start - range.start..entry.range.end - range.start;
+                mask.zero(&mut part[of], entry.spec.stored);
+            }
         }
     }
 

@@ -99,60 +99,85 @@ impl Shards {
         owned
     }
 
-    /// Adds the gradients of unit `unit` of all processes along the tree over their ranks. The sum of the own piece replaces
-    /// it; the rest of the unit is left as it was.
+    /// Returns the place of a piece of process `rank` among all that it owns, when these lie one after the other.
+    ///
+    /// # Panics
+    /// There is no such unit or process.
+    pub fn place(&self, unit: usize, rank: usize) -> Range<usize> {
+        let start = (0..unit).map(|unit| self.piece(unit, rank).len()).sum();
+        start..start + self.piece(unit, rank).len()
+    }
+
+    /// Adds the gradients `grads` of unit `unit` of all processes along the tree over their ranks. Sets `own` to the sum of
+    /// the own piece, or without it that piece of `grads`; the rest of the unit is left as it was.
     ///
     /// # Errors
     /// Communication fails.
     ///
     /// # Panics
-    /// `comm` has another number of processes, or `grads` is shorter than the arena.
+    /// `comm` has another number of processes, or the slices have not the lengths of the unit and the own piece.
     pub fn reduce(
         &self,
-        comm: &dyn Communicator,
-        of: What,
+        (comm, of): (&dyn Communicator, What),
         unit: usize,
         grads: &mut [f32],
+        mut own: Option<&mut [f32]>,
         staging: &mut Staging,
     ) -> Result<()> {
+        let piece = self.check(comm, unit, grads, own.as_deref());
+        if let (1, Some(own)) = (self.size, &mut own) {
+            own.copy_from_slice(grads);
+        }
         let Staging { send, recv } = staging;
-        self.buckets(comm, unit, |cut, own| {
+        self.buckets(comm, unit, |cut, part| {
             let mut filled = 0;
             send.resize(cut.iter().map(|piece| piece.len()).sum());
             for piece in cut {
                 send[filled..filled + piece.len()].copy_from_slice(&grads[piece.clone()]);
                 filled += piece.len();
             }
-            recv.resize(own.len() * self.size);
+            recv.resize(part.len() * self.size);
             let sent: Vec<usize> = cut.iter().map(|piece| size_of::<f32>() * piece.len()).collect();
-            let received = vec![size_of::<f32>() * own.len(); self.size];
+            let received = vec![size_of::<f32>() * part.len(); self.size];
             let (from, to) = (bytemuck::cast_slice(send), bytemuck::cast_slice_mut(recv));
             comm.all_to_all(of.unit(unit), from, &sent, to, &received)?;
-            sum_parts(recv, own.len());
-            grads[own.clone()].copy_from_slice(&recv[..own.len()]);
+            sum_parts(recv, part.len());
+            let to = match &mut own {
+                Some(own) => &mut own[part.start - piece.start..part.end - piece.start],
+                None => &mut grads[part.clone()],
+            };
+            to.copy_from_slice(&recv[..part.len()]);
             Ok(())
         })
     }
 
-    /// Sets all pieces of unit `unit` to those of their owners.
+    /// Sets `values` to unit `unit`, all pieces of which come from their owners: `own`, or without it the own piece of
+    /// `values`.
     ///
     /// # Errors
     /// Communication fails.
     ///
     /// # Panics
-    /// `comm` has another number of processes, or `values` is shorter than the arena.
+    /// Those of [`Shards::reduce`].
     pub fn gather(
         &self,
-        comm: &dyn Communicator,
-        of: What,
+        (comm, of): (&dyn Communicator, What),
         unit: usize,
         values: &mut [f32],
+        own: Option<&[f32]>,
         staging: &mut Staging,
     ) -> Result<()> {
+        let piece = self.check(comm, unit, values, own);
+        if let (1, Some(own)) = (self.size, own) {
+            values.copy_from_slice(own);
+        }
         let Staging { send, recv } = staging;
-        self.buckets(comm, unit, |cut, own| {
-            send.resize(own.len());
-            send.copy_from_slice(&values[own.clone()]);
+        self.buckets(comm, unit, |cut, part| {
+            send.resize(part.len());
+            send.copy_from_slice(match own {
+                Some(own) => &own[part.start - piece.start..part.end - piece.start],
+                None => &values[part.clone()],
+            });
             recv.resize(cut.iter().map(|piece| piece.len()).sum());
             let lens: Vec<usize> = cut.iter().map(|piece| size_of::<f32>() * piece.len()).collect();
             let (from, to) = (bytemuck::cast_slice(send), bytemuck::cast_slice_mut(recv));
@@ -166,19 +191,39 @@ impl Shards {
         })
     }
 
+    /// Returns the own piece of a unit, counted from the unit's start.
+    fn check(
+        &self,
+        comm: &dyn Communicator,
+        unit: usize,
+        values: &[f32],
+        own: Option<&[f32]>,
+    ) -> Range<usize> {
+        assert_eq!(comm.size(), self.size, "shards: processes");
+        let start = self.units[unit].start;
+        let piece = self.piece(unit, comm.rank());
+        let fits = values.len() == self.units[unit].len() && own.is_none_or(|own| own.len() == piece.len());
+        assert!(fits, "shards: {} values of unit {unit}, whose piece is {piece:?}", values.len());
+        piece.start - start..piece.end - start
+    }
+
     /// Calls `work` with as much of every piece of unit `unit` as moves in one call, and with this process's part of it, until
-    /// all is moved. A single process moves nothing.
+    /// all is moved. Places are counted from the unit's start. A single process moves nothing.
     fn buckets(
         &self,
         comm: &dyn Communicator,
         unit: usize,
         mut work: impl FnMut(&[Range<usize>], &Range<usize>) -> Result<()>,
     ) -> Result<()> {
-        assert_eq!(comm.size(), self.size, "shards: processes");
         if self.size == 1 {
             return Ok(());
         }
-        let pieces: Vec<Range<usize>> = (0..self.size).map(|rank| self.piece(unit, rank)).collect();
+        let start = self.units[unit].start;
+        let piece = |rank| {
+            let piece = self.piece(unit, rank);
+            piece.start - start..piece.end - start
+        };
+        let pieces: Vec<Range<usize>> = (0..self.size).map(piece).collect();
         let longest = pieces.iter().map(|piece| piece.len()).max().unwrap_or(0);
         let at_once = (self.bucket / self.size).max(1);
         for first in (0..longest).step_by(at_once) {
@@ -250,7 +295,7 @@ mod tests {
         assert_eq!([shards.owned(0), shards.owned(1)].concat(), [0..65_536, 65_536..150_112]);
     }
 
-    /// In one bucket and in many: the own piece is the sum along the tree, and everyone gathers the same.
+    /// In one bucket and in many, in place and apart: the own piece is the sum along the tree, and everyone gathers the same.
     #[test]
     fn reduced_and_gathered_is_the_sum_along_the_tree() {
         let layout = layout(&[200_000, 70_000]);
@@ -259,21 +304,36 @@ mod tests {
             let mut want: Vec<f32> = (0..size).flat_map(leaf).collect();
             sum_parts(&mut want, layout.len());
             want.truncate(layout.len());
-            let results = on_threads(size, |comm| {
-                let shards = Shards { bucket, ..Shards::new(&layout, size) };
-                let (mut values, mut staging) = (leaf(comm.rank()), Staging::default());
-                for unit in 0..shards.units().len() {
-                    shards.reduce(comm, OF, unit, &mut values, &mut staging).unwrap();
-                }
-                for range in shards.owned(comm.rank()) {
-                    assert_eq!(values[range.clone()], want[range]);
-                }
-                for unit in 0..shards.units().len() {
-                    shards.gather(comm, OF, unit, &mut values, &mut staging).unwrap();
-                }
-                values
-            });
-            assert!(results.iter().all(|values| values == &want), "{size} processes, buckets of {bucket}");
+            for apart in [false, true] {
+                let results = on_threads(size, |comm| {
+                    let shards = Shards { bucket, ..Shards::new(&layout, size) };
+                    let (mut values, mut staging) = (leaf(comm.rank()), Staging::default());
+                    let mut own = vec![0.0; shards.owned(comm.rank()).iter().map(|range| range.len()).sum()];
+                    for (number, unit) in shards.units().iter().enumerate() {
+                        let place = shards.place(number, comm.rank());
+                        let own = apart.then_some(&mut own[place]);
+                        let unit = &mut values[unit.clone()];
+                        shards.reduce((comm, OF), number, unit, own, &mut staging).unwrap();
+                    }
+                    let owned = shards.owned(comm.rank()).into_iter().flat_map(|range| want[range].to_vec());
+                    match apart {
+                        true => assert_eq!(own, owned.collect::<Vec<_>>()),
+                        false => shards.owned(comm.rank()).into_iter().for_each(|range| {
+                            assert_eq!(values[range.clone()], want[range]);
+                        }),
+                    }
+                    for (number, unit) in shards.units().iter().enumerate() {
+                        let own = apart.then(|| &own[shards.place(number, comm.rank())]);
+                        let unit = &mut values[unit.clone()];
+                        shards.gather((comm, OF), number, unit, own, &mut staging).unwrap();
+                    }
+                    values
+                });
+                assert!(
+                    results.iter().all(|values| values == &want),
+                    "{size} processes, buckets of {bucket}"
+                );
+            }
         }
     }
 }

@@ -10,6 +10,7 @@
 //! Several processes write the files of a single one, byte for byte: the first process the model and the state, the last one the
 //! moments, which their owners share piece by piece.
 
+use std::borrow::Cow;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -127,17 +128,51 @@ impl State {
 pub(crate) fn model_identity(model: &Model) -> String {
     let mut hasher = Sha256::new();
     for entry in model.layout().entries() {
-        hasher.update(entry.spec.name.as_bytes());
-        hasher.update([0]);
-        for &size in &entry.spec.shape {
-            hasher.update((size as u64).to_le_bytes());
-        }
-        let values = &model.params()[entry.range.clone()];
-        for value in &values[..values.len().min(IDENTITY_VALUES)] {
-            hasher.update(value.to_le_bytes());
-        }
+        add_identity(&mut hasher, entry, &model.params()[entry.range.clone()]);
     }
     hex(&hasher.finalize())
+}
+
+fn add_identity(hasher: &mut Sha256, entry: &Entry, values: &[f32]) {
+    hasher.update(entry.spec.name.as_bytes());
+    hasher.update([0]);
+    for &size in &entry.spec.shape {
+        hasher.update((size as u64).to_le_bytes());
+    }
+    for value in &values[..values.len().min(IDENTITY_VALUES)] {
+        hasher.update(value.to_le_bytes());
+    }
+}
+
+/// Reads what `optimizer` owns of the parameters of `model`, an outline, from the directory `dir`: one tensor at a time is in
+/// memory. Returns the model's identity.
+pub(crate) fn read_owned(model: &Model, dir: &Path, optimizer: &mut AdamW) -> Result<String> {
+    let mut hasher = Sha256::new();
+    read_tensors(model, dir, optimizer, |entry, values| add_identity(&mut hasher, entry, values))?;
+    Ok(hex(&hasher.finalize()))
+}
+
+/// Sets the parameters that `optimizer` owns to those in `dir`, and calls `each` with every tensor.
+fn read_tensors(
+    model: &Model,
+    dir: &Path,
+    optimizer: &mut AdamW,
+    mut each: impl FnMut(&Entry, &[f32]),
+) -> Result<()> {
+    let mut params = Buf::zeros(optimizer.m.len());
+    let mut tensor = Buf::default();
+    model.read_params(dir, |entry, read| {
+        tensor.resize(entry.range.len());
+        read(&mut tensor)?;
+        each(entry, &tensor);
+        for (owned, place) in optimizer.places(entry.range.clone()) {
+            let first = owned.start - entry.range.start;
+            params[place].copy_from_slice(&tensor[first..first + owned.len()]);
+        }
+        Ok(())
+    })?;
+    optimizer.params = params;
+    Ok(())
 }
 
 /// Computes a hash of all token ids; for several sources, of their names, weights and ids.
@@ -204,8 +239,67 @@ fn write_together(temporary: &Path, model: &Model, optimizer: &AdamW, comm: &dyn
         fs::create_dir_all(temporary).map_err(Error::io(temporary))
     })?;
     let moments = write_moments(&temporary.join(OPTIMIZER_FILE), model.layout(), optimizer, (comm, of))?;
-    let weights = if comm.rank() == 0 { model.save(temporary, Dtype::F32) } else { Ok(()) };
-    agree(comm, of, moments.and(weights.map_err(Error::from)))
+    let weights = save_model(temporary, model, optimizer, comm)?;
+    agree(comm, of, moments.and(weights))
+}
+
+/// Writes the model into `dir` in process 0, which gets what it does not own tensor by tensor. Returns that process's outcome
+/// inside the result of the communication.
+pub(crate) fn save_model(
+    dir: &Path,
+    model: &Model,
+    optimizer: &AdamW,
+    comm: &dyn Communicator,
+) -> Result<Result<()>> {
+    if !model.is_outline() {
+        let saved = if comm.rank() == 0 { model.save(dir, Dtype::F32) } else { Ok(()) };
+        return Ok(saved.map_err(Error::from));
+    }
+    let entries = model.layout().entries();
+    let (shards, mut collected) = (Shards::new(model.layout(), comm.size()), 0);
+    let saved = match comm.rank() {
+        0 => model.save_from(dir, Dtype::F32, |entry| {
+            collected += 1;
+            Ok(Cow::Owned(collect(entry, optimizer, &shards, comm)?))
+        }),
+        _ => Ok(()),
+    };
+    // All in the other processes, and what is left after an error in the first.
+    for entry in &entries[collected..] {
+        collect(entry, optimizer, &shards, comm)?;
+    }
+    Ok(saved.map_err(Error::from))
+}
+
+/// Returns a tensor in process 0, from the parts of its owners; nothing in the others.
+fn collect(
+    entry: &Entry,
+    optimizer: &AdamW,
+    shards: &Shards,
+    comm: &dyn Communicator,
+) -> dsmoe_core::Result<Vec<f32>> {
+    let (size, first) = (comm.size(), comm.rank() == 0);
+    let mut values = vec![0.0; if first { entry.range.len() } else { 0 }];
+    for start in entry.range.clone().step_by(SHARED_AT_ONCE) {
+        let part = start..entry.range.end.min(start + SHARED_AT_ONCE);
+        // A tensor lies in one unit, of which a process has one piece.
+        let own = optimizer.places(part.clone()).next().map_or(0..0, |(_, place)| place);
+        let mut sent = vec![0; size];
+        sent[0] = size_of::<f32>() * own.len();
+        let received = if first { lens_of(&part, shards) } else { vec![0; size] };
+        let at = start - entry.range.start;
+        let recv = if first { &mut values[at..at + part.len()] } else { &mut [] };
+        let (send, recv) = (bytemuck::cast_slice(&optimizer.params[own]), bytemuck::cast_slice_mut(recv));
+        comm.all_to_all(CHECKPOINT, send, &sent, recv, &received)?;
+    }
+    Ok(values)
+}
+
+/// Returns the bytes of `part` that every process owns.
+fn lens_of(part: &Range<usize>, shards: &Shards) -> Vec<usize> {
+    let within = |owned: Range<usize>| owned.end.min(part.end).saturating_sub(owned.start.max(part.start));
+    let owned = |rank| size_of::<f32>() * shards.owned(rank).into_iter().map(within).sum::<usize>();
+    (0..shards.size()).map(owned).collect()
 }
 
 /// Writes the moments of all tensors, which their owners share, in the last process. Returns that process's outcome inside the
@@ -267,13 +361,7 @@ fn receive(
 ) -> Result<()> {
     // A tensor lies in one unit, of which a process has one piece.
     let own = optimizer.places(part.clone()).next().map_or(0..0, |(_, place)| place);
-    let owned = |rank| {
-        let parts = shards.owned(rank).into_iter();
-        let within =
-            |owned: Range<usize>| owned.end.min(part.end).saturating_sub(owned.start.max(part.start));
-        size_of::<f32>() * parts.map(within).sum::<usize>()
-    };
-    let lens: Vec<usize> = (0..comm.size()).map(owned).collect();
+    let lens = lens_of(part, shards);
     received.resize(part.len());
     let (send, recv) = (bytemuck::cast_slice(&moments[own]), bytemuck::cast_slice_mut(received));
     Ok(comm.all_gather(of, send, recv, &lens)?)
@@ -332,14 +420,15 @@ pub(crate) fn read_state(path: &Path) -> Result<State> {
 }
 
 /// Reads the weights of the checkpoint `path`, which must be those of a model laid out as `layout` and masked by `masks`, and
-/// the moments that this process owns.
+/// the moments that this process owns. Of an `outline` the weights that it owns are read, tensor by tensor.
 pub(crate) fn load(
     path: &Path,
     layout: &Layout,
     masks: Option<&Masks>,
+    outline: bool,
     comm: &dyn Communicator,
 ) -> Result<(Model, AdamW)> {
-    let model = Model::load(path)?;
+    let model = if outline { Model::load_outline(path)? } else { Model::load(path)? };
     if model.layout().entries() != layout.entries() {
         return Err(Error::checkpoint(path, "its tensors are not those of the starting model"));
     }
@@ -348,6 +437,9 @@ pub(crate) fn load(
     }
     let moments = Checkpoint::open_file(&path.join(OPTIMIZER_FILE))?;
     let mut optimizer = AdamW::of(&Shards::new(layout, comm.size()), comm.rank());
+    if outline {
+        read_tensors(&model, path, &mut optimizer, |_, _| {})?;
+    }
     for entry in layout.entries() {
         let (name, shape) = (&entry.spec.name, &entry.spec.shape);
         let places: Vec<_> = optimizer.places(entry.range.clone()).collect();

@@ -27,7 +27,7 @@ static LR: Remedy = Remedy::fixed("use a smaller {lr} or look at the data");
 pub enum Error {
     /// A model directory or a model operation.
     #[error(transparent)]
-    Core(#[from] dsmoe_core::Error),
+    Core(dsmoe_core::Error),
     /// Text, tokens or windows.
     #[error(transparent)]
     Data(#[from] dsmoe_datasets::Error),
@@ -155,6 +155,16 @@ pub enum Error {
         /// The checkpoint that is left.
         intact: String,
     },
+}
+
+/// Communication is one error, wherever it is made.
+impl From<dsmoe_core::Error> for Error {
+    fn from(error: dsmoe_core::Error) -> Error {
+        match error {
+            dsmoe_core::Error::Comm(error) => Error::Comm(error),
+            error => Error::Core(error),
+        }
+    }
 }
 
 /// Result of this crate.

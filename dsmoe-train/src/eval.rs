@@ -331,6 +331,21 @@ pub fn agreement(
     seq: usize,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Agreement> {
+    agreement_on(&Alone, [model, reference], ids, seq, progress)
+}
+
+/// Does as [`agreement`] for a model and its reference on the processes of `comm`, which divide the windows. All get the
+/// result of a single process.
+///
+/// # Errors
+/// Those of [`agreement`]; an error of another process.
+pub fn agreement_on(
+    comm: &dyn Communicator,
+    [model, reference]: [&Inference; 2],
+    ids: &[u32],
+    seq: usize,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Agreement> {
     let [vocab, other] = [model, reference].map(|model| model.config().vocab_size);
     if vocab != other {
         let found = format!("of vocab_size {other}");
@@ -338,26 +353,64 @@ pub fn agreement(
         return Err(Error::field("the model to compare with", found, allowed));
     }
     let windows = eval_windows(ids.len(), seq, seq)?;
-    let piece = (MAX_LOGITS / vocab).max(1);
-    let mut workspaces = [Workspace::default(), Workspace::default()];
-    let (mut kl, mut same, mut tokens) = (0.0, 0, 0);
-    for (done, window) in windows.iter().enumerate() {
-        let inputs = &ids[window.start..window.end - 1];
-        let mut caches = [model, reference].map(|model| Cache::new(model, inputs.len()));
+    let mut pair = Pair { models: [model, reference], workspaces: Default::default() };
+    let mut compare = || -> Result<Vec<Compared>> {
+        let own = windows.iter().enumerate().skip(comm.rank()).step_by(comm.size());
+        own.map(|(at, window)| {
+            let compared = pair.compare(&ids[window.start..window.end - 1])?;
+            progress((at + comm.size()).min(windows.len()), windows.len());
+            Ok(compared)
+        })
+        .collect()
+    };
+    let own = agree(comm, EVALUATION, compare())?;
+    let message = serde_json::to_vec(&own).expect("numbers are JSON");
+    let all: Vec<Vec<Compared>> = comm::gather(comm, EVALUATION, &message)?
+        .iter()
+        .map(|message| serde_json::from_slice(message).expect("the numbers of a process"))
+        .collect();
+    // In the order of windows.
+    let of_window = |at: usize| &all[at % comm.size()][at / comm.size()];
+    let found: Vec<&Compared> = (0..windows.len()).map(of_window).collect();
+    let tokens = windows.iter().map(|window| window.end - window.start - 1).sum::<usize>();
+    let kl = found.iter().flat_map(|of| &of.kl).fold(0.0, |sum, &kl| sum + f64::from_bits(kl));
+    let same = found.iter().map(|of| of.same).sum::<usize>();
+    Ok(Agreement { tokens, kl: kl / tokens as f64, top1: same as f64 / tokens as f64 })
+}
+
+/// Two models that are compared on one window after the other.
+struct Pair<'a> {
+    models: [&'a Inference; 2],
+    workspaces: [Workspace; 2],
+}
+
+/// The comparison on one window.
+#[derive(Serialize, Deserialize)]
+struct Compared {
+    /// The bits of the divergences' sums, of one piece after the other.
+    kl: Vec<u64>,
+    /// Tokens for which both find the same token likeliest.
+    same: usize,
+}
+
+impl Pair<'_> {
+    /// Compares the models after every token of `inputs`.
+    fn compare(&mut self, inputs: &[u32]) -> Result<Compared> {
+        let Pair { models: [model, reference], workspaces: [ours, theirs] } = self;
+        let vocab = model.config().vocab_size;
+        let piece = (MAX_LOGITS / vocab).max(1);
+        let mut compared = Compared { kl: Vec::new(), same: 0 };
+        let [mut our_cache, mut their_cache] = [*model, *reference].map(|of| Cache::new(of, inputs.len()));
         for part in inputs.chunks(piece) {
-            let [ours, theirs] = &mut workspaces;
-            let [our_cache, their_cache] = &mut caches;
-            let ours = model.logits(part, part.len(), our_cache, None, ours)?;
-            let theirs = reference.logits(part, part.len(), their_cache, None, theirs)?;
+            let ours = model.logits(part, part.len(), &mut our_cache, None, ours)?;
+            let theirs = reference.logits(part, part.len(), &mut their_cache, None, theirs)?;
             let pairs = ours.par_chunks_exact(vocab).zip(theirs.par_chunks_exact(vocab));
             let found: Vec<(f64, bool)> = pairs.map(|(ours, theirs)| divergence(theirs, ours)).collect();
-            kl += found.iter().map(|(kl, _)| kl).sum::<f64>();
-            same += found.iter().filter(|(_, same)| *same).count();
+            compared.kl.push(found.iter().map(|(kl, _)| kl).sum::<f64>().to_bits());
+            compared.same += found.iter().filter(|(_, same)| *same).count();
         }
-        tokens += inputs.len();
-        progress(done + 1, windows.len());
+        Ok(compared)
     }
-    Ok(Agreement { tokens, kl: kl / tokens as f64, top1: same as f64 / tokens as f64 })
 }
 
 /// Returns the divergence of the distribution of logits `p` from that of `q`, and whether both have one maximum.
@@ -398,9 +451,20 @@ fn measure(
         Ok(())
     };
     agree(comm, EVALUATION, run())?;
-    let used = sums.workspace.take_used();
+    let used = used_by_all(comm, &sums.workspace.take_used())?;
     let (nll_sum, stats) = sums.join(comm)?;
     Ok(batches.report(model, nll_sum, (stats, &used), started))
+}
+
+/// Returns the weights that the tokens of all processes have used.
+fn used_by_all(comm: &dyn Communicator, own: &UsedWeights) -> Result<UsedWeights> {
+    let message: Vec<u8> = own.words().into_iter().flat_map(u64::to_le_bytes).collect();
+    let mut sum = UsedWeights::default();
+    for message in comm::gather(comm, EVALUATION, &message)? {
+        let words = message.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word));
+        sum.add_words(&words.collect::<Vec<u64>>());
+    }
+    Ok(sum)
 }
 
 const EVALUATION: What = What::of("an evaluation");

@@ -29,10 +29,15 @@ pub(crate) fn lock_dir(dir: &Path) -> Result<Option<File>> {
 
 /// Makes `dir` anew and fills it with `write`. Removes it where that fails.
 pub(crate) fn fill_dir(dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    remove_dir(dir)?;
-    fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    new_dir(dir)?;
     // Frees the disk; the error that matters is the first one.
     write(dir).inspect_err(|_| drop(remove_dir(dir)))
+}
+
+/// Makes `dir` anew.
+pub(crate) fn new_dir(dir: &Path) -> Result<()> {
+    remove_dir(dir)?;
+    fs::create_dir_all(dir).map_err(Error::io(dir))
 }
 
 /// Removes `dir` and all in it, if it is there.

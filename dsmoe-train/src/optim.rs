@@ -38,8 +38,10 @@ pub fn grad_norms(layout: &Layout, grads: &[f32]) -> GradNorms {
 pub(crate) struct Squares {
     /// The owner of every piece, and whether it belongs to routers, in the order of the arena.
     pieces: Vec<(usize, bool)>,
-    /// The pieces of this process.
-    own: Vec<Range<usize>>,
+    /// The pieces of this process: their places in the arena, and among all that it owns.
+    own: Vec<[Range<usize>; 2]>,
+    /// Values that it owns.
+    owned: usize,
     /// Their sums.
     sums: Vec<f64>,
     /// Pieces of each process.
@@ -53,12 +55,14 @@ impl Squares {
         let runs = layout.entries().chunk_by(same_kind);
         let runs: Vec<(Range<usize>, bool)> =
             runs.map(|run| (run[0].range.start..run[run.len() - 1].range.end, run[0].spec.router)).collect();
-        let mut squares =
-            Squares { pieces: Vec::new(), own: Vec::new(), sums: Vec::new(), counts: vec![0; shards.size()] };
+        let (counts, owned) = (vec![0; shards.size()], 0);
+        let mut squares = Squares { pieces: Vec::new(), own: Vec::new(), owned, sums: Vec::new(), counts };
         let mut first = 0;
         for unit in 0..shards.units().len() {
             for owner in 0..shards.size() {
                 let owned = shards.piece(unit, owner);
+                let before = squares.owned;
+                squares.owned += if owner == rank { owned.len() } else { 0 };
                 for start in owned.clone().step_by(BLOCK) {
                     let block = start..owned.end.min(start + BLOCK);
                     while runs.get(first).is_some_and(|(run, _)| run.end <= block.start) {
@@ -69,7 +73,9 @@ impl Squares {
                         squares.pieces.push((owner, *router));
                         squares.counts[owner] += 1;
                         if owner == rank {
-                            squares.own.push(run.start.max(block.start)..run.end.min(block.end));
+                            let piece = run.start.max(block.start)..run.end.min(block.end);
+                            let place = before + piece.start - owned.start;
+                            squares.own.push([piece.clone(), place..place + piece.len()]);
                         }
                     }
                 }
@@ -84,10 +90,11 @@ impl Squares {
         &self.counts
     }
 
-    /// Computes the sums of this process's pieces of `grads`.
+    /// Computes the sums of this process's pieces of `grads`: an arena, or what it owns of one.
     pub(crate) fn compute(&mut self, grads: &[f32]) {
+        let apart = usize::from(grads.len() == self.owned);
         let pieces = self.sums.par_iter_mut().zip(&self.own);
-        pieces.for_each(|(sum, piece)| *sum = adamw::sum_of_squares(&grads[piece.clone()]));
+        pieces.for_each(|(sum, piece)| *sum = adamw::sum_of_squares(&grads[piece[apart].clone()]));
     }
 
     /// Returns the sums of this process's pieces.
@@ -113,6 +120,23 @@ impl Squares {
         }
         GradNorms { all: all.sqrt(), router: router.sqrt() }
     }
+}
+
+/// Returns whether a tensor stays as it is where the layers `trained` are trained alone.
+fn is_frozen(trained: Option<&[usize]>, entry: &Entry) -> bool {
+    trained.is_some_and(|layers| entry.layer.is_none_or(|layer| !layers.contains(&layer)))
+}
+
+/// Joins neighbours in the layout that are updated alike, without those that stay as they are: the first of them, and their
+/// range. The padding between them is zero in every arena.
+fn runs<'l>(
+    layout: &'l Layout,
+    trained: Option<&'l [usize]>,
+) -> impl Iterator<Item = (&'l TensorSpec, Range<usize>)> {
+    let kind = move |entry: &Entry| (entry.spec.decay, entry.spec.router, is_frozen(trained, entry));
+    let runs = layout.entries().chunk_by(move |a, b| kind(a) == kind(b));
+    let runs = runs.filter(move |run| !is_frozen(trained, &run[0]));
+    runs.map(|run| (&run[0].spec, run[0].range.start..run[run.len() - 1].range.end))
 }
 
 /// Returns the factor that scales a gradient of norm `norm` to a norm of at most `clip`; 1 when `clip` is 0.
@@ -162,7 +186,9 @@ pub struct AdamW {
     pub m: Buf,
     /// Second moments, likewise.
     pub v: Buf,
-    /// The parameters, in arena order.
+    /// The parameters that are owned, likewise, where the model is without them; empty else.
+    pub params: Buf,
+    /// Their places in the arena, in order.
     owned: Vec<Range<usize>>,
     /// The decoder layers that are trained; none trains everything.
     trained: Option<Vec<usize>>,
@@ -178,17 +204,12 @@ impl AdamW {
     pub fn of(shards: &Shards, rank: usize) -> AdamW {
         let owned = shards.owned(rank);
         let len = owned.iter().map(|range| range.len()).sum();
-        AdamW { m: Buf::zeros(len), v: Buf::zeros(len), owned, trained: None }
+        AdamW { m: Buf::zeros(len), v: Buf::zeros(len), params: Buf::zeros(0), owned, trained: None }
     }
 
     /// Trains the decoder layers of these numbers and nothing else from now on; none trains everything.
     pub fn train_layers(&mut self, layers: Option<Vec<usize>>) {
         self.trained = layers;
-    }
-
-    /// Returns whether a tensor stays as it is.
-    pub(crate) fn is_frozen(&self, entry: &Entry) -> bool {
-        self.trained.as_ref().is_some_and(|layers| entry.layer.is_none_or(|layer| !layers.contains(&layer)))
     }
 
     /// Returns whether some tensors stay as they are.
@@ -199,50 +220,60 @@ impl AdamW {
 
     /// Sets the gradients of tensors that stay as they are to 0, so that they are in no norm.
     pub(crate) fn drop_frozen(&self, grads: &mut [f32], layout: &Layout) {
-        for entry in layout.entries().iter().filter(|entry| self.is_frozen(entry)) {
+        for entry in layout.entries().iter().filter(|entry| is_frozen(self.trained.as_deref(), entry)) {
             grads[entry.range.clone()].fill(0.0);
         }
     }
 
-    /// Joins neighbours in the layout that are updated alike: the first of them, and their range. The padding between them
-    /// is zero in every arena.
-    fn runs<'l>(&'l self, layout: &'l Layout) -> impl Iterator<Item = (&'l TensorSpec, Range<usize>)> {
-        let kind = |entry: &Entry| (entry.spec.decay, entry.spec.router, self.is_frozen(entry));
-        let runs = layout.entries().chunk_by(move |a, b| kind(a) == kind(b));
-        let trained = runs.filter(|run| !self.is_frozen(&run[0]));
-        trained.map(|run| (&run[0].spec, run[0].range.start..run[run.len() - 1].range.end))
-    }
-
     /// Returns the places in the moments of the parameters in `range` that are owned: the parameters, and the moments.
     pub fn places(&self, range: Range<usize>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
-        let mut end = 0;
-        self.owned.iter().filter_map(move |owned| {
-            end += owned.len();
-            let (first, last) = (owned.start.max(range.start), owned.end.min(range.end));
-            // What is owned of it lies `owned.end - first` values before the end of this part of the moments.
-            (first < last).then(|| (first..last, end - (owned.end - first)..end - (owned.end - last)))
-        })
+        places(&self.owned, range)
     }
 
-    /// Takes one step with the parameters that are owned.
+    /// Finds the tensor with a NaN or infinity in [`AdamW::params`] that lies nearest to the loss.
+    pub fn last_non_finite<'l>(&self, layout: &'l Layout) -> Option<&'l Entry> {
+        let is_wrong = |place: Range<usize>| self.params[place].iter().any(|x| !x.is_finite());
+        let mut entries = layout.entries().iter().rev();
+        entries.find(|entry| self.places(entry.range.clone()).any(|(_, place)| is_wrong(place)))
+    }
+
+    /// Takes one step with the parameters that are owned. Parameters and gradients are each an arena, or what is owned of it,
+    /// one after the other; without `params` they are [`AdamW::params`].
     ///
     /// # Panics
-    /// `params` or `grads` is not as long as the layout, or the moments are of another one.
-    pub fn step(&mut self, params: &mut [f32], grads: &[f32], layout: &Layout, update: &Update<'_>) {
-        let lens = [params.len(), grads.len()];
-        assert_eq!(lens, [layout.len(); 2], "adamw: parameters and gradients for the layout");
-        let runs: Vec<(adamw::Hyper, Vec<_>)> = self
-            .runs(layout)
-            .map(|(spec, range)| (update.hyper(spec.decay, spec.router), self.places(range).collect()))
-            .collect();
-        for (hyper, places) in runs {
-            for (range, place) in places {
-                let (m, v) = (&mut self.m[place.clone()], &mut self.v[place]);
-                let (param, grad, grad_scale) = (&mut params[range.clone()], &grads[range], update.scale);
-                adamw::Step { param, m, v, grad, grad_scale, hyper: &hyper }.run();
+    /// `params` or `grads` is neither as long as the layout nor as what is owned, or the moments are of another layout.
+    pub fn step(&mut self, params: Option<&mut [f32]>, grads: &[f32], layout: &Layout, update: &Update<'_>) {
+        let AdamW { m, v, params: own, owned, trained } = self;
+        let params = params.unwrap_or(own);
+        for values in [&*params, grads] {
+            let fits = [layout.len(), m.len()].contains(&values.len());
+            assert!(fits, "adamw: {} values for the layout", values.len());
+        }
+        let [params_apart, grads_apart] = [params.len(), grads.len()].map(|len| len == m.len());
+        for (spec, range) in runs(layout, trained.as_deref()) {
+            let hyper = update.hyper(spec.decay, spec.router);
+            for (range, place) in places(owned, range) {
+                let at = |apart| if apart { place.clone() } else { range.clone() };
+                let (m, v) = (&mut m[place.clone()], &mut v[place.clone()]);
+                let (param, grad) = (&mut params[at(params_apart)], &grads[at(grads_apart)]);
+                adamw::Step { param, m, v, grad, grad_scale: update.scale, hyper: &hyper }.run();
             }
         }
     }
+}
+
+/// Returns the parts of `range` that are in `owned`, and their places when all that is owned lies one after the other.
+fn places(
+    owned: &[Range<usize>],
+    range: Range<usize>,
+) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
+    let mut end = 0;
+    owned.iter().filter_map(move |owned| {
+        end += owned.len();
+        let (first, last) = (owned.start.max(range.start), owned.end.min(range.end));
+        // What is owned of it lies `owned.end - first` values before the end of this part.
+        (first < last).then(|| (first..last, end - (owned.end - first)..end - (owned.end - last)))
+    })
 }
 
 #[cfg(test)]
@@ -268,6 +299,13 @@ mod tests {
             all.iter_mut().for_each(|squares| squares.compute(&grads));
             let sums: Vec<f64> = all.iter().flat_map(|squares| squares.sums()).copied().collect();
             assert_eq!(all[0].norms(&sums), want, "{size}");
+            for (rank, squares) in all.iter_mut().enumerate() {
+                let sums = squares.sums().to_vec();
+                let own: Vec<f32> =
+                    shards.owned(rank).into_iter().flat_map(|range| grads[range].to_vec()).collect();
+                squares.compute(&own);
+                assert_eq!(squares.sums(), sums);
+            }
         }
         let by_entry = |router: bool| -> f64 {
             let entries = layout.entries().iter().filter(|entry| entry.spec.router || !router);
@@ -291,17 +329,17 @@ mod tests {
         let (mut all, mut some) = (AdamW::new(layout), AdamW::new(layout));
         some.train_layers(Some(vec![1]));
         let (mut with_all, mut with_some) = (vec![1.0; layout.len()], vec![1.0; layout.len()]);
-        all.step(&mut with_all, &grads, layout, &update);
-        some.step(&mut with_some, &grads, layout, &update);
+        all.step(Some(&mut with_all), &grads, layout, &update);
+        some.step(Some(&mut with_some), &grads, layout, &update);
         some.drop_frozen(&mut grads, layout);
         for entry in layout.entries() {
             let range = entry.range.clone();
             let of = |params: &[f32]| params[range.clone()].to_vec();
-            let is_trained = entry.spec.name.starts_with("model.layers.1.");
-            assert_eq!(some.is_frozen(entry), !is_trained);
-            assert_eq!(of(&with_some) == of(&with_all), is_trained, "{}", entry.spec.name);
-            assert_eq!(of(&with_some).iter().all(|&x| x == 1.0), !is_trained, "{}", entry.spec.name);
-            assert_eq!(grads[range].iter().all(|&x| x == 0.0), !is_trained, "{}", entry.spec.name);
+            let name = &entry.spec.name;
+            let is_trained = name.starts_with("model.layers.1.");
+            assert_eq!(of(&with_some) == of(&with_all), is_trained, "{name}");
+            assert_eq!(of(&with_some).iter().all(|&x| x == 1.0), !is_trained, "{name}");
+            assert_eq!(grads[range].iter().all(|&x| x == 0.0), !is_trained, "{name}");
         }
     }
 
@@ -314,13 +352,20 @@ mod tests {
         Rng::new(1, 0).fill_normal(&mut grads, 1.0);
         let mut want = vec![1.0; layout.len()];
         let mut whole = AdamW::new(layout);
-        whole.step(&mut want, &grads, layout, &update);
+        whole.step(Some(&mut want), &grads, layout, &update);
         let mut got = vec![1.0; layout.len()];
         for rank in 0..3 {
             let mut part = AdamW::of(&Shards::new(layout, 3), rank);
-            part.step(&mut got, &grads, layout, &update);
+            let own_grads: Vec<f32> =
+                part.places(0..layout.len()).flat_map(|(range, _)| grads[range].to_vec()).collect();
+            let mut apart = AdamW::of(&Shards::new(layout, 3), rank);
+            apart.params = Buf::zeros(own_grads.len());
+            apart.params.fill(1.0);
+            apart.step(None, &own_grads, layout, &update);
+            part.step(Some(&mut got), &grads, layout, &update);
             for (range, place) in part.places(0..layout.len()) {
-                assert_eq!(part.m[place], whole.m[range]);
+                assert_eq!(part.m[place.clone()], whole.m[range.clone()]);
+                assert_eq!((&part.m[..], &apart.params[place]), (&apart.m[..], &want[range]));
             }
         }
         assert_eq!(got, want);

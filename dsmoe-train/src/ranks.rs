@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::ops::Range;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -13,9 +12,41 @@ use crate::error::{Error, Result};
 /// A file by which processes find out whether they see one directory.
 const SEEN_FILE: &str = ".seen-by-all.tmp";
 
-/// Returns the lanes of this process.
-pub(crate) fn own_lanes(lanes: usize, comm: &dyn Communicator) -> Result<Range<u64>> {
+/// Parts of the state of a training that every process holds of its own share alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Zero {
+    /// The moments of the optimiser.
+    #[default]
+    Moments,
+    /// Moments and gradients.
+    Gradients,
+    /// Moments, gradients and parameters.
+    Parameters,
+}
+
+impl Zero {
+    /// Returns the stage of that number, 1 to 3.
+    pub fn of(number: u8) -> Option<Zero> {
+        [Zero::Moments, Zero::Gradients, Zero::Parameters].into_iter().find(|stage| stage.number() == number)
+    }
+
+    /// Returns the number of the stage.
+    pub fn number(self) -> u8 {
+        self as u8 + 1
+    }
+
+    /// Returns the stage that makes a difference on so many processes: a single one owns everything.
+    pub fn on(self, processes: usize) -> Zero {
+        if processes > 1 { self } else { Zero::Moments }
+    }
+}
+
+/// Returns the lanes of this process, in the order in which it computes them: neighbours, or with gradients that lie at their
+/// owners every `size`-th, since lanes that are computed at the same time are then added up first.
+pub(crate) fn own_lanes(lanes: usize, comm: &dyn Communicator, zero: Zero) -> Result<Vec<u64>> {
     let (rank, size) = (comm.rank() as u64, comm.size());
+    let strided = zero.on(size) > Zero::Moments;
+    let fits = if strided { fits_strided } else { fits };
     if !fits(lanes, size) {
         let allowed: Vec<String> =
             (1..=lanes).filter(|&size| fits(lanes, size)).map(|size| size.to_string()).collect();
@@ -28,7 +59,15 @@ pub(crate) fn own_lanes(lanes: usize, comm: &dyn Communicator) -> Result<Range<u
         return Err(Error::field("lanes", format!("{lanes} on {size} processes"), allowed));
     }
     let each = (lanes / size) as u64;
-    Ok(rank * each..(rank + 1) * each)
+    Ok(match strided {
+        true => (0..each).map(|turn| turn * size as u64 + rank).collect(),
+        false => (rank * each..(rank + 1) * each).collect(),
+    })
+}
+
+/// Returns whether lanes that processes compute at the same time are whole nodes of the tree.
+fn fits_strided(lanes: usize, size: usize) -> bool {
+    lanes.is_multiple_of(size) && (size.is_power_of_two() || size == lanes)
 }
 
 /// Returns whether processes that each take as many neighbouring lanes have whole nodes of the tree.
@@ -69,7 +108,10 @@ pub(crate) fn from_first(comm: &dyn Communicator, of: What, message: &str) -> Re
 }
 
 /// Checks that these values, by name, are equal in all processes.
-pub(crate) fn check_alike(comm: &dyn Communicator, values: &BTreeMap<String, String>) -> Result<()> {
+///
+/// # Errors
+/// They are not; the error names the ranks that have each value.
+pub fn check_alike(comm: &dyn Communicator, values: &BTreeMap<String, String>) -> Result<()> {
     let of = What::of("settings");
     let message = serde_json::to_vec(values).expect("strings are JSON");
     let all = comm::gather(comm, of, &message)?;
@@ -132,13 +174,22 @@ mod tests {
 
     #[test]
     fn lanes_are_divided_into_nodes_of_the_tree() {
-        assert_eq!(own_lanes(12, &Alone).unwrap(), 0..12);
-        let lanes = on_threads(3, |comm| own_lanes(12, comm).unwrap());
-        assert_eq!(lanes, [0..4, 4..8, 8..12]);
-        let refused = |lanes, size| on_threads(size, |comm| own_lanes(lanes, comm).unwrap_err().to_string());
+        let own = |lanes, size, zero| on_threads(size, |comm| own_lanes(lanes, comm, zero).unwrap());
+        for zero in [Zero::Moments, Zero::Gradients, Zero::Parameters] {
+            assert_eq!(own_lanes(12, &Alone, zero).unwrap(), (0..12).collect::<Vec<_>>());
+            assert_eq!(Zero::of(zero.number()), Some(zero));
+        }
+        assert_eq!(own(12, 3, Zero::Moments), [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]);
+        assert_eq!(own(8, 2, Zero::Gradients), [[0, 2, 4, 6], [1, 3, 5, 7]]);
+        assert_eq!(own(3, 3, Zero::Parameters), [[0], [1], [2]]);
+        let refused = |lanes, size, zero| {
+            on_threads(size, |comm| own_lanes(lanes, comm, zero).unwrap_err().to_string()).remove(0)
+        };
         let wanted = "lanes is 12 on 4 processes; use 1, 3, 6 or 12 processes, or another number of lanes";
-        assert_eq!(refused(12, 4)[1], wanted);
-        assert!(refused(1, 2)[0].starts_with("lanes is 1 on 2 processes; use 1 processes"));
+        assert_eq!(refused(12, 4, Zero::Moments), wanted);
+        let wanted = "lanes is 12 on 3 processes; use 1, 2, 4 or 12 processes, or another number of lanes";
+        assert_eq!(refused(12, 3, Zero::Gradients), wanted);
+        assert!(refused(1, 2, Zero::Moments).starts_with("lanes is 1 on 2 processes; use 1 processes"));
     }
 
     #[test]

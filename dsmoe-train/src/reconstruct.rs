@@ -181,11 +181,11 @@ pub fn reconstruct(
         let is_new = done.is_none();
         let report = match done {
             Some(report) => {
-                streams.attend(&weights);
+                streams.attend(&weights)?;
                 report
             }
             None => {
-                let lesson = streams.lesson(&weights, options.drift);
+                let lesson = streams.lesson(&weights, options.drift)?;
                 let report = train(&mut model, &mut thresholds, layer, &lesson, options)?;
                 work.write(&model, &thresholds, &report)?;
                 report
@@ -195,7 +195,7 @@ pub fn reconstruct(
         if let Some(bar) = thresholds.default_bar(layer) {
             ffn.set_threshold_logit(bar);
         }
-        streams.join(&weights, &*ffn.pack(params, options.precision));
+        streams.join(&weights, &*ffn.pack(params, options.precision))?;
         reports.push(report);
         if is_new && !progress(&reports[layer], layers) && layer + 1 < layers {
             return Ok(reports);
@@ -247,14 +247,14 @@ impl Streams {
         Ok(Streams { dense, sparse, hidden, sequences: sequences.len(), joins_plainly })
     }
 
-    fn attend(&mut self, weights: &LayerWeights) {
-        self.dense.attend(weights);
-        self.sparse.attend(weights);
+    fn attend(&mut self, weights: &LayerWeights) -> Result<()> {
+        self.dense.attend(weights)?;
+        Ok(self.sparse.attend(weights)?)
     }
 
     /// Runs attention and returns what the layer's FFN reads and is to give. Held-out sequences come last.
-    fn lesson(&mut self, weights: &LayerWeights, drift: f64) -> Lesson {
-        self.attend(weights);
+    fn lesson(&mut self, weights: &LayerWeights, drift: f64) -> Result<Lesson> {
+        self.attend(weights)?;
         let (seq, hidden) = (self.sparse.seq(), self.hidden);
         let len = seq * hidden;
         let held_out = self.sequences.div_ceil(HELD_OUT);
@@ -282,7 +282,7 @@ impl Streams {
                 let to = &mut target[places[tap.sequence] * len..][..len];
                 down(to, weights, tap.neurons);
                 to.iter_mut().zip(tap.residual).for_each(|(y, r)| *y = drift * (*y + r));
-            });
+            })?;
         }
         let mut y = vec![0.0; len];
         self.sparse.see_ffn(weights, &mut |tap| {
@@ -299,17 +299,18 @@ impl Streams {
                 let square: f64 = row.iter().map(|&r| f64::from(r).powi(2)).sum();
                 *weight = (hidden as f64 / square.max(f64::from(f32::MIN_POSITIVE))) as f32;
             }
-        });
-        lesson
+        })?;
+        Ok(lesson)
     }
 
     /// Adds the FFNs' outputs to the streams: the dense one, and `ffn`.
-    fn join(&mut self, weights: &LayerWeights, ffn: &dyn PackedFfn) {
-        self.dense.join_ffn(weights, &mut |y, tap| down(y, weights, tap.neurons));
+    fn join(&mut self, weights: &LayerWeights, ffn: &dyn PackedFfn) -> Result<()> {
+        self.dense.join_ffn(weights, &mut |y, tap| down(y, weights, tap.neurons))?;
         let mut scratch = FfnScratch::default();
         self.sparse.join_ffn(weights, &mut |y, tap| {
             ffn.forward(FfnInference { y, x: tap.x, record: None, scratch: &mut scratch });
-        });
+        })?;
+        Ok(())
     }
 }
 
@@ -601,7 +602,7 @@ impl<'a> Learner<'a> {
         }
         let (lr, scale) = (self.config.schedule().lr_at(step), clip_scale(norm, self.config.clip));
         let update = Update { config: &self.config, lr, scale, step: step + 1 };
-        self.optimizer.step(params, &self.grads, &self.layout, &update);
+        self.optimizer.step(Some(params), &self.grads, &self.layout, &update);
         if let (Some(held), Some(counts)) = (held, self.stats.as_ref().and_then(RoutingStats::logits)) {
             held.update(held.knots()[0].active, counts);
         }

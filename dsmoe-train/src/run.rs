@@ -20,7 +20,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use dsmoe_core::checkpoint::{Dtype, copy_companions};
+use dsmoe_core::checkpoint::copy_companions;
 use dsmoe_core::shard::Shards;
 use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::overlap::TokenTexts;
@@ -43,7 +43,7 @@ use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains_on};
 use crate::files;
 use crate::metrics::{StepRecord, resident_bytes, step_line};
 use crate::optim::AdamW;
-use crate::ranks::{agree, by_first, check_alike, check_shared, own_lanes};
+use crate::ranks::{Zero, agree, by_first, check_alike, check_shared, own_lanes};
 use crate::step::{Gates, Setup, StepText, Stepper};
 use crate::teacher::{self, Lessons, TeacherId};
 use crate::teacher_cache::{RowShape, TeacherCache};
@@ -121,13 +121,13 @@ impl Trainer {
         let wished_warmup = config.warmup_steps;
         let made_for = config.made_for(model.config());
         let prepared = agree(&*comm, START, Prepared::new(&model, &data, config, &options))?;
-        let Prepared { mixture, order, lessons, pool, mut state } = prepared;
+        let Prepared { mixture, order, lessons, pool, mut state, owned } = prepared;
         check_alike(&*comm, &alike(&state, &options))?;
         let lock = by_first(&*comm, START, || prepare_directory(&options))?.flatten();
         check_shared(&*comm, &options.out)?;
 
         let mut notes = mixture_notes(&mixture);
-        notes.extend(processes_note(&*comm, &state.config));
+        notes.extend(processes_note(&*comm, &state.config, options.zero));
         if let Some(share) = made_for {
             notes.push(format!("active_target is {share}, the share of experts that the model was made for"));
         }
@@ -136,15 +136,14 @@ impl Trainer {
             false => (model, None),
         };
         let saved = optimizer.as_ref().map(|_| state.step);
-        let mut optimizer =
-            optimizer.unwrap_or_else(|| AdamW::of(&Shards::new(model.layout(), comm.size()), comm.rank()));
+        let mut optimizer = optimizer.unwrap_or(owned);
         optimizer.train_layers(state.config.train_layers.clone());
 
         let origin = made_for.map_or("", |_| "# active_target is the model's own.\n");
         let header = header(&model, &mixture, &state);
         let records = by_first(&*comm, START, || Records::open(&options, &state, saved, (origin, &header)))?;
-        let RunOptions { device, recompute, .. } = options;
-        let setup = Setup { optimizer, device, recompute, lessons, comm: comm.clone() };
+        let RunOptions { device, recompute, zero, .. } = options;
+        let setup = Setup { optimizer, device, recompute, zero, lessons, comm: comm.clone() };
         let mut stepper = agree(&*comm, START, Stepper::new(&model, &state.config, setup))?;
         if state.thresholds.is_some() {
             stepper.engine.count_logits()?;
@@ -407,11 +406,14 @@ impl Trainer {
         self.store_thresholds()?;
         let layout = self.model.layout();
         let comm = &*self.options.comm;
-        if let Some(entry) = crate::optim::last_non_finite(layout, self.model.params()) {
-            let place = entry.spec.name.clone();
-            return agree(comm, What::of("what is not finite"), Err(self.non_finite(place)));
-        }
-        if let Some(masks) = self.model.masks() {
+        let optimizer = self.stepper.engine.optimizer();
+        let wrong = match self.model.is_outline() {
+            true => optimizer.last_non_finite(layout),
+            false => crate::optim::last_non_finite(layout, self.model.params()),
+        };
+        let outcome = wrong.map_or(Ok(()), |entry| Err(self.non_finite(entry.spec.name.clone())));
+        agree(comm, What::of("what is not finite"), outcome)?;
+        if let Some(masks) = self.model.masks().filter(|_| !self.model.is_outline()) {
             let wrong = masks.first_nonzero(self.model.params(), layout);
             assert!(wrong.is_none(), "train: a weight that is not kept is not 0: {wrong:?}");
         }
@@ -419,7 +421,7 @@ impl Trainer {
         if let Some(records) = &self.records {
             records.metrics.sync()?;
         }
-        let path = checkpoint::save(&dir, &self.state, &self.model, self.stepper.engine.optimizer(), comm)?;
+        let path = checkpoint::save(&dir, &self.state, &self.model, optimizer, comm)?;
         self.saved = Some(self.state.step);
         observer.saved(self.state.step, &path);
         Ok(())
@@ -427,16 +429,20 @@ impl Trainer {
 
     /// Puts the trained model into the run directory; `config.json` comes last.
     fn write_final(&self) -> Result<()> {
-        let out = &self.options.out;
+        let (out, comm, of) = (&self.options.out, &*self.options.comm, What::of("the trained model"));
         let temporary = out.join(FINAL_TEMPORARY);
-        let write = || {
-            files::fill_dir(&temporary, |dir| {
-                self.model.save(dir, Dtype::F32)?;
-                Ok(copy_companions(&self.options.source, dir)?)
-            })?;
+        by_first(comm, of, || files::new_dir(&temporary))?;
+        let saved = checkpoint::save_model(&temporary, &self.model, self.stepper.engine.optimizer(), comm)?;
+        let written = by_first(comm, of, || {
+            saved?;
+            copy_companions(&self.options.source, &temporary)?;
             files::move_into(&temporary, out)
-        };
-        by_first(&*self.options.comm, What::of("the trained model"), write).map(drop)
+        });
+        if written.is_err() && comm.rank() == 0 {
+            // Frees the disk; the error that matters is the first one.
+            drop(files::remove_dir(&temporary));
+        }
+        written.map(drop)
     }
 
     fn non_finite(&self, place: String) -> Error {
@@ -456,13 +462,15 @@ struct Prepared {
     pool: Option<rayon::ThreadPool>,
     /// The state at the start of the run.
     state: State,
+    /// What this process owns, at the start of the run.
+    owned: AdamW,
 }
 
 impl Prepared {
     fn new(model: &Model, data: &TrainData, config: TrainConfig, options: &RunOptions) -> Result<Prepared> {
         let mut config = config.resolve_for(model.config())?;
         check_fit(model, data, &config)?;
-        own_lanes(config.lanes(), &*options.comm)?;
+        own_lanes(config.lanes(), &*options.comm, options.zero)?;
         let filter = near_duplicates(data, &mut config)?;
         let mixture = Mixture::new(&data.sources, config.split_options(), filter)?;
         let order = mixture.interleaving(config.batch, config.seed)?;
@@ -470,6 +478,12 @@ impl Prepared {
         let pool = config.threads.map(thread_pool).transpose()?;
         let Held { controller, thresholds, weight: sparsity_weight } =
             held(model, &mut config, options.device)?;
+        check_stage(model, &mixture, &config, options)?;
+        let mut owned = AdamW::of(&Shards::new(model.layout(), options.comm.size()), options.comm.rank());
+        let model_sha256 = match model.is_outline() {
+            true => checkpoint::read_owned(model, &options.source, &mut owned)?,
+            false => checkpoint::model_identity(model),
+        };
         let state = State {
             format_version: FORMAT_VERSION,
             step: 0,
@@ -478,12 +492,12 @@ impl Prepared {
             sparsity_weight,
             controller,
             thresholds,
-            model_sha256: checkpoint::model_identity(model),
+            model_sha256,
             data_sha256: checkpoint::data_identity(&data.sources)?,
             teacher,
             config,
         };
-        Ok(Prepared { mixture, order, lessons, pool, state })
+        Ok(Prepared { mixture, order, lessons, pool, state, owned })
     }
 }
 
@@ -494,7 +508,7 @@ fn alike(state: &State, options: &RunOptions) -> BTreeMap<String, String> {
     let settings = settings.filter(|(name, _)| !MAY_DIFFER.contains(&&name[..]));
     let mut values: BTreeMap<String, String> =
         settings.map(|(name, value)| (name.clone(), value.to_string())).collect();
-    let RunOptions { resume, force, stop_after, device, .. } = options;
+    let RunOptions { resume, force, stop_after, device, zero, .. } = options;
     let teacher = state.teacher.as_ref().map(|teacher| &teacher.sha256[..]);
     for (name, value) in [
         ("the version", env!("CARGO_PKG_VERSION").to_owned()),
@@ -503,6 +517,7 @@ fn alike(state: &State, options: &RunOptions) -> BTreeMap<String, String> {
         ("the starting model", state.model_sha256.clone()),
         ("the text", state.data_sha256.clone()),
         ("the teacher", teacher.unwrap_or("none").to_owned()),
+        ("zero", zero.number().to_string()),
         ("resume", resume.to_string()),
         ("force", force.to_string()),
         ("stop_after", format!("{stop_after:?}")),
@@ -513,11 +528,34 @@ fn alike(state: &State, options: &RunOptions) -> BTreeMap<String, String> {
 }
 
 /// A note of several processes and lanes.
-fn processes_note(comm: &dyn Communicator, config: &TrainConfig) -> Option<String> {
+fn processes_note(comm: &dyn Communicator, config: &TrainConfig, zero: Zero) -> Option<String> {
     let (size, lanes) = (comm.size(), config.lanes());
     let machines = comm.place().machines;
     let on = if machines > 1 { format!(" on {machines} machines") } else { String::new() };
-    (size > 1).then(|| format!("{size} processes{on} share {lanes} lanes and the optimiser's state"))
+    let parts = match zero {
+        Zero::Moments => "and the optimiser's state",
+        Zero::Gradients => "the optimiser's state and gradients",
+        Zero::Parameters => "the optimiser's state, gradients and parameters",
+    };
+    let comma = if zero == Zero::Moments { "" } else { "," };
+    (size > 1).then(|| format!("{size} processes{on} share {lanes} lanes{comma} {parts}"))
+}
+
+/// Checks that a model without its parameters is not needed whole.
+fn check_stage(model: &Model, mixture: &Mixture, config: &TrainConfig, options: &RunOptions) -> Result<()> {
+    let outline = options.zero.on(options.comm.size()) == Zero::Parameters;
+    if outline != model.is_outline() {
+        let found = if outline { "3 for a whole model" } else { "below 3 for a model without parameters" };
+        return Err(Error::field("zero", found, "Model::load_outline for 3, Model::load otherwise"));
+    }
+    if options.zero.on(options.comm.size()) != Zero::Moments && config.train_layers.is_some() {
+        return Err(Error::field("train_layers", "set with gradients in parts", "it with {zero} 1 only"));
+    }
+    if outline && mixture.parts().iter().any(|part| part.split.valid_tokens().len() > 1) {
+        let found = "above 0 where every process holds its part of the parameters alone";
+        return Err(Error::field("valid_fraction", found, "0, or {zero} 2, which evaluates held-out text"));
+    }
+    Ok(())
 }
 
 fn samples_per_step(config: &TrainConfig) -> u64 {

@@ -1,6 +1,5 @@
 //! One optimiser step: micro-batches forward and backward, clipping, AdamW.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use dsmoe_core::model::{Batch, StepArgs};
@@ -15,7 +14,7 @@ use crate::config::{Budget, TrainConfig};
 use crate::engine::{self, Engine, EngineOptions, StepResult};
 use crate::error::Result;
 use crate::optim::{AdamW, Update, clip_scale};
-use crate::ranks::own_lanes;
+use crate::ranks::{Zero, own_lanes};
 use crate::teacher::Lessons;
 
 /// Takes optimiser steps on the text of a run.
@@ -23,7 +22,7 @@ use crate::teacher::Lessons;
 pub(crate) struct Stepper {
     pub(crate) engine: Box<dyn Engine>,
     /// The lanes of this process.
-    lanes: Range<u64>,
+    lanes: Vec<u64>,
     alone: bool,
     inputs: Vec<u32>,
     targets: Vec<u32>,
@@ -57,6 +56,7 @@ pub(crate) struct Setup {
     pub(crate) optimizer: AdamW,
     pub(crate) device: Device,
     pub(crate) recompute: bool,
+    pub(crate) zero: Zero,
     pub(crate) lessons: Option<Lessons>,
     pub(crate) comm: Arc<dyn Communicator>,
 }
@@ -64,12 +64,13 @@ pub(crate) struct Setup {
 impl Stepper {
     /// Allocates the memory to train `model` under a resolved `config`.
     pub(crate) fn new(model: &Model, config: &TrainConfig, setup: Setup) -> Result<Stepper> {
-        let Setup { optimizer, device, recompute, lessons, comm } = setup;
+        let Setup { optimizer, device, recompute, zero, lessons, comm } = setup;
         let (seq, precision) = (config.seq, config.dtype);
         let tokens = config.batch * seq;
-        let lanes = own_lanes(config.lanes(), &*comm)?;
-        let own = lanes.clone().count();
-        let options = EngineOptions { tokens, seq, lanes: own, precision, device, recompute };
+        let lanes = own_lanes(config.lanes(), &*comm, zero)?;
+        let (own, accumulate) = (lanes.len(), config.accumulate);
+        let options =
+            EngineOptions { tokens, seq, lanes: own, accumulate, zero, precision, device, recompute };
         let alone = comm.size() == 1;
         let mut engine = engine::new(model, optimizer, options, comm)?;
         if let Some(lessons) = lessons {
@@ -100,7 +101,7 @@ impl Stepper {
         let mut budgets = 0.0;
         let micro_batches = config.micro_batches();
         let accumulate = config.accumulate as u64;
-        self.engine.begin(micro_batches)?;
+        self.engine.begin(step + 1, micro_batches)?;
         'lanes: for lane in self.lanes.clone() {
             for micro in lane * accumulate..(lane + 1) * accumulate {
                 if self.alone && stop() {

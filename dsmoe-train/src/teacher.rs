@@ -105,8 +105,11 @@ pub(crate) fn load(dir: &Path, weight: f64, student: &Config, seq: usize) -> Res
     Ok((teacher, id))
 }
 
-/// Computes the hash of [`TeacherId`] for the model in `dir`.
-pub(crate) fn identity_of(dir: &Path) -> Result<String> {
+/// Computes a hash of names, types, shapes and the first values of all tensors of the model in `dir`.
+///
+/// # Errors
+/// The model cannot be read.
+pub fn identity_of(dir: &Path) -> Result<String> {
     identity(dir, &Config::load(dir)?)
 }
 

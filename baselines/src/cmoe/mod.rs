@@ -102,13 +102,13 @@ impl Configured for Cmoe {
         let (config, checkpoint) = open_dense(job.model)?;
         let (spec, plan) = self.choose(&config, job.budget)?;
         check_router_text(job.calibration)?;
-        let mut stream = LayerStream::open(job.model, job.calibration)?;
+        let mut stream = LayerStream::open_on(job.comm, job.model, job.calibration)?;
         let mut layers = Vec::with_capacity(config.num_layers);
         for i in 0..config.num_layers {
             progress(Progress { stage: "experts", done: i as u64, total: config.num_layers as u64 });
             let weights = stream.layer(i)?;
-            stream.attend(&weights);
-            let markers = markers(&mut stream, &weights, self.0.active);
+            stream.attend(&weights)?;
+            let markers = markers(&mut stream, &weights, self.0.active)?;
             let Experts { order, representatives } =
                 cluster::experts(&markers, spec.router.num_experts, spec.router.num_residual);
             let [.., gate, up, _] = &weights.linears;
@@ -117,7 +117,7 @@ impl Configured for Cmoe {
                 clusters::normalized(representatives.iter().flat_map(row).copied().collect(), linear.inputs)
             };
             let layer = LayerExperts { gate: vec![rows(gate), rows(up)], order };
-            join(&mut stream, &weights, &spec, &layer);
+            join(&mut stream, &weights, &spec, &layer)?;
             layers.push(layer);
         }
         write(job, &config, &checkpoint, spec, &layers, progress)?;
@@ -126,7 +126,7 @@ impl Configured for Cmoe {
 }
 
 /// Marks the active neurons of all calibration tokens.
-fn markers(stream: &mut LayerStream, weights: &LayerWeights, active: usize) -> Markers {
+fn markers(stream: &mut LayerStream, weights: &LayerWeights, active: usize) -> Result<Markers> {
     let [.., gate, up, _] = &weights.linears;
     let (hidden, width) = (gate.inputs, gate.outputs);
     let [gate_rows, up_rows] = [gate, up].map(|linear| clusters::normalized(linear.weight.to_vec(), hidden));
@@ -142,12 +142,17 @@ fn markers(stream: &mut LayerStream, weights: &LayerWeights, active: usize) -> M
         linear::Forward { y: &mut b, x: &x, w: &up_rows, bias: up.bias.as_deref(), dims }.run();
         swiglu::Forward { c: &mut c, a: &a, b: &b, activation }.run();
         c.chunks_exact(width).for_each(|values| markers.push(values));
-    });
-    markers
+    })?;
+    Ok(markers)
 }
 
 /// Completes the layer with its experts.
-fn join(stream: &mut LayerStream, weights: &LayerWeights, spec: &TopkSpec, layer: &LayerExperts) {
+fn join(
+    stream: &mut LayerStream,
+    weights: &LayerWeights,
+    spec: &TopkSpec,
+    layer: &LayerExperts,
+) -> Result<()> {
     let down = &weights.linears[6];
     let (hidden, width) = (down.outputs, down.inputs);
     let of_one = width / spec.all_experts();
@@ -170,5 +175,6 @@ fn join(stream: &mut LayerStream, weights: &LayerWeights, spec: &TopkSpec, layer
         }
         let dims = linear::Dims { rows, inputs: width, outputs: hidden, precision: Precision::F32 };
         linear::Forward { y, x: &values, w: &down.weight, bias: down.bias.as_deref(), dims }.run();
-    });
+    })?;
+    Ok(())
 }

@@ -6,6 +6,7 @@ use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::model::Batch;
 use dsmoe_core::{Config, Inference, Model};
 use dsmoe_kernels::Precision;
+use dsmoe_kernels::comm::alone;
 use dsmoe_kernels::testing::{assert_close, f64s};
 
 use crate::error::Result;
@@ -37,7 +38,7 @@ fn tiny(dir: &Path) -> PathBuf {
 
 fn make(name: &str, model: &Path, out: &Path, seed: u64) -> Result<Made> {
     let (budget, calibration) = (Budget::Share(0.6), &[][..]);
-    let job = Job { model, out, force: false, budget, calibration, seed };
+    let job = Job { model, out, force: false, budget, calibration, seed, comm: alone() };
     configured(name, &[])?.run(&job, &mut |_| {})
 }
 
@@ -120,7 +121,7 @@ fn a_start_from_text_opens_the_budget() {
     let made = |name: &str, set: &[&str], calibration: &[Vec<u32>]| {
         let out = dir.path().join(name);
         let budget = Budget::Share(0.7);
-        let job = Job { model: &model, out: &out, force: true, budget, calibration, seed: 2 };
+        let job = Job { model: &model, out: &out, force: true, budget, calibration, seed: 2, comm: alone() };
         let made = configured("dsmoe-paper", set)?.run(&job, &mut |_| {})?;
         Ok((out, made))
     };

@@ -17,8 +17,7 @@ use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::calibrate::check_text;
 use dsmoe_core::checkpoint::{
-    DEFAULT_SHARD_BYTES, Dtype, OutputDir, TensorInfo, check_llama_tensors, copy_companions, model_writer,
-    open_model, tensor_names,
+    Dtype, OutputDir, TensorInfo, check_llama_tensors, copy_companions, open_model, tensor_names,
 };
 use dsmoe_core::masks::{MASKS_FILE, Masks};
 use serde::{Deserialize, Serialize};
@@ -160,7 +159,7 @@ impl Configured for Depth {
         let choose = score::Choose { choice: self.0.choice, count, layers: config.num_layers };
         let (removed, measured) = match self.0.score {
             Score::Kl => choose.by_kl(job.model, text, progress)?,
-            Score::Angle => choose.by_angle(job.model, text, progress)?,
+            Score::Angle => choose.by_angle(job, text, progress)?,
         };
         let kept: Vec<usize> = (0..config.num_layers).filter(|i| !removed.contains(i)).collect();
         let (pruned, plan) = self.planned(&config, &kept)?;
@@ -181,7 +180,7 @@ fn write(
 ) -> Result<()> {
     let checkpoint = open_model(job.model, config)?;
     let stored = check_llama_tensors(config, &checkpoint)?;
-    let output = OutputDir::create_from(job.model, job.out, job.force)?;
+    let output = OutputDir::create_on(job.comm, job.model, job.out, job.force)?;
     let pairs: Vec<(TensorInfo, String)> = tensor_names(pruned)
         .map(|(name, shape)| {
             let source = source_name(&name, kept);
@@ -192,15 +191,16 @@ fn write(
         })
         .collect();
     let infos = pairs.iter().map(|(info, _)| info.clone()).collect();
-    let mut writer = model_writer(pruned, output.path(), infos, DEFAULT_SHARD_BYTES)?;
+    let mut writer = output.model_writer(pruned, infos)?;
     for (done, (info, source)) in (0..).zip(&pairs) {
         progress(Progress { stage: "writing", done, total: pairs.len() as u64 });
         writer.write(&info.name, &checkpoint.bytes(source)?)?;
     }
     writer.finish()?;
-    copy_companions(job.model, output.path())?;
-    pruned.save(output.path())?;
-    output.commit()?;
+    output.commit_with(|dir| {
+        copy_companions(job.model, dir)?;
+        pruned.save(dir)
+    })?;
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use dsmoe_core::model::Model;
 use super::Choice;
 use crate::divergence::Divergence;
 use crate::error::{Error, Result};
-use crate::method::Progress;
+use crate::method::{Job, Progress};
 
 /// A choice of layers to remove.
 #[derive(Clone, Copy, Debug)]
@@ -47,20 +47,20 @@ impl Choose {
     /// Chooses by the angle between the residual stream before and after layers on `text`.
     pub(super) fn by_angle(
         self,
-        dir: &Path,
+        job: &Job<'_>,
         text: &[Vec<u32>],
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Chosen> {
         if self.removed() == 0 {
             return Ok((Vec::new(), Vec::new()));
         }
-        let mut stream = LayerStream::open(dir, text)?;
+        let mut stream = LayerStream::open_on(job.comm, job.model, text)?;
         let hidden = stream.config().hidden;
         let mut states = vec![stream.states().to_vec()];
         for i in 0..self.layers {
             progress(Progress { stage: "states", done: i as u64, total: self.layers as u64 });
             let weights = stream.layer(i)?;
-            stream.advance(&weights);
+            stream.advance(&weights)?;
             states.push(stream.states().to_vec());
         }
         let mut score = |layers: &[usize]| {

@@ -7,8 +7,8 @@ use std::path::Path;
 use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::{CONFIG_FILE, MoeConfig, PartitionKind};
-use dsmoe_core::convert::start::{Start, default_width, planned, start};
-use dsmoe_core::convert::{Calibration, ConvertOptions, PartitionSpec, RouterStart, convert};
+use dsmoe_core::convert::start::{Start, default_width, planned, start_on};
+use dsmoe_core::convert::{Calibration, ConvertOptions, PartitionSpec, RouterStart, convert_on};
 use dsmoe_core::partition::check_divisible;
 use dsmoe_router::{GateValue, RouterConfig, RouterInit};
 
@@ -224,7 +224,7 @@ impl Dsmoe {
             force: job.force,
             ..self.start(config, experts / counts.num_experts as f64)
         };
-        let done = start(job.model, job.out, &options, &mut |at| {
+        let done = start_on(job.comm, job.model, job.out, &options, &mut |at| {
             progress(Progress { stage: at.stage, done: at.done, total: at.total });
         })?;
         let errors = done.errors.iter().enumerate();
@@ -292,7 +292,7 @@ impl Configured for Dsmoe {
         let (router, active_target) = (self.router(self.num_experts(&config)), plan.active_target);
         let &Job { seed, force, .. } = job;
         let options = ConvertOptions { router, partition, routers, active_target, seed, force };
-        convert(job.model, job.out, &options, &mut |at| {
+        convert_on(job.comm, job.model, job.out, &options, &mut |at| {
             progress(Progress { stage: at.stage, done: at.done, total: at.total });
         })?;
         Ok(Made { plan, measured: Vec::new() })

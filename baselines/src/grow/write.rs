@@ -3,10 +3,7 @@
 use std::path::Path;
 
 use dsmoe_core::calibrate::{LayerStream, LayerWeights};
-use dsmoe_core::checkpoint::{
-    DEFAULT_SHARD_BYTES, Dtype, OutputDir, TensorInfo, copy_companions, model_writer, norm_names,
-    tensor_names,
-};
+use dsmoe_core::checkpoint::{Dtype, OutputDir, TensorInfo, copy_companions, norm_names, tensor_names};
 use dsmoe_kernels::rng::Rng;
 
 use super::predict::Predicted;
@@ -55,7 +52,7 @@ impl<'a> Output<'a> {
                 TensorInfo { name: stored(name), dtype, shape: shape.clone() }
             })
             .collect();
-        let mut writer = model_writer(&plan.grown, self.dir.path(), infos.clone(), DEFAULT_SHARD_BYTES)?;
+        let mut writer = self.dir.model_writer(&plan.grown, infos.clone())?;
         let mut child: Option<Child<'_>> = None;
         for (done, ((name, _), info)) in names.iter().zip(&infos).enumerate() {
             progress(Progress { stage: "writing", done: done as u64, total: names.len() as u64 });

@@ -245,7 +245,7 @@ impl Configured for Pruner {
         }
         let checkpoint = open_model(job.model, &config)?;
         let names = check_llama_tensors(&config, &checkpoint)?;
-        let output = OutputDir::create_from(job.model, job.out, job.force)?;
+        let output = OutputDir::create_on(job.comm, job.model, job.out, job.force)?;
 
         let (groups, places): (Vec<Groups>, Vec<usize>) = sets.into_iter().unzip();
         let mut measured = Vec::new();

@@ -4,8 +4,7 @@ use std::path::Path;
 
 use dsmoe_core::Config;
 use dsmoe_core::checkpoint::{
-    Checkpoint, DEFAULT_SHARD_BYTES, LlamaTensors, OutputDir, TensorInfo, TensorView, copy_companions,
-    model_writer, tensor_names,
+    Checkpoint, LlamaTensors, OutputDir, TensorInfo, TensorView, copy_companions, tensor_names,
 };
 use rayon::prelude::*;
 
@@ -41,7 +40,7 @@ pub(crate) fn rewrite(
     };
     let infos: Vec<TensorInfo> = tensor_names(pruned).map(info).collect();
     let total = infos.len() as u64;
-    let mut writer = model_writer(pruned, output.path(), infos, DEFAULT_SHARD_BYTES)?;
+    let mut writer = output.model_writer(pruned, infos)?;
     for (done, (name, _)) in (1..).zip(tensor_names(pruned)) {
         let stored = names.stored_name(&name);
         let view = checkpoint.tensor(stored).expect("a checked checkpoint");
@@ -50,9 +49,11 @@ pub(crate) fn rewrite(
         progress(done, total);
     }
     writer.finish()?;
-    copy_companions(dir, output.path())?;
-    pruned.save(output.path())?;
-    Ok(output.commit()?)
+    output.commit_with(|out| {
+        copy_companions(dir, out)?;
+        pruned.save(out)
+    })?;
+    Ok(())
 }
 
 /// Passes the rest of a tensor after `cut` to `sink`, in order.

@@ -13,6 +13,7 @@ use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights};
 use dsmoe_core::partition::clusters;
 use rayon::prelude::*;
 
+use crate::error::Result;
 use crate::experts::graph;
 
 /// One of this many neurons is active for a token.
@@ -86,7 +87,7 @@ pub(super) fn split(
     num_experts: usize,
     every: usize,
     seed: u64,
-) -> Experts {
+) -> Result<Experts> {
     let (hidden, seq) = (stream.config().hidden, stream.seq());
     let width = rows.len() / hidden;
     let mut active = Active::default();
@@ -96,18 +97,18 @@ pub(super) fn split(
             let chosen = tokens.filter(|(t, _)| (tap.sequence * seq + t).is_multiple_of(every));
             chosen.for_each(|(_, values)| active.push(values));
         }
-    });
+    })?;
     let counts = active.counts(width);
     let total: u64 = counts.iter().map(|&count| u64::from(count)).sum();
     let cut = graph::cut(&counts, num_experts, seed);
     let mut order: Vec<u32> = (0..width as u32).collect();
     order.sort_by_key(|&neuron| cut.labels[neuron as usize]);
     let sizes = vec![width / num_experts; num_experts];
-    Experts {
+    Ok(Experts {
         centers: clusters::means(&clusters::normalized(rows.to_vec(), hidden), hidden, &cut.labels, &sizes),
         order,
         within: 2.0 * cut.inside as f64 / total.max(1) as f64,
-    }
+    })
 }
 
 #[cfg(test)]

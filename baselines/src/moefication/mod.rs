@@ -152,7 +152,7 @@ impl Configured for MoEfication {
         plan.settings.push(("router inputs".to_owned(), inputs.min(MOST_INPUTS).to_string()));
 
         let every = inputs.div_ceil(MOST_INPUTS);
-        let mut stream = LayerStream::open(job.model, job.calibration)?;
+        let mut stream = LayerStream::open_on(job.comm, job.model, job.calibration)?;
         let (mut layers, mut measured) = (Vec::with_capacity(config.num_layers), Vec::new());
         for i in 0..config.num_layers {
             progress(Progress { stage: "routers", done: i as u64, total: config.num_layers as u64 });
@@ -163,18 +163,18 @@ impl Configured for MoEfication {
                 Split::Clustering => clusters::neurons(rows.weight.to_vec(), config.hidden, n, job.seed),
                 Split::CoActivation => {
                     let rows = &rows.weight;
-                    let experts = coactivation::split(&mut stream, &weights, rows, n, every, job.seed);
+                    let experts = coactivation::split(&mut stream, &weights, rows, n, every, job.seed)?;
                     measured
                         .push((format!("layer {i}: share of co-activations within experts"), experts.within));
                     (experts.order, experts.centers)
                 }
             };
-            let examples = examples(&mut stream, &weights, &order, (settings.score, n), every);
+            let examples = examples(&mut stream, &weights, &order, (settings.score, n), every)?;
             let training = Training { top_k: spec.router.top_k, epochs: settings.epochs, seed: job.seed };
             let (gate, captured) = router::train(&spec.gate(config.hidden), &examples, centers, training);
             measured.push((format!("layer {i}: share of scores captured"), captured));
             layers.push(LayerExperts { order, gate });
-            stream.advance(&weights);
+            stream.advance(&weights)?;
         }
         write(job, &config, &checkpoint, spec, &layers, progress)?;
         Ok(Made { plan, measured })
@@ -188,7 +188,7 @@ fn examples(
     order: &[u32],
     (score, num_experts): (Score, usize),
     every: usize,
-) -> Examples {
+) -> Result<Examples> {
     let (hidden, intermediate) = (stream.config().hidden, order.len());
     let seq = stream.seq();
     let mut examples = Examples { inputs: Vec::new(), scores: Vec::new() };
@@ -206,8 +206,8 @@ fn examples(
             }),
             Input::Attention | Input::Heads => {}
         }
-    });
-    examples
+    })?;
+    Ok(examples)
 }
 
 #[cfg(test)]

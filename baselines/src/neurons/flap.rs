@@ -196,7 +196,7 @@ impl Configured for Flap {
         let (total, widths) = self.sizes(&config, job.budget)?;
         check_text(job.calibration, 1, "variances")?;
         check_masks(job)?;
-        let mut stream = LayerStream::open(job.model, job.calibration)?;
+        let mut stream = LayerStream::open_on(job.comm, job.model, job.calibration)?;
         let layers = config.num_layers;
         let (mut scores, mut means) = (Vec::with_capacity(layers), Vec::with_capacity(layers));
         for i in 0..layers {
@@ -209,7 +209,7 @@ impl Configured for Flap {
                     moments.add(if self.0.first { tap.x } else { &tap.x[down.inputs..] });
                 }
             };
-            stream.advance_seen(&weights, &mut see);
+            stream.advance_seen(&weights, &mut see)?;
             let of_layer = moments.scores(self.0.metric, down);
             if !of_layer.iter().all(|score| score.is_finite()) {
                 let help = "check the model with eval";

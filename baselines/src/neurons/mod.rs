@@ -9,9 +9,7 @@ mod tests;
 use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::calibrate::{LayerStream, LayerWeights, Linear};
-use dsmoe_core::checkpoint::{
-    DEFAULT_SHARD_BYTES, Dtype, OutputDir, TensorInfo, Writer, copy_companions, model_writer, tensor_names,
-};
+use dsmoe_core::checkpoint::{Dtype, OutputDir, TensorInfo, Writer, copy_companions, tensor_names};
 use dsmoe_core::config::LayerShape;
 use dsmoe_core::masks::{MASKS_FILE, Masks};
 use dsmoe_kernels::buf::Buf;
@@ -167,7 +165,7 @@ pub(crate) struct Output<'a> {
 impl<'a> Output<'a> {
     /// Starts the model of `pruned`, made of the model of `stream`.
     pub(crate) fn create(job: &'a Job<'a>, stream: &LayerStream, pruned: &'a Config) -> Result<Output<'a>> {
-        let dir = OutputDir::create_from(job.model, job.out, job.force)?;
+        let dir = OutputDir::create_on(job.comm, job.model, job.out, job.force)?;
         let info = |(name, shape): (String, Vec<usize>)| {
             let name = stream.tensors().stored_name(&name).to_owned();
             // A new bias has the type of the weights that it belongs to.
@@ -176,7 +174,7 @@ impl<'a> Output<'a> {
             TensorInfo { dtype: view.map_or(Dtype::F32, |view| view.dtype), name, shape }
         };
         let infos: Vec<TensorInfo> = tensor_names(pruned).map(info).collect();
-        let writer = model_writer(pruned, dir.path(), infos.clone(), DEFAULT_SHARD_BYTES)?;
+        let writer = dir.model_writer(pruned, infos.clone())?;
         Ok(Output { job, pruned, dir, writer, names: infos.into_iter().peekable() })
     }
 
@@ -219,9 +217,11 @@ impl<'a> Output<'a> {
             self.writer.write(&info.name, &stream.checkpoint().bytes(&info.name)?)?;
         }
         self.writer.finish()?;
-        copy_companions(self.job.model, self.dir.path())?;
-        self.pruned.save(self.dir.path())?;
-        Ok(self.dir.commit()?)
+        self.dir.commit_with(|dir| {
+            copy_companions(self.job.model, dir)?;
+            self.pruned.save(dir)
+        })?;
+        Ok(())
     }
 }
 

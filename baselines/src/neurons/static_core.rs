@@ -166,7 +166,7 @@ impl StaticCore {
     fn see(&self, stream: &mut LayerStream, weights: &LayerWeights) -> Result<Seen> {
         let down = &weights.linears[6];
         let mut sums = vec![Sums::default(); down.inputs];
-        let (mut moments, mut tokens) = (Moments::new(down.inputs), 0);
+        let (mut moments, mut tokens) = (Moments::new(down.inputs).on(stream.comm()), 0);
         stream.see_ffn(weights, &mut |tap| {
             let seq = tap.neurons.len() / sums.len();
             tokens += seq - 1;
@@ -174,7 +174,8 @@ impl StaticCore {
             if self.0.compensate {
                 moments.add(tap.neurons, &self.factors(tap.residual, seq));
             }
-        });
+        })?;
+        moments.complete()?;
         let (norms, tokens) = (column_norms(down), tokens as f64);
         let first: Vec<f64> = sums.iter().zip(&norms).map(|(of, norm)| of.first * norm).collect();
         let scored = sums.iter().zip(&norms);
@@ -247,13 +248,13 @@ impl StaticCore {
         let seq = job.calibration[0].len();
         let some = |tokens: usize| &job.calibration[..(tokens / seq).clamp(1, job.calibration.len())];
         let precision = Checkpoint::open(job.model)?.precision();
-        let mut copies = Alone::open(job.model, job.calibration, self.0.tokens, precision)?;
-        let mut stream = LayerStream::open(job.model, some(MOST_TOKENS))?;
+        let mut copies = Alone::open_on(job.comm, job.model, job.calibration, self.0.tokens, precision)?;
+        let mut stream = LayerStream::open_on(job.comm, job.model, some(MOST_TOKENS))?;
         let mut counts: Vec<Vec<usize>> = Vec::with_capacity(layers);
         for (i, &size) in sizes.iter().enumerate() {
             at(progress, "widths of layers", i, layers);
             let weights = stream.layer(i)?;
-            stream.attend(&weights);
+            stream.attend(&weights)?;
             let seen = self.see(&mut stream, &weights)?;
             let mut of_layer: Vec<usize> = SHARES
                 .iter()
@@ -263,10 +264,10 @@ impl StaticCore {
             of_layer.dedup();
             let pruned = |&count: &usize| self.silenced(&seen, &weights, count, precision);
             let mut pruned = of_layer.iter().map(pruned).collect::<Result<Vec<_>>>()?;
-            copies.layer(&weights, &mut pruned);
+            copies.layer(&weights, &mut pruned)?;
             counts.push(of_layer);
             let dense = Down::of(Precision::F32, &weights);
-            stream.join_ffn(&weights, &mut |y, tap| dense.forward(y, tap.neurons));
+            stream.join_ffn(&weights, &mut |y, tap| dense.forward(y, tap.neurons))?;
         }
         let mut costs = copies.divergences()?.into_iter();
         let mut of_layers = Vec::with_capacity(layers);
@@ -336,18 +337,18 @@ impl Configured for StaticCore {
             Widths::Divergence => self.by_divergence(job, &config, total, &mut measured, progress)?,
         };
         let pruned = with_widths(&config, &widths, self.has_bias());
-        let mut stream = LayerStream::open(job.model, job.calibration)?;
+        let mut stream = LayerStream::open_on(job.comm, job.model, job.calibration)?;
         let mut output = Output::create(job, &stream, &pruned)?;
         for (i, &width) in widths.iter().enumerate() {
             at(progress, "pruning layers", i, config.num_layers);
             let weights = stream.layer(i)?;
-            stream.attend(&weights);
+            stream.attend(&weights)?;
             let seen = self.see(&mut stream, &weights)?;
             let mut weights = self.prune(&seen, &weights, width)?;
             output.round(&mut weights)?;
             output.layer(&stream, &weights)?;
             let down = Down::of(Precision::F32, &weights);
-            stream.join_ffn(&weights, &mut |y, tap| down.forward(y, tap.neurons));
+            stream.join_ffn(&weights, &mut |y, tap| down.forward(y, tap.neurons))?;
             measured.push((format!("layer {i} neurons"), width as f64));
         }
         output.finish(&stream)?;

@@ -5,7 +5,10 @@
 //! H^-1 = R^T R                                        of the damped H; R upper triangular
 //! ```
 
+use std::sync::Arc;
+
 use dsmoe_core::gram::Gram;
+use dsmoe_kernels::comm::Communicator;
 
 use crate::error::{Error, Result};
 use crate::linalg::inverse_factor;
@@ -44,6 +47,20 @@ impl Hessian {
     /// Creates the Hessian of a layer of `inputs` columns, before any sequence.
     pub fn new(inputs: usize) -> Hessian {
         Hessian { sums: Gram::new(inputs), sequences: 0 }
+    }
+
+    /// Divides the sums among the processes of `comm`, which add the same sequences and then call [`Hessian::complete`].
+    #[must_use]
+    pub fn on(self, comm: &Arc<dyn Communicator>) -> Hessian {
+        Hessian { sums: self.sums.on(comm), ..self }
+    }
+
+    /// Gives all processes all sums.
+    ///
+    /// # Errors
+    /// Another process fails.
+    pub fn complete(&mut self) -> Result<()> {
+        Ok(self.sums.complete()?)
     }
 
     /// Adds a sequence `x` `[seq, inputs]`.

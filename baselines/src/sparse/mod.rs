@@ -9,9 +9,7 @@ mod sparsegpt;
 mod sweep;
 
 use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights, Linear};
-use dsmoe_core::checkpoint::{
-    DEFAULT_SHARD_BYTES, Dtype, OutputDir, TensorInfo, copy_companions, model_writer, tensor_names,
-};
+use dsmoe_core::checkpoint::{Dtype, OutputDir, TensorInfo, copy_companions, tensor_names};
 use dsmoe_core::masks::{MASKS_FILE, Mask, Masks};
 
 pub use self::hessian::{Factored, Hessian};
@@ -77,9 +75,9 @@ fn run(
         let help = "use the dense model it was made from";
         return Err(dsmoe_core::Error::path(&masks_file, "the model is pruned already", help).into());
     }
-    let mut stream = LayerStream::open(job.model, calibration)?;
+    let mut stream = LayerStream::open_on(job.comm, job.model, calibration)?;
     let config = stream.config().clone();
-    let output = OutputDir::create_from(job.model, job.out, job.force)?;
+    let output = OutputDir::create_on(job.comm, job.model, job.out, job.force)?;
     let names: Vec<String> =
         tensor_names(&config).map(|(name, _)| stream.tensors().stored_name(&name).to_owned()).collect();
     let infos = tensor_names(&config).zip(&names).map(|((_, shape), name)| TensorInfo {
@@ -87,7 +85,7 @@ fn run(
         dtype: dtype(&stream, name),
         shape,
     });
-    let mut writer = model_writer(&config, output.path(), infos.collect(), DEFAULT_SHARD_BYTES)?;
+    let mut writer = output.model_writer(&config, infos.collect())?;
     let (mut masks, mut measured) = (Masks::new(), Vec::new());
     let mut names = names.iter().peekable();
     for i in 0..config.num_layers {
@@ -107,17 +105,18 @@ fn run(
             }
         }
         if i + 1 < config.num_layers {
-            stream.advance(&weights);
+            stream.advance(&weights)?;
         }
     }
     for name in names {
         writer.write(name, &stream.checkpoint().bytes(name)?)?;
     }
     writer.finish()?;
-    masks.save(output.path())?;
-    copy_companions(job.model, output.path())?;
-    config.save(output.path())?;
-    output.commit()?;
+    output.commit_with(|dir| {
+        masks.save(dir)?;
+        copy_companions(job.model, dir)?;
+        config.save(dir)
+    })?;
     let done = config.num_layers as u64;
     progress(Progress { stage: "pruning layers", done, total: done });
     Ok(Made { plan: Plan { activated: plan.total - masks.pruned() as f64, ..plan }, measured })

@@ -67,7 +67,7 @@ impl ScorePruning {
                 if let Some(at) = Input::ALL.iter().position(|&input| input == tap.input) {
                     add_squares(&mut squares[at], tap.x);
                 }
-            });
+            })?;
         }
         for (input, squares) in Input::ALL.into_iter().zip(squares) {
             let norms: Vec<f32> = squares.iter().map(|square| square.sqrt() as f32).collect();

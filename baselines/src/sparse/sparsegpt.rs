@@ -83,13 +83,15 @@ fn prune(layer: &mut Layer<'_>, settings: &SparseGptSettings, sparsity: &Sparsit
     let passes = if settings.true_sequential { Input::ALL.chunks(1) } else { Input::ALL.chunks(4) };
     let mut loss = 0.0;
     for inputs in passes {
-        let mut hessians: Vec<_> = inputs.iter().map(|&input| Hessian::new(layer.width(input))).collect();
+        let mut hessians: Vec<_> =
+            inputs.iter().map(|&input| Hessian::new(layer.width(input)).on(layer.stream.comm())).collect();
         layer.stream.forward(&layer.weights, &mut |tap| {
             if let Some(at) = inputs.iter().position(|&input| input == tap.input) {
                 hessians[at].add(tap.x);
             }
-        });
-        for (&input, hessian) in inputs.iter().zip(hessians) {
+        })?;
+        for (&input, mut hessian) in inputs.iter().zip(hessians) {
+            hessian.complete()?;
             let place = format!("layer {} {}", layer.weights.layer, readers(input));
             let factored = hessian.factorise(settings.damp, &place)?;
             drop(hessian);

@@ -7,8 +7,7 @@ use std::sync::Arc;
 use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{
-    Checkpoint, Dtype, OutputDir, TensorInfo, TensorSource, Writer, check_llama_tensors, copy_companions,
-    open_model,
+    Checkpoint, Dtype, OutputDir, TensorInfo, TensorSource, check_llama_tensors, copy_companions, open_model,
 };
 use dsmoe_core::config::CONFIG_FILE;
 use dsmoe_core::convert::{ffn_change, source_infos};
@@ -130,7 +129,7 @@ pub(crate) fn write(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
     let config = with_spec(config, spec);
-    let output = OutputDir::create_from(job.model, job.out, job.force)?;
+    let output = OutputDir::create_on(job.comm, job.model, job.out, job.force)?;
     let copied = source_infos(checkpoint);
     let gate = spec.gate(config.hidden).tensors();
     let name = |layer: usize, name: &str| format!("model.layers.{layer}.mlp.{name}");
@@ -142,7 +141,7 @@ pub(crate) fn write(
     });
     let infos: Vec<TensorInfo> = copied.iter().cloned().chain(gates).collect();
     let total = infos.len() as u64;
-    let mut writer = Writer::create(output.path(), infos)?;
+    let mut writer = output.writer(infos)?;
     let mut source = TensorSource::new(checkpoint);
     for (done, info) in (0..).zip(&copied) {
         progress(Progress { stage: "writing", done, total });
@@ -160,10 +159,11 @@ pub(crate) fn write(
         order.chunks_exact(order.len() / spec.all_experts()).map(<[u32]>::to_vec).collect()
     };
     let experts = json!({"layers": layers.iter().map(experts).collect::<Vec<_>>()});
-    let path = output.path().join(EXPERTS_FILE);
-    write_synced(&path, format!("{experts}\n").as_bytes()).map_err(dsmoe_core::Error::io(&path))?;
-    copy_companions(job.model, output.path())?;
-    config.save(output.path())?;
-    output.commit()?;
+    output.commit_with(|dir| {
+        let path = dir.join(EXPERTS_FILE);
+        write_synced(&path, format!("{experts}\n").as_bytes()).map_err(dsmoe_core::Error::io(&path))?;
+        copy_companions(job.model, dir)?;
+        config.save(dir)
+    })?;
     Ok(())
 }

@@ -9,6 +9,7 @@ use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::model::{Batch, Cache, Inference, Workspace};
 use dsmoe_core::{Config, Model};
 use dsmoe_kernels::Precision;
+use dsmoe_kernels::comm::alone;
 use dsmoe_kernels::rng::Rng;
 use serde_json::Value;
 
@@ -43,7 +44,8 @@ impl<'a> Run<'a> {
 
     pub(crate) fn watched(&self, model: &Path, out: &Path, watch: &mut dyn FnMut(Progress)) -> Result<Made> {
         let Run { budget, calibration, seed, force, .. } = *self;
-        configured(self.method, self.set)?.run(&Job { model, out, force, budget, calibration, seed }, watch)
+        configured(self.method, self.set)?
+            .run(&Job { model, out, force, budget, calibration, seed, comm: alone() }, watch)
     }
 
     /// Fails in one line that has all `parts`, and makes no directory `out`.

@@ -41,17 +41,19 @@ fn neurons(dir: &std::path::Path, layer: usize, text: &[Vec<u32>]) -> (Vec<f64>,
     let mut stream = LayerStream::open(dir, text).unwrap();
     for i in 0..layer {
         let weights = stream.layer(i).unwrap();
-        stream.advance(&weights);
+        stream.advance(&weights).unwrap();
     }
     let weights = stream.layer(layer).unwrap();
     let (mut h, mut norms) = (Vec::new(), Vec::new());
-    stream.forward(&weights, &mut |tap| {
-        if tap.input == Input::Neurons {
-            h.extend(f64s(tap.x));
-            let rows = tap.residual.chunks(SIZES[0].1);
-            norms.extend(rows.map(|row| f64s(row).iter().map(|x| x * x).sum::<f64>().sqrt()));
-        }
-    });
+    stream
+        .forward(&weights, &mut |tap| {
+            if tap.input == Input::Neurons {
+                h.extend(f64s(tap.x));
+                let rows = tap.residual.chunks(SIZES[0].1);
+                norms.extend(rows.map(|row| f64s(row).iter().map(|x| x * x).sum::<f64>().sqrt()));
+            }
+        })
+        .unwrap();
     (h, norms)
 }
 

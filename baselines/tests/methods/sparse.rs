@@ -260,11 +260,13 @@ fn masks_and_errors_of_a_real_layer_are_pytorchs() {
     let mut stream = LayerStream::open(&model, &sequences).unwrap();
     let dense = stream.layer(0).unwrap();
     let mut inputs: BTreeMap<String, Vec<f32>> = BTreeMap::new();
-    stream.forward(&dense, &mut |tap| {
-        for linear in dense.linears.iter().filter(|linear| linear.input == tap.input) {
-            inputs.entry(linear.name.clone()).or_default().extend_from_slice(tap.x);
-        }
-    });
+    stream
+        .forward(&dense, &mut |tap| {
+            for linear in dense.linears.iter().filter(|linear| linear.input == tap.input) {
+                inputs.entry(linear.name.clone()).or_default().extend_from_slice(tap.x);
+            }
+        })
+        .unwrap();
     let work = tempfile::tempdir().unwrap();
     let mut losses = BTreeMap::new();
     for (case, name, set) in [

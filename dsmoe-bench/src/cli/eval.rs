@@ -12,6 +12,7 @@ use dsmoe_kernels::Precision;
 
 use super::data::DataArgs;
 use super::gates::GateArgs;
+use super::processes::ProcessArgs;
 use super::values::{at_least_one, quantity, words};
 
 const EVAL_EXAMPLES: &str = "\
@@ -117,6 +118,8 @@ pub(crate) struct Eval {
     /// run can be continued
     #[arg(long, value_name = "DIR", conflicts_with = "data", help_heading = BENCHMARKS)]
     pub(crate) out: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) processes: ProcessArgs,
 }
 
 /// The names of all profiles.

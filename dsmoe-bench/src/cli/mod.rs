@@ -102,6 +102,9 @@ impl Command {
     pub(crate) fn processes(&self) -> Option<&ProcessArgs> {
         match self {
             Command::Train(args) => Some(&args.processes),
+            Command::Eval(args) => Some(&args.processes),
+            Command::Prune(args) => Some(&args.processes),
+            Command::Convert(args) => Some(&args.processes),
             _ => None,
         }
     }

@@ -11,6 +11,7 @@ use dsmoe_core::export::ExportAs;
 use dsmoe_core::gguf::GgufType;
 use dsmoe_router::{GateValue, Rescale, ZeroActive};
 
+use super::processes::ProcessArgs;
 use super::prune::CalibrationArgs;
 use super::values::{quantity, separator, words};
 
@@ -98,6 +99,8 @@ pub(crate) struct Convert {
     /// Replace the output directory if it exists
     #[arg(long)]
     pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) processes: ProcessArgs,
 }
 
 impl Convert {

@@ -6,6 +6,7 @@ use clap::Args;
 use dsmoe_baselines::Budget;
 use dsmoe_datasets::Bos;
 
+use super::processes::ProcessArgs;
 use super::values::{separator, words};
 
 /// Calibration text and its form.
@@ -61,4 +62,6 @@ pub(crate) struct Prune {
     /// Replace the output directory if it exists
     #[arg(long)]
     pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) processes: ProcessArgs,
 }

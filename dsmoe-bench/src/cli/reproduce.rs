@@ -57,7 +57,8 @@ pub(crate) struct Reproduce {
     /// Directory of the results [default: reproduce-PROFILE]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
-    /// Directory of the stages; shards on one file system can share it [default: OUT/cache]
+    /// Directory of the stages [default: OUT/cache]; processes with one directory divide the work: each takes the next stage
+    /// that no other one does
     #[arg(long, value_name = "DIR")]
     pub(crate) stages: Option<PathBuf>,
     /// Remove the weights of models that are measured and that no other row needs; the results stay

@@ -1,6 +1,7 @@
 //! `dsmoe convert`: cuts the FFNs of a dense model into experts, or copies them.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
@@ -9,9 +10,10 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::start::{self, Start, StartSettings, default_width};
 use dsmoe_core::convert::{
-    Calibration, ConvertOptions, ConvertProgress, PartitionSpec, RouterStart, UpcycleOptions, convert,
+    Calibration, ConvertOptions, ConvertProgress, PartitionSpec, RouterStart, UpcycleOptions, convert_on,
     upcycle,
 };
+use dsmoe_kernels::comm::Communicator;
 use dsmoe_router::{GateValue, RouterConfig, RouterInit};
 use serde::Serialize;
 
@@ -20,6 +22,7 @@ use crate::cli::model::Convert;
 use crate::files::lossy;
 use crate::format;
 use crate::models::show_config_notices;
+use crate::processes::check_alike;
 use crate::ui::Ui;
 
 /// Experts per layer by default.
@@ -115,8 +118,11 @@ fn mixture(args: &Convert, ui: &mut Ui) -> Result<()> {
     })
 }
 
-pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
+pub(crate) fn run(args: &Convert, comm: &Arc<dyn Communicator>, ui: &mut Ui) -> Result<()> {
     if args.form != DSMOE {
+        if comm.size() > 1 {
+            bail!("--as {} copies weights, which one process does; start a single one", args.form);
+        }
         return mixture(args, ui);
     }
     if args.top_k.is_some() {
@@ -160,7 +166,8 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
         }
         (Routers::Calibrated | Routers::Fitted, true, Some(active)) => {
             let config = Config::load(&args.model)?;
-            let sequences = calibration::read(&args.calibration, &args.model, &config, args.seed, ui)?;
+            let (calibration, model) = (&args.calibration, (&*args.model, &config));
+            let sequences = calibration::read_on(&**comm, calibration, model, args.seed, ui)?;
             RouterStart::Calibrated(Calibration { sequences, active })
         }
     };
@@ -191,16 +198,21 @@ pub(crate) fn run(args: &Convert, ui: &mut Ui) -> Result<()> {
         seed: args.seed,
         force: args.force,
     };
+    let text = match &options.routers {
+        RouterStart::Calibrated(text) => calibration::identity(&text.sequences),
+        _ => String::new(),
+    };
+    check_alike(&**comm, args, &args.model, &[("the calibration text", text)])?;
     let started = Instant::now();
     let mut stages = Stages::new(ui);
     let mut shown = |at: ConvertProgress| stages.set(at.stage, at.done, at.total);
     let done = match &options.routers {
         RouterStart::Calibrated(text) if routers == Routers::Fitted => {
             let fit = fitted(args, &options, text);
-            start::start(&args.model, &args.out, &fit, &mut shown)
+            start::start_on(comm, &args.model, &args.out, &fit, &mut shown)
                 .map(|done| (done.report, Some(done.active)))
         }
-        _ => convert(&args.model, &args.out, &options, &mut shown).map(|done| (done, None)),
+        _ => convert_on(comm, &args.model, &args.out, &options, &mut shown).map(|done| (done, None)),
     };
     stages.finish();
     let (done, calibrated_active) = done?;

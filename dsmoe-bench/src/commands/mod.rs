@@ -52,15 +52,15 @@ fn run_on(comm: &Arc<dyn Communicator>, cli: Cli, ui: &mut Ui) -> Result<ExitCod
     started.context("cannot start the worker threads; use a smaller --threads")?;
     match &cli.command {
         Command::Inspect(args) => inspect::run(args, ui)?,
-        Command::Convert(args) => convert::run(args, ui)?,
-        Command::Prune(args) => prune::run(args, ui)?,
+        Command::Convert(args) => convert::run(args, comm, ui)?,
+        Command::Prune(args) => prune::run(args, comm, ui)?,
         Command::Grow(args) => grow::run(args, ui)?,
         Command::Reconstruct(args) => return reconstruct::run(args, ui),
         Command::Methods => methods::run(ui)?,
         Command::Export(args) => export::run(args, ui)?,
         Command::Import(args) => import::run(args, ui)?,
         Command::Train(args) => return train::run(args, cli.threads, comm, ui),
-        Command::Eval(args) => return on_worker(|| eval::run(args, ui)),
+        Command::Eval(args) => return on_worker(|| eval::run(args, &**comm, ui)),
         Command::Sweep(args) => return on_worker(|| sweep::run(args, ui)),
         Command::Generate(args) => on_worker(|| generate::run(args, ui))?,
         Command::Init(args) => init::run(args, ui)?,

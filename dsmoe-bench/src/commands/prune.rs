@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
 use dsmoe_baselines::{Configured, Job, Made, SettingValues, method, read_settings};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
+use dsmoe_kernels::comm::Communicator;
 use serde::Serialize;
 
 use crate::calibration::{self, CalibrationReport, Stages};
@@ -15,6 +17,7 @@ use crate::cli::prune::Prune;
 use crate::files::lossy;
 use crate::format;
 use crate::models::show_config_notices;
+use crate::processes::check_alike;
 use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
@@ -44,7 +47,7 @@ struct Report<'a> {
     seconds: f64,
 }
 
-pub(crate) fn run(args: &Prune, ui: &mut Ui) -> Result<()> {
+pub(crate) fn run(args: &Prune, comm: &Arc<dyn Communicator>, ui: &mut Ui) -> Result<()> {
     let started = Instant::now();
     let method = method(&args.method)?;
     let configured = method.configure(&read_settings(args.set.iter().map(String::as_str))?)?;
@@ -55,7 +58,7 @@ pub(crate) fn run(args: &Prune, ui: &mut Ui) -> Result<()> {
     let out = args.out.as_deref().filter(|_| !args.dry_run);
     let (plan, measured) = match out {
         Some(out) => {
-            let made = make(args, &*configured, out, &config, ui)?;
+            let made = make((args, &*configured), comm, out, &config, ui)?;
             (made.plan, made.measured)
         }
         None => (plan, Vec::new()),
@@ -84,14 +87,26 @@ pub(crate) fn run(args: &Prune, ui: &mut Ui) -> Result<()> {
     ui.result(&report, show)
 }
 
-fn make(args: &Prune, method: &dyn Configured, out: &Path, config: &Config, ui: &Ui) -> Result<Made> {
+fn make(
+    (args, method): (&Prune, &dyn Configured),
+    comm: &Arc<dyn Communicator>,
+    out: &Path,
+    config: &Config,
+    ui: &Ui,
+) -> Result<Made> {
     let calibration = match method.needs_calibration() {
         true if args.calibration.calib.is_empty() => {
             bail!("--method {} reads calibration text; name the training text with --calib PATH", args.method)
         }
-        true => calibration::read(&args.calibration, &args.model, config, args.seed, ui)?,
+        true => calibration::read_on(&**comm, &args.calibration, (&args.model, config), args.seed, ui)?,
         false => Vec::new(),
     };
+    check_alike(
+        &**comm,
+        args,
+        &args.model,
+        &[("the calibration text", calibration::identity(&calibration))],
+    )?;
     let job = Job {
         model: &args.model,
         out,
@@ -99,6 +114,7 @@ fn make(args: &Prune, method: &dyn Configured, out: &Path, config: &Config, ui: 
         budget: args.budget,
         calibration: &calibration,
         seed: args.seed,
+        comm,
     };
     let mut stages = Stages::new(ui);
     let made = method.run(&job, &mut |at| stages.set(at.stage, at.done, at.total));

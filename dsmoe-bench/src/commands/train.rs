@@ -10,12 +10,13 @@ use dsmoe_core::Device;
 use dsmoe_core::Model;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
-use dsmoe_datasets::{CorpusOptions, TokenSource, Tokenizer};
+use dsmoe_datasets::{CorpusOptions, Tokenizer};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::comm::{Communicator, What};
 use dsmoe_train::config::{Budget, NearDuplicates, TEACHER_TOP, TrainConfig};
+use dsmoe_train::engine::Share;
 use dsmoe_train::run::{RunOptions, TrainData, Trainer, lanes_of};
-use dsmoe_train::{LARGEST_CACHE, RowShape};
+use dsmoe_train::{LARGEST_CACHE, RowShape, Zero};
 use serde::Serialize;
 
 use crate::cli::train::Train;
@@ -26,7 +27,7 @@ use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts_of};
 use crate::memory;
 use crate::models::{load_model, show_config_notices, tokenizer};
 use crate::processes::agree;
-use crate::texts::{Text, load, open, total_bytes};
+use crate::texts::{Text, load_on, open, total_bytes};
 #[cfg(feature = "cuda")]
 use crate::training::host_plan;
 use crate::training::{MemoryUse, device_plan, drive, memory_plan, show_summary, teacher_memory};
@@ -71,8 +72,11 @@ pub(crate) fn run(
 ) -> Result<ExitCode> {
     let prepared = prepare(args, threads, &**comm, ui);
     let Some((config, texts)) = agree(&**comm, START, prepared)? else { return Ok(ExitCode::SUCCESS) };
-    let (model, tokenizer) = agree(&**comm, START, model_of(args, ui))?;
-    let sources = sources(args, &texts, (&tokenizer, &config), &**comm, ui)?;
+    let zero = Zero::of(args.zero).unwrap_or_default();
+    let outline = zero.on(comm.size()) == Zero::Parameters;
+    let (model, tokenizer) = agree(&**comm, START, model_of(args, outline, ui))?;
+    let cache = args.data.cache.as_deref();
+    let sources = load_on(&**comm, &texts, (&tokenizer, config.bos), cache, ui)?;
     let filter = texts.len() > 1 || config.near_duplicates == Some(NearDuplicates::Drop);
     let data = TrainData { sources, texts: filter.then(|| tokenizer.token_texts()) };
     let options = RunOptions {
@@ -83,6 +87,7 @@ pub(crate) fn run(
         teacher_cache: args.teacher_cache.clone(),
         device: args.device,
         recompute: args.recompute,
+        zero,
         comm: comm.clone(),
         ..RunOptions::new(&args.model, &args.out)
     };
@@ -133,34 +138,11 @@ fn prepare(
     Ok(Some((config, texts)))
 }
 
-fn model_of(args: &Train, ui: &mut Ui) -> Result<(Model, Tokenizer)> {
-    let model = load_model(&args.model)?;
+fn model_of(args: &Train, outline: bool, ui: &mut Ui) -> Result<(Model, Tokenizer)> {
+    let model = if outline { Model::load_outline(&args.model)? } else { load_model(&args.model)? };
     show_config_notices(model.config(), ui);
     let tokenizer = tokenizer(&args.model, model.config(), ui)?;
     Ok((model, tokenizer))
-}
-
-/// Tokenizes the text. A cache is filled by the first process, while the others wait.
-fn sources(
-    args: &Train,
-    texts: &[Text],
-    (tokenizer, config): (&Tokenizer, &TrainConfig),
-    comm: &dyn Communicator,
-    ui: &Ui,
-) -> Result<Vec<TokenSource>> {
-    let of = What::of("the tokens of the text");
-    let cache = args.data.cache.as_deref();
-    let read = || load(texts, tokenizer, config.bos, cache, ui);
-    let first = cache.is_some() && comm.size() > 1;
-    if !first {
-        return agree(comm, of, read());
-    }
-    let of_first = if comm.rank() == 0 { read().map(Some) } else { Ok(None) };
-    let of_others = match agree(comm, of, of_first)? {
-        Some(sources) => Ok(sources),
-        None => read(),
-    };
-    agree(comm, of, of_others)
 }
 
 /// Reads the settings of the file, overridden by flags, overridden by `--set`.
@@ -229,7 +211,11 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> 
     let flops_per_token = 3.0 * accounting.mean_flops_per_token(all_experts, config.seq);
     let text = if args.data.cache.is_some() { 0 } else { total_bytes(texts) };
     let mut memory = match args.device {
-        Device::Cpu => memory_plan(&model, &config, (accounting.total, text), (processes, args.recompute)),
+        Device::Cpu => {
+            let (lanes, zero) = (config.lanes() / processes, Zero::of(args.zero).unwrap_or_default());
+            let share = Share { processes, lanes, accumulate: config.accumulate, zero };
+            memory_plan(&model, &config, text, (share, args.recompute))
+        }
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => host_plan(accounting.total, text),
     };

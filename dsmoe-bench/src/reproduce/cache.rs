@@ -1,7 +1,9 @@
 //! The cache of stages. The result of a stage is found by a hash of its settings and inputs.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use dsmoe_datasets::tasks::sha256;
@@ -10,15 +12,34 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::files::{read_json, write_json};
+use crate::interrupts::STOP;
 
 /// Version of the computations of stages: it is raised when the same settings give another result.
 const CODE_FORMAT: u32 = 3;
 const RESULT: &str = "result.json";
+/// A file that the process which does the stage holds a lock of. The system releases the lock of a process that ends.
+const CLAIM: &str = ".claim";
+/// How often a stage that another process does is looked at.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// The work was stopped on request. Finished stages are kept.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted")]
 pub(crate) struct Interrupted;
+
+/// Another process does the stage.
+#[derive(Debug, thiserror::Error)]
+#[error("another process does this stage")]
+pub(crate) struct Busy;
+
+/// What happens at a stage that another process does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum IfBusy {
+    /// Its result is waited for.
+    Wait,
+    /// The error [`Busy`] is returned.
+    Leave,
+}
 
 /// A hash of the settings of a stage and of the keys of its inputs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -60,11 +81,13 @@ impl Cache {
         read_json(&self.dir(stage, key).join(RESULT)).ok()
     }
 
-    /// Does a stage unless it was done. `work` receives its directory, which may hold files of an interrupted try.
+    /// Does a stage unless it was done. Of several processes with one directory of stages one does it; when that one dies,
+    /// another goes on. `work` receives its directory, which may hold files of an interrupted try.
     pub(crate) fn stage<T: Serialize + DeserializeOwned>(
         &self,
         stage: &str,
         key: &Key,
+        if_busy: IfBusy,
         work: impl FnOnce(&Path) -> Result<T>,
     ) -> Result<T> {
         if let Some(done) = self.get(stage, key) {
@@ -72,9 +95,34 @@ impl Cache {
         }
         let dir = self.dir(stage, key);
         fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+        let claim = loop {
+            if let Some(claim) = claim(&dir.join(CLAIM))? {
+                break claim;
+            }
+            match if_busy {
+                IfBusy::Leave => return Err(Busy.into()),
+                IfBusy::Wait if STOP.load(Ordering::Relaxed) => return Err(Interrupted.into()),
+                IfBusy::Wait => std::thread::sleep(LOOK),
+            }
+        };
+        // The process that had it may have finished it.
+        if let Some(done) = self.get(stage, key) {
+            return Ok(done);
+        }
         let result = work(&dir)?;
         write_json(&dir.join(RESULT), &result)?;
+        drop(claim);
         Ok(result)
+    }
+}
+
+/// Locks the file at `path` for as long as the result lives; none if another process has it.
+fn claim(path: &Path) -> Result<Option<File>> {
+    let file = File::create(path).with_context(|| path.display().to_string())?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Ok(None),
+        // Some network file systems have no locks.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(Some(file)),
     }
 }
 
@@ -89,14 +137,41 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::new(dir.path().to_path_buf());
         let run = |settings: Value, value: u64| -> u64 {
-            cache.stage("s", &Key::of("s", &settings), |_| Ok(value)).unwrap()
+            cache.stage("s", &Key::of("s", &settings), IfBusy::Leave, |_| Ok(value)).unwrap()
         };
         assert_eq!((run(json!({"a": 1}), 7), run(json!({"a": 1}), 8), run(json!({"a": 2}), 9)), (7, 7, 9));
         // A torn result counts as none.
         fs::write(cache.dir("s", &Key::of("s", &json!({"a": 1}))).join(RESULT), "{").unwrap();
         assert_eq!(run(json!({"a": 1}), 8), 8);
         let key = Key::of("s", &json!(3));
-        let failed: Result<u64> = cache.stage("s", &key, |_| Err(Interrupted.into()));
+        let failed: Result<u64> = cache.stage("s", &key, IfBusy::Wait, |_| Err(Interrupted.into()));
         assert!(failed.unwrap_err().is::<Interrupted>() && cache.get::<u64>("s", &key).is_none());
+    }
+
+    #[test]
+    fn a_stage_that_another_does_is_left_or_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::new(dir.path().to_path_buf());
+        let key = Key::of("s", &json!(1));
+        let result: u64 = cache
+            .stage("s", &key, IfBusy::Leave, |_| {
+                let other: Result<u64> = cache.stage("s", &key, IfBusy::Leave, |_| Ok(1));
+                assert!(other.unwrap_err().is::<Busy>());
+                Ok(2)
+            })
+            .unwrap();
+        assert_eq!(result, 2);
+        let key = Key::of("s", &json!(2));
+        let held = claim(&{
+            fs::create_dir_all(cache.dir("s", &key)).unwrap();
+            cache.dir("s", &key).join(CLAIM)
+        });
+        let held = held.unwrap().unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| cache.stage("s", &key, IfBusy::Wait, |_| Ok(4u64)).unwrap());
+            write_json(&cache.dir("s", &key).join(RESULT), &3u64).unwrap();
+            drop(held);
+            assert_eq!(waiting.join().unwrap(), 3);
+        });
     }
 }

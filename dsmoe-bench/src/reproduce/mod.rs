@@ -32,15 +32,16 @@ mod text;
 mod training;
 mod work;
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use self::cache::{Cache, Interrupted};
+use self::cache::{Busy, Cache, IfBusy, Interrupted};
 use self::collected::Collected;
 use self::cost::Costs;
 use self::inputs::{Inputs, load_tasks};
@@ -57,6 +58,9 @@ use crate::cli::reproduce::Reproduce;
 use crate::files::{make_folder, read_json, write_json};
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
 use crate::ui::{Ui, stderr_line};
+
+/// How long a process waits when others work on all models that are left.
+const COME_BACK: Duration = Duration::from_millis(500);
 
 /// Runs a reproduction, or prints its plan.
 pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
@@ -140,10 +144,27 @@ fn reproduce(
         write_json(&out.join(TIMINGS).join(format!("{id}.json")), &timing)
     };
     save(BASE, stages.run_base(&mut base, &base_parts)?)?;
-    for (at, Planned { job, parts, .. }) in jobs.iter().enumerate() {
-        save(&job.id(), stages.run(*job, &mut base, parts)?)?;
-        if args.discard {
-            stages.discard(*job, jobs[at + 1..].iter().map(|later| later.job), &base)?;
+    // A model that another process works on is come back to.
+    stages.work.if_busy = IfBusy::Leave;
+    let mut open: VecDeque<&Planned<'_>> = jobs.iter().collect();
+    let mut left = 0;
+    while let Some(planned) = open.pop_front() {
+        match stages.run(planned.job, &mut base, &planned.parts) {
+            Err(error) if error.is::<Busy>() => {
+                open.push_back(planned);
+                left += 1;
+                if left >= open.len() {
+                    std::thread::sleep(COME_BACK);
+                    left = 0;
+                }
+            }
+            done => {
+                save(&planned.job.id(), done?)?;
+                left = 0;
+                if args.discard {
+                    stages.discard(planned.job, open.iter().map(|later| later.job), &base)?;
+                }
+            }
         }
     }
     if args.shard.is_some() {

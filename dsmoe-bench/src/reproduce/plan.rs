@@ -9,6 +9,8 @@ use dsmoe_core::config::Config;
 use dsmoe_core::init::preset;
 use dsmoe_datasets::CorpusOptions;
 use dsmoe_kernels::Precision;
+use dsmoe_train::Zero;
+use dsmoe_train::engine::Share;
 use serde::Serialize;
 
 use super::cost::Costs;
@@ -205,7 +207,9 @@ fn row(
     let active = share * counts.num_experts as f64;
     let flops = tokens as f64 * training_flops(&counts, gated, share, train.seq)
         + measured_tokens * counts.mean_flops_per_token(active, train.seq);
-    let memory = memory_plan(config, train, (counts.total, 0), (1, false));
+    let alone =
+        Share { processes: 1, lanes: train.lanes(), accumulate: train.accumulate, zero: Zero::Moments };
+    let memory = memory_plan(config, train, 0, (alone, false));
     Ok(Row {
         run: run.to_owned(),
         params_total: counts.total as f64,

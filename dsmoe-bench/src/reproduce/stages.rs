@@ -9,6 +9,7 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::copy_companions;
 use dsmoe_core::config::Config;
 use dsmoe_core::init::{InitOptions, init};
+use dsmoe_kernels::comm::alone;
 use dsmoe_train::TrainConfig;
 use dsmoe_train::tasks::model_sha256;
 use serde_json::{Value, json};
@@ -143,6 +144,7 @@ impl Stages<'_> {
                 budget: Budget::Params(budget.round()),
                 calibration: &calibration,
                 seed: job.seed,
+                comm: alone(),
             };
             let made = method.run(&pruning, &mut |_| {})?;
             let shown = |value: Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);

@@ -15,7 +15,7 @@ use dsmoe_train::run::TrainData;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::cache::{Cache, Key};
+use super::cache::{Cache, IfBusy, Key};
 use super::profile::{Profile, WORLD_TOKEN, WorldText};
 use crate::cli::reproduce::Reproduce;
 use crate::texts;
@@ -85,7 +85,7 @@ impl Text {
         let key = Key::of("text", &json!(world));
         let dir = cache.dir("text", &key);
         let land = World::new(world.seed);
-        let written: Written = cache.stage("text", &key, |dir| {
+        let written: Written = cache.stage("text", &key, IfBusy::Wait, |dir| {
             ui.note(format_args!("writing {} of text and a tokenizer", crate::format::bytes(world.bytes)));
             land.write_text(&dir.join("text"), world.bytes, &mut |_| {})?;
             let sample = |domain| land.documents(domain, world.bytes.min(TOKENIZER_BYTES));

@@ -1,5 +1,6 @@
 //! Execution of stages: each is found in the cache or computed, and a line reports the progress of the whole work.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -8,7 +9,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::cache::{Cache, Interrupted, Key};
+use super::cache::{Busy, Cache, IfBusy, Interrupted, Key};
 use crate::format::duration;
 use crate::interrupts::STOP;
 use crate::ui::Ui;
@@ -30,7 +31,10 @@ pub(crate) struct Work<'a> {
     ui: Ui,
     started: Instant,
     stages: usize,
-    finished: usize,
+    /// The stages that are done, by the texts of their keys.
+    finished: HashSet<String>,
+    /// What happens at a stage that another process does.
+    pub(crate) if_busy: IfBusy,
     /// Cost of the stages that this process computed.
     computed: f64,
     /// Cost of the stages to come.
@@ -39,7 +43,8 @@ pub(crate) struct Work<'a> {
 
 impl<'a> Work<'a> {
     pub(crate) fn new(cache: &'a Cache, ui: Ui, stages: usize, cost: f64) -> Work<'a> {
-        Work { cache, ui, started: Instant::now(), stages, finished: 0, computed: 0.0, left: cost }
+        let (started, finished, if_busy) = (Instant::now(), HashSet::new(), IfBusy::Wait);
+        Work { cache, ui, started, stages, finished, if_busy, computed: 0.0, left: cost }
     }
 
     /// Returns the result of a stage, from the cache or by `compute`, which receives the directory of the stage.
@@ -55,17 +60,26 @@ impl<'a> Work<'a> {
         let result = match self.cache.get(name, key) {
             Some(done) => done,
             None => {
-                self.announce(&format!("{name} {of}"));
-                let result = match self.cache.stage(name, key, compute) {
-                    Err(error) if error.is::<Interrupted>() => return Err(error),
+                let mut computes = false;
+                let done = self.cache.stage(name, key, self.if_busy, |dir| {
+                    computes = true;
+                    self.announce(&format!("{name} {of}"));
+                    compute(dir)
+                });
+                let result = match done {
+                    Err(error) if error.is::<Interrupted>() || error.is::<Busy>() => return Err(error),
                     other => other.with_context(|| format!("stage {name} of {of}"))?,
                 };
-                self.computed += cost;
+                if computes {
+                    self.computed += cost;
+                }
                 result
             }
         };
-        self.finished += 1;
-        self.left = (self.left - cost).max(0.0);
+        // A model whose later stage another process did is come back to.
+        if self.finished.insert(format!("{name} {}", key.text())) {
+            self.left = (self.left - cost).max(0.0);
+        }
         Ok(result)
     }
 
@@ -75,7 +89,7 @@ impl<'a> Work<'a> {
             true => format!(", about {} left", duration(elapsed / self.computed * self.left)),
             false => String::new(),
         };
-        let (number, stages, elapsed) = (self.finished + 1, self.stages, duration(elapsed));
+        let (number, stages, elapsed) = (self.finished.len() + 1, self.stages, duration(elapsed));
         self.ui.note(format_args!("[{number}/{stages}] {what} ({elapsed}{left})"));
     }
 }

@@ -13,6 +13,7 @@ use dsmoe_kernels::comm::Alone;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::{RoutingStats, SparsityOver};
 use dsmoe_train::TrainConfig;
+use dsmoe_train::Zero;
 use dsmoe_train::engine::{self, Engine, EngineOptions, StepResult};
 use dsmoe_train::optim::{AdamW, Update, clip_scale};
 
@@ -129,7 +130,16 @@ impl Run {
     ) -> Result<Run> {
         let model = random_model(config);
         let tokens = ids.len() - 1;
-        let options = EngineOptions { tokens, seq, lanes: 1, precision, device, recompute: false };
+        let options = EngineOptions {
+            tokens,
+            seq,
+            lanes: 1,
+            accumulate: 1,
+            zero: Zero::Moments,
+            precision,
+            device,
+            recompute: false,
+        };
         Ok(Run {
             engine: engine::new(&model, AdamW::new(model.layout()), options, Arc::new(Alone))?,
             inputs: ids[..tokens].to_vec(),
@@ -152,7 +162,7 @@ impl Run {
             seed: self.steps,
         };
         let batch = Batch { inputs: &self.inputs, targets: &self.targets, seq: self.seq };
-        self.engine.begin(1)?;
+        self.engine.begin(self.steps + 1, 1)?;
         self.engine.micro_batch(&self.model, batch, &args)?;
         self.engine.end_lane()?;
         Ok(self.engine.finish(&self.model, self.steps + 1, false)?)

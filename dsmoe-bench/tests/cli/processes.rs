@@ -1,4 +1,4 @@
-//! Trainings that several processes share, under every launcher of MPI on this machine.
+//! Commands that several processes share, under every launcher of MPI on this machine.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Once;
 use std::time::{Duration, Instant};
 
-use dsmoe_kernels::testing::{MpiLauncher, mpi_launchers};
+use dsmoe_kernels::testing::{MpiLauncher, mpi_launchers, skipped};
 use serde_json::Value;
 
 use crate::common::{
@@ -131,6 +131,34 @@ fn any_mpi_and_any_number_of_processes_leave_the_same_bytes() {
                 assert_eq!(run.code, 0, "{}: {}", launcher.name, run.stderr);
                 assert_eq!(run.stdout.matches("finished").count(), 1, "{}", run.stdout);
                 shows(&run.stderr, &[&format!("{processes} processes share 4 lanes")]);
+                assert_same(&alone, &out);
+            }
+        }
+    }
+}
+
+#[test]
+fn any_stage_leaves_the_bytes_of_one_process() {
+    let launchers = mpi_launchers("any_stage_leaves_the_bytes_of_one_process");
+    if launchers.is_empty() {
+        return;
+    }
+    models();
+    for (model, more) in [
+        ("wide", "--sparsity 1 --accumulate 3"),
+        ("wide-moe", "--active-target 0.5 --dtype bf16 --recompute"),
+        ("wide-masked", "--sparsity 1"),
+        ("wide-topk", "--dtype bf16"),
+    ] {
+        let more = format!("{more} --steps 3 --save-every 2 --valid-fraction 0");
+        let alone = format!("{model}-one-stage");
+        succeeds(&training(model, &alone, &more));
+        for (number, launcher) in launchers.iter().enumerate() {
+            for (stage, processes) in [(2, 4), (3, 2), (3, 4)] {
+                let out = format!("{model}-{number}-{processes}-stage-{stage}");
+                let line = training(model, &out, &format!("{more} --zero {stage}"));
+                let run = finish(&mut shared(launcher, processes, &line));
+                assert_eq!(run.code, 0, "{}: {}", launcher.name, run.stderr);
                 assert_same(&alone, &out);
             }
         }
@@ -294,5 +322,258 @@ fn an_error_of_one_process_ends_all_with_its_rank() {
             &run.stderr,
             &["lanes is 4 on 3 processes; use 1, 2 or 4 processes, or another number of --lanes"],
         );
+    }
+}
+
+#[test]
+fn a_process_that_exits_or_is_asked_to_end_ends_all() {
+    models();
+    let more = "--active-target 0.5 --steps 100000 --deadline 4 --quiet";
+    for launcher in mpi_launchers("a_process_that_exits_or_is_asked_to_end_ends_all") {
+        let out = "leaving-rank";
+        // One that exits before it joins the others.
+        fs::remove_dir_all(path(out)).unwrap_or_default();
+        let mut command = but_for(&launcher, 4, (2, "exit 3"), &training("wide-moe", out, more));
+        failed(&launcher, command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+
+        // One that is interrupted: all stop after the same step, with a checkpoint.
+        fs::remove_dir_all(path(out)).unwrap_or_default();
+        let mut command = shared(&launcher, 4, &training("wide-moe", out, more));
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        wait_for_steps(out);
+        assert!(Command::new("kill").args(["-TERM", &process_of(out, 2)]).status().unwrap().success());
+        let began = Instant::now();
+        while child.try_wait().unwrap().is_none() {
+            assert!(began.elapsed() < SOON, "{}: they go on", launcher.name);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let checkpoints: Vec<String> = checkpoints(out);
+        let [checkpoint] = &checkpoints[..] else { panic!("{}: {checkpoints:?}", launcher.name) };
+        let step: u64 = checkpoint.trim_start_matches(|c: char| !c.is_ascii_digit()).parse().unwrap();
+        // What was left resumes, and the result is that of a run of as many steps.
+        let line = |out: &str, more: &str| {
+            training("wide-moe", out, &format!("--active-target 0.5 --steps 100000 --quiet {more}"))
+        };
+        let last = step + 1;
+        succeeds(&line(out, "--resume --stop-after 1"));
+        fs::remove_dir_all(path("not-leaving")).unwrap_or_default();
+        succeeds(&line("not-leaving", &format!("--stop-after {last}")));
+        let of = |out: &str| {
+            let newest = self::checkpoints(out).pop().unwrap();
+            fs::read(path(out).join("checkpoints").join(newest).join("model.safetensors")).unwrap()
+        };
+        assert!(of(out) == of("not-leaving"), "{}: step {last} differs", launcher.name);
+    }
+}
+
+/// The names of the checkpoints of a run, in order.
+fn checkpoints(out: &str) -> Vec<String> {
+    let entries = fs::read_dir(path(out).join("checkpoints")).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+    let mut names: Vec<String> = names.collect();
+    names.sort_by_key(|name| (name.len(), name.clone()));
+    names
+}
+
+/// A process is killed by strace when it is about to sync or rename a file for the n-th time, for every n.
+#[test]
+fn a_process_killed_between_writes_of_a_checkpoint_leaves_what_resumes() {
+    const TEST: &str = "a_process_killed_between_writes_of_a_checkpoint_leaves_what_resumes";
+    let launchers = mpi_launchers(TEST);
+    let Some(launcher) = launchers.first() else { return };
+    if Command::new("strace").arg("-V").output().is_err() {
+        return skipped(TEST, "no strace");
+    }
+    models();
+    let line = |out: &str, more: &str| {
+        training("wide-moe", out, &format!("--active-target 0.5 --steps 3 --save-every 2 --quiet {more}"))
+    };
+    fs::remove_dir_all(path("unharmed")).unwrap_or_default();
+    succeeds(&line("unharmed", ""));
+    for rank in [0, 1] {
+        let mut kills = 0;
+        for nth in 1.. {
+            fs::remove_dir_all(path("harmed")).unwrap_or_default();
+            let calls = "fsync,/^rename";
+            let kill = format!(
+                "exec strace -f -qq -o /dev/null -e trace={calls} -e inject={calls}:signal=KILL:when={nth} {PROGRAM} \"$@\""
+            );
+            let run = finish(&mut but_for(launcher, 2, (rank, &kill), &line("harmed", "--stop-after 2")));
+            if run.code == 0 {
+                break;
+            }
+            kills += 1;
+            succeeds(&line("harmed", "--resume"));
+            assert!(weights("harmed") == weights("unharmed"), "rank {rank}, killed at call {nth}");
+            assert!(
+                checkpoints("harmed").iter().all(|name| !name.starts_with('.')),
+                "{:?}",
+                checkpoints("harmed")
+            );
+        }
+        assert!(kills >= [6, 1][rank], "rank {rank} was killed {kills} times");
+    }
+}
+
+/// Calibration text of 11 sequences, which no number of processes divides.
+fn calibration() -> String {
+    format!("--calib text.txt --doc-separator {} --samples 11 --seq 32", dsmoe_datasets::DOC_SEPARATOR)
+}
+
+/// The result of a command in JSON, without times, dates and names of files.
+fn measured(mut run: Value) -> Value {
+    const OF_A_RUN: [&str; 6] =
+        ["seconds", "tokens_per_s", "date", "files", "total_evaluation_time_seconds", "out"];
+    fn strip(value: &mut Value) {
+        match value {
+            Value::Object(fields) => {
+                OF_A_RUN.iter().for_each(|name| drop(fields.remove(*name)));
+                fields.values_mut().for_each(strip);
+            }
+            Value::Array(values) => values.iter_mut().for_each(strip),
+            _ => {}
+        }
+    }
+    strip(&mut run);
+    run
+}
+
+#[test]
+fn evaluations_do_not_know_the_number_of_processes() {
+    let launchers = mpi_launchers("evaluations_do_not_know_the_number_of_processes");
+    if launchers.is_empty() {
+        return;
+    }
+    models();
+    let text = on_text();
+    for line in [
+        format!("eval wide-moe {text} --seq 32 --stride 24 --against wide"),
+        format!("eval wide-moe {text} --seq 32 --cache tokens --limit-tokens 3000"),
+        format!("eval wide-topk {text} --seq 64 --perplexity window,rolling"),
+        "eval wide-moe --tasks world --limit 9 --out RESULTS".to_owned(),
+    ] {
+        let line = format!("{line} --json --threads 1");
+        let results = |out: &str| line.replace("RESULTS", out);
+        let run = |mut command: Command, name: &str| {
+            let run = finish(&mut command);
+            assert_eq!(run.code, 0, "{name}: {}", run.stderr);
+            measured(serde_json::from_str(&run.stdout).expect("one result"))
+        };
+        fs::remove_dir_all(path("results")).unwrap_or_default();
+        let alone = run(crate::common::command(&results("results/alone")), "alone");
+        for (number, launcher) in launchers.iter().enumerate() {
+            let counts: &[usize] = if number == 0 { &[2, 4] } else { &[3] };
+            for &processes in counts {
+                let out = format!("results/{number}-{processes}");
+                let shared = run(shared(launcher, processes, &results(&out)), launcher.name);
+                assert_eq!(shared, alone, "{}, {processes}: {line}", launcher.name);
+                if line.contains("tasks") {
+                    let samples = |out: &str| -> BTreeMap<String, Vec<u8>> {
+                        let of_file = |(name, bytes): (PathBuf, Vec<u8>)| {
+                            let name = name.to_string_lossy().into_owned();
+                            Some((
+                                name.strip_prefix("wide-moe/samples_")?.split("_20").next()?.to_owned(),
+                                bytes,
+                            ))
+                        };
+                        files(out).into_iter().filter_map(of_file).collect()
+                    };
+                    assert!(samples(&out).len() > 8);
+                    assert_eq!(samples(&out), samples("results/alone"), "{}, {processes}", launcher.name);
+                    // The answers that were kept for an interruption are gone.
+                    assert!(files(&out).keys().all(|name| !name.to_string_lossy().contains("answers_")));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn calibrated_models_do_not_know_the_number_of_processes() {
+    let launchers = mpi_launchers("calibrated_models_do_not_know_the_number_of_processes");
+    let Some(first) = launchers.first() else { return };
+    models();
+    let calibration = calibration();
+    let budgets = [
+        ("sparsegpt", "0.7", "true_sequential=true"),
+        ("sparsegpt", "0.7", ""),
+        ("wanda", "0.7", ""),
+        ("flap", "0.8", ""),
+        ("static-core", "0.8", "widths=divergence"),
+        ("cmoe", "0.85", "experts=8"),
+        ("moefication", "0.85", "experts=4"),
+        ("depth", "0.6", "score=angle choice=independent"),
+        ("depth", "0.6", ""),
+        ("llm-pruner-block", "0.85", ""),
+        ("dsmoe", "0.85", "experts=8 routers=fitted"),
+    ];
+    let pruned = budgets.map(|(method, budget, set)| {
+        let set: String = set.split_whitespace().map(|set| format!(" --set {set}")).collect();
+        format!("prune wide --method {method} --budget {budget}{set} {calibration}")
+    });
+    let converted = ["fitted --experts 12 --core 0.25", "calibrated --experts 8"]
+        .map(|how| format!("convert wide --active-target 0.5 --router-init {how} {calibration}"));
+    for (at, line) in pruned.into_iter().chain(converted).enumerate() {
+        let alone = format!("calibrated-{at}");
+        succeeds(&format!("{line} --out {alone} --threads 1"));
+        let thorough = at == 0 || line.contains("fitted");
+        let few: &[usize] = if thorough { &[2, 4] } else { &[3] };
+        let few = few.iter().map(|&processes| (first, processes));
+        let others = launchers.iter().skip(1).filter(|_| at == 0).map(|other| (other, 3));
+        for (launcher, processes) in few.chain(others) {
+            let out = format!("{alone}-{processes}-{}", launcher.name.replace(' ', ""));
+            let line = format!("{line} --out {out} --threads 1");
+            let run = finish(&mut shared(launcher, processes, &line));
+            assert_eq!(run.code, 0, "{}: {line}: {}", launcher.name, run.stderr);
+            let (ones, others) = (files(&alone), files(&out));
+            assert_eq!(ones.keys().collect::<Vec<_>>(), others.keys().collect::<Vec<_>>(), "{out}");
+            for (name, bytes) in &ones {
+                assert!(others[name] == *bytes, "{line}: {} differs", name.display());
+            }
+            fs::remove_dir_all(path(&out)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn an_error_in_an_evaluation_or_a_calibration_ends_all_with_its_rank() {
+    models();
+    let calibration = calibration();
+    for launcher in mpi_launchers("an_error_in_an_evaluation_or_a_calibration_ends_all_with_its_rank") {
+        for (rank, what, line, parts) in [
+            (
+                2,
+                "export DSMOE_ISA=scalar",
+                format!("prune wide --method wanda --budget 0.7 {calibration} --out ended"),
+                ["dsmoe: error: rank 0 (", "the processes differ in the instruction set"],
+            ),
+            (
+                1,
+                "set -- \"$@\" --seed 3",
+                format!("convert wide --active-target 0.5 {calibration} --out ended"),
+                ["dsmoe: error: rank 0 (", "the processes differ in the arguments"],
+            ),
+            (
+                0,
+                "trap '' XFSZ; ulimit -f 100",
+                format!("prune wide --method wanda --budget 0.7 {calibration} --out ended"),
+                ["dsmoe: error: rank 0 (", "model.safetensors"],
+            ),
+        ] {
+            if what.contains("ulimit") && launcher.name != "Open MPI" {
+                continue;
+            }
+            let began = Instant::now();
+            let run = finish(&mut but_for(&launcher, 3, (rank, what), &line));
+            assert!(run.code != 0 && began.elapsed() < SOON, "{}, {what}: {}", launcher.name, run.stderr);
+            shows(&run.stderr, &parts);
+            assert_eq!(run.stderr.matches("dsmoe: error").count(), 1, "{what}: {}", run.stderr);
+            assert!(!path("ended").exists(), "{what}");
+        }
+        // An error that all have is printed once.
+        let run = finish(&mut shared(&launcher, 3, "eval wide --data nothing.txt"));
+        assert!(run.code != 0);
+        assert_eq!(run.stderr.matches("dsmoe: error").count(), 1, "{}", run.stderr);
+        shows(&run.stderr, &["rank 0 (", "nothing.txt"]);
     }
 }

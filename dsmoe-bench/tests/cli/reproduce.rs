@@ -275,6 +275,50 @@ fn a_row_has_the_experts_that_its_settings_give() {
     assert!((of(22) - (0.375 - 14.0 / (3.0 * 88.0))).abs() < 1e-12, "{}", of(22));
 }
 
+/// Starts a reproduction with the directory of stages `stages`, and writes its notes to a file.
+fn started(out: &str, stages: &str) -> std::process::Child {
+    let line = reproduce(out, &format!("--stages reproduce/{stages} --resume"));
+    let notes = fs::File::create(path(&format!("reproduce/{}.notes", out.replace('/', "-")))).unwrap();
+    command(&line).stdout(Stdio::null()).stderr(notes).spawn().unwrap()
+}
+
+/// The stages that a reproduction announced, such as `train dsmoe-s0`.
+fn announced(out: &str) -> Vec<String> {
+    let notes = read(&format!("reproduce/{}.notes", out.replace('/', "-")));
+    let lines = notes.lines().filter_map(|line| line.strip_prefix('[')?.split_once("] "));
+    lines.map(|(_, what)| what.split(" (").next().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn processes_with_one_directory_of_stages_divide_the_work() {
+    let [mut one, mut other] = ["divided-a", "divided-b"].map(|out| started(out, "divided"));
+    assert!(one.wait().unwrap().success() && other.wait().unwrap().success());
+    let [ones, others] = ["divided-a", "divided-b"].map(announced);
+    assert!(ones.len() > 3 && others.len() > 3, "{ones:?} {others:?}");
+    let twice: Vec<&String> = ones.iter().filter(|stage| others.contains(stage)).collect();
+    assert!(twice.is_empty(), "done twice: {twice:?}");
+    is_whole("divided-a");
+    is_whole("divided-b");
+}
+
+#[test]
+fn another_process_goes_on_with_the_stages_of_one_that_is_killed() {
+    let mut killed = started("taken-a", "taken");
+    let announces = |out: &str, what: &str| announced(out).iter().any(|stage| stage.starts_with(what));
+    crate::common::wait_until("a training", || announces("taken-a", "train"));
+    let mut other = started("taken-b", "taken");
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let training = announced("taken-a").pop().unwrap();
+    assert!(other.wait().unwrap().success());
+    is_whole("taken-b");
+    assert!(announced("taken-b").contains(&training), "{training}: {:?}", announced("taken-b"));
+    // The first one has nothing left to do.
+    assert!(started("taken-a", "taken").wait().unwrap().success());
+    assert_eq!(announced("taken-a"), [""; 0]);
+    is_whole("taken-a");
+}
+
 #[test]
 fn what_cannot_be_done_is_told_before_anything_is() {
     for (name, from, to, parts) in [

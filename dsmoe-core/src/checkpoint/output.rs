@@ -3,8 +3,12 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::CONFIG_FILE;
+use dsmoe_kernels::comm::{self, CommError, Communicator, What, alone};
+
+use super::{CONFIG_FILE, DEFAULT_SHARD_BYTES, TensorInfo, Writer, model_writer};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::files::{parent, remove_dir, sync_dir};
 
@@ -16,7 +20,11 @@ pub struct OutputDir {
     temporary: PathBuf,
     name: String,
     committed: bool,
+    /// The processes of which the first one writes.
+    comm: Arc<dyn Communicator>,
 }
+
+const OUTPUT: What = What::of("the output directory");
 
 impl OutputDir {
     /// Starts a directory that is to become `path`. With `force`, a model directory that is there is replaced at the
@@ -50,7 +58,7 @@ impl OutputDir {
         remove_dir(&temporary).map_err(Error::io(&temporary))?;
         remove_abandoned(parent, &format!(".{name}.tmp-"))?;
         fs::create_dir(&temporary).map_err(Error::io(&temporary))?;
-        Ok(OutputDir { target, temporary, name, committed: false })
+        Ok(OutputDir { target, temporary, name, committed: false, comm: Arc::clone(alone()) })
     }
 
     /// Does as [`OutputDir::create`] for a directory made from `source`, which must survive.
@@ -65,6 +73,72 @@ impl OutputDir {
             return Err(Error::path(path, "holds the model that is read", help));
         }
         OutputDir::create(path, force)
+    }
+
+    /// Does as [`OutputDir::create_from`] for the processes of `comm`: the first one writes, and all return its outcome. What
+    /// the others write by [`OutputDir::writer`] and [`OutputDir::model_writer`] is discarded.
+    ///
+    /// # Errors
+    /// Those of `create_from`; another process fails.
+    pub fn create_on(
+        comm: &Arc<dyn Communicator>,
+        source: &Path,
+        path: &Path,
+        force: bool,
+    ) -> Result<OutputDir> {
+        let first = (comm.rank() == 0).then(|| OutputDir::create_from(source, path, force)).transpose();
+        let comm = Arc::clone(comm);
+        Ok(match agree(&*comm, first)? {
+            Some(mut output) => {
+                output.comm = comm;
+                output
+            }
+            None => {
+                let (target, temporary, name) = (path.to_path_buf(), PathBuf::new(), String::new());
+                OutputDir { target, temporary, name, committed: true, comm }
+            }
+        })
+    }
+
+    /// Returns whether this process writes.
+    fn writes(&self) -> bool {
+        self.comm.rank() == 0
+    }
+
+    /// Starts the weights, as [`Writer::create`] does.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn writer(&self, infos: Vec<TensorInfo>) -> Result<Writer> {
+        match self.writes() {
+            true => Writer::create(&self.temporary, infos),
+            false => Ok(Writer::discarding(infos)),
+        }
+    }
+
+    /// Starts the weights of the model of `config`, as [`model_writer`] does.
+    ///
+    /// # Errors
+    /// Those of [`model_writer`].
+    pub fn model_writer(&self, config: &Config, infos: Vec<TensorInfo>) -> Result<Writer> {
+        match self.writes() {
+            true => model_writer(config, &self.temporary, infos, DEFAULT_SHARD_BYTES),
+            false => Ok(Writer::discarding(infos)),
+        }
+    }
+
+    /// Writes further files with `write`, which receives the temporary directory, and commits. The first process does so; all
+    /// return its outcome.
+    ///
+    /// # Errors
+    /// Those of `write` and [`OutputDir::commit`]; another process fails.
+    pub fn commit_with(self, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let comm = Arc::clone(&self.comm);
+        let outcome = match self.writes() {
+            true => write(&self.temporary).and_then(|()| self.commit()),
+            false => Ok(()),
+        };
+        agree(&*comm, outcome)
     }
 
     /// Returns the temporary directory to write to.
@@ -117,6 +191,21 @@ impl Drop for OutputDir {
             // A failure here cannot be reported.
             let _ = fs::remove_dir_all(&self.temporary);
         }
+    }
+}
+
+/// Shares an outcome: the process that failed first keeps its error.
+fn agree<T>(comm: &dyn Communicator, outcome: Result<T>) -> Result<T> {
+    if comm.size() == 1 {
+        return outcome;
+    }
+    let (told, own) = match outcome {
+        Ok(value) => (Ok(value), None),
+        Err(error) => (Err(error.to_string()), Some(error)),
+    };
+    match (comm::agree(comm, OUTPUT, told), own) {
+        (Err(CommError::Reported { other, .. }), Some(error)) if other == comm.rank() => Err(error),
+        (outcome, _) => Ok(outcome?),
     }
 }
 

@@ -2,7 +2,9 @@
 //! whose outputs are large (see [`dsmoe_router::init::calibrated`]).
 
 use std::path::Path;
+use std::sync::Arc;
 
+use dsmoe_kernels::comm::Communicator;
 use dsmoe_kernels::linear;
 use dsmoe_kernels::matmul::Precision;
 use dsmoe_router::RouterValues;
@@ -48,24 +50,25 @@ pub(super) fn partitions(
 
 /// Fits the routers of the dense model in `dir`, cut by `partitions`.
 pub(super) fn routers(
+    comm: &Arc<dyn Communicator>,
     dir: &Path,
     partitions: &[Partition],
     calibration: &Calibration,
     progress: &mut dyn FnMut(ConvertProgress),
 ) -> Result<Vec<RouterValues>> {
     let tokens = check_router_text(&calibration.sequences)?;
-    let mut stream = LayerStream::open(dir, &calibration.sequences)?;
+    let mut stream = LayerStream::open_on(comm, dir, &calibration.sequences)?;
     let mut routers = Vec::with_capacity(partitions.len());
     for (i, partition) in partitions.iter().enumerate() {
         progress(ConvertProgress { stage: "routers", done: i as u64, total: partitions.len() as u64 });
         let weights = stream.layer(i)?;
-        let (x, scores) = examples(&mut stream, &weights, partition, tokens);
+        let (x, scores) = examples(&mut stream, &weights, partition, tokens)?;
         let router = calibrated(&x, &scores, partition.num_experts(), calibration.active);
         routers.push(router.ok_or_else(|| Error::Calibration {
             problem: format!("the router of layer {i} cannot be fitted: the FFN's values are not finite"),
             help: "use an undamaged model".to_owned(),
         })?);
-        stream.advance(&weights);
+        stream.advance(&weights)?;
     }
     Ok(routers)
 }
@@ -77,7 +80,7 @@ fn examples(
     weights: &LayerWeights,
     partition: &Partition,
     tokens: usize,
-) -> (Vec<f32>, Vec<f64>) {
+) -> Result<(Vec<f32>, Vec<f64>)> {
     let (hidden, num_experts, width) =
         (stream.config().hidden, partition.num_experts(), partition.expert_width());
     let intermediate = num_experts * width;
@@ -120,6 +123,6 @@ fn examples(
             }
             Input::Attention | Input::Heads => {}
         }
-    });
-    (x, scores)
+    })?;
+    Ok((x, scores))
 }

@@ -7,16 +7,18 @@ pub mod start;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 pub use calibrated::Calibration;
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::comm::{Communicator, alone};
 use dsmoe_router::{RouterConfig, RouterInit, RouterValues, router_weights};
 pub use mixture::{UpcycleOptions, UpcycleReport, upcycle};
 use ndarray::Array2;
 
 use crate::accounting::Accounting;
 use crate::checkpoint::{
-    Change, Checkpoint, Dtype, LayerNorm, Meter, OutputDir, Progress, TensorInfo, TensorSource, Writer,
+    Change, Checkpoint, Dtype, LayerNorm, Meter, OutputDir, Progress, TensorInfo, TensorSource,
     check_llama_tensors, copy_companions, is_ignored, open_model, partition_name, router_bias_name,
     router_name,
 };
@@ -146,6 +148,21 @@ pub fn convert(
     options: &ConvertOptions,
     progress: &mut dyn FnMut(ConvertProgress),
 ) -> Result<ConvertReport> {
+    convert_on(alone(), model, out, options, progress)
+}
+
+/// Does as [`convert`] on the processes of `comm`, which divide the text of a calibration. The first one writes the result of a
+/// single process.
+///
+/// # Errors
+/// Those of [`convert`]; an error of another process.
+pub fn convert_on(
+    comm: &Arc<dyn Communicator>,
+    model: &Path,
+    out: &Path,
+    options: &ConvertOptions,
+    progress: &mut dyn FnMut(ConvertProgress),
+) -> Result<ConvertReport> {
     let mut config = Config::load(model)?;
     let config_path = model.join(CONFIG_FILE);
     if !config.is_dense() {
@@ -191,7 +208,7 @@ pub fn convert(
             (RouterInit::Random, Some(routers))
         }
         RouterStart::Calibrated(calibration) => {
-            fitted = calibrated::routers(model, &partitions, calibration, progress)?;
+            fitted = calibrated::routers(comm, model, &partitions, calibration, progress)?;
             (RouterInit::Random, Some(&fitted))
         }
     };
@@ -204,7 +221,7 @@ pub fn convert(
         parts: MoeParts::default(),
     });
 
-    let output = OutputDir::create_from(model, out, options.force)?;
+    let output = OutputDir::create_on(comm, model, out, options.force)?;
     let mut infos = source_infos(&checkpoint);
     let num_copied = infos.len();
     infos.extend(new_infos(&config));
@@ -214,7 +231,7 @@ pub fn convert(
     };
     let mut meter = Meter::new(bytes, &mut report);
     let copied: Vec<String> = infos[..num_copied].iter().map(|info| info.name.clone()).collect();
-    let mut writer = Writer::create(output.path(), infos)?;
+    let mut writer = output.writer(infos)?;
     let mut centroids = match init {
         RouterInit::Centroid => Some(Centroids::new(&config, num_experts)),
         _ => None,
@@ -262,10 +279,11 @@ pub fn convert(
         }
     }
     writer.finish()?;
-    masks.iter().try_for_each(|masks| masks.save(output.path()))?;
-    copy_companions(model, output.path())?;
-    config.save(output.path())?;
-    output.commit()?;
+    output.commit_with(|dir| {
+        masks.iter().try_for_each(|masks| masks.save(dir))?;
+        copy_companions(model, dir)?;
+        config.save(dir)
+    })?;
     let counts = Accounting::of(&config);
     Ok(ConvertReport {
         num_layers: config.num_layers,

@@ -1,5 +1,6 @@
 //! A model with all its parameters in one arena: made, loaded, changed and saved.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use dsmoe_kernels::buf::Buf;
@@ -15,7 +16,7 @@ use crate::config::{Budget, CONFIG_FILE, Config, PartitionKind};
 use crate::error::{Error, Result};
 use crate::ffn::{DsmoeForm, Ffn, FfnKind};
 use crate::masks::Masks;
-use crate::params::{Layout, Stored};
+use crate::params::{Entry, Layout, Stored};
 
 /// A decoder with its parameters in f32, for training.
 #[derive(Debug)]
@@ -38,7 +39,20 @@ impl Model {
     ///
     /// # Panics
     /// The number of FFNs is not the number of layers.
-    pub fn with_ffns(mut config: Config, ffns: Vec<Box<dyn Ffn>>) -> Model {
+    pub fn with_ffns(config: Config, ffns: Vec<Box<dyn Ffn>>) -> Model {
+        let mut model = Model::without_params(config, ffns);
+        model.params = Buf::zeros(model.layout.len());
+        model
+    }
+
+    /// Makes a model of `config` without its parameters, to look at or to train in parts: [`Model::params`] is empty, and what
+    /// needs them panics.
+    pub fn outline(config: Config) -> Model {
+        let ffns = ffns_of(&config);
+        Model::without_params(config, ffns)
+    }
+
+    fn without_params(mut config: Config, ffns: Vec<Box<dyn Ffn>>) -> Model {
         assert_eq!(ffns.len(), config.num_layers, "model: FFNs and layers");
         let mut kinds = ffns.iter().map(|ffn| ffn.kind());
         if let Some(Some(first @ FfnKind::Spec(_))) = kinds.next()
@@ -49,7 +63,7 @@ impl Model {
             config.ffn = Some(spec);
         }
         let (layout, ranges) = lay_out(&config, &ffns);
-        let (params, ropes) = (Buf::zeros(layout.len()), Ropes::new(&config));
+        let (params, ropes) = (Buf::zeros(0), Ropes::new(&config));
         Model { config, ffns, layout, ranges, params, ropes, partitions: None, masks: None }
     }
 
@@ -66,6 +80,18 @@ impl Model {
     /// # Errors
     /// The directory is malformed; the message names the file, the field or tensor, and the remedy.
     pub fn load(dir: &Path) -> Result<Model> {
+        let mut model = Model::load_outline(dir)?;
+        let mut params = Buf::zeros(model.layout.len());
+        model.read_params(dir, |entry, read| read(&mut params[entry.range.clone()]))?;
+        model.params = params;
+        Ok(model)
+    }
+
+    /// Does as [`Model::load`], but makes a [`Model::outline`]. [`Model::read_params`] reads them tensor by tensor, and [`Model::step_on`] trains on parts of them.
+    ///
+    /// # Errors
+    /// Those of [`Model::load`] but for the values of weights.
+    pub fn load_outline(dir: &Path) -> Result<Model> {
         let config = Config::load(dir)?;
         if config.thresholds.is_some() {
             let problem = "is present, and only inference skips inputs";
@@ -74,17 +100,36 @@ impl Model {
         }
         let checkpoint = open_model(dir, &config)?;
         let masks = Masks::read(dir, &config)?;
-        let mut reader = WeightReader::new(&config, &checkpoint, masks.as_ref())?;
-        let mut model = Model::new(config);
-        for entry in model.layout.entries() {
-            reader.read(&entry.spec, &mut model.params[entry.range.clone()])?;
-        }
+        // Before anything of the sizes in the file is allocated.
+        drop(WeightReader::new(&config, &checkpoint, masks.as_ref())?);
+        let mut model = Model::outline(config);
         model.masks = masks;
         if model.config.moe.as_ref().is_some_and(|moe| moe.partition == PartitionKind::Permuted) {
             let partitions = (0..model.config.num_layers).map(|i| checkpoint.read_i32(&partition_name(i)));
             model.partitions = Some(partitions.collect::<Result<_>>()?);
         }
         Ok(model)
+    }
+
+    /// Calls `each` with every tensor of the model, in arena order, and with what reads its values from the directory that the
+    /// model was loaded from.
+    ///
+    /// # Errors
+    /// Those of [`Model::load`], and of `each`.
+    pub fn read_params(
+        &self,
+        dir: &Path,
+        mut each: impl FnMut(&Entry, &mut dyn FnMut(&mut [f32]) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
+        let checkpoint = open_model(dir, &self.config)?;
+        let mut reader = WeightReader::new(&self.config, &checkpoint, self.masks.as_ref())?;
+        let mut entries = self.layout.entries().iter();
+        entries.try_for_each(|entry| each(entry, &mut |values| reader.read(&entry.spec, values)))
+    }
+
+    /// Returns whether this model is without its parameters.
+    pub fn is_outline(&self) -> bool {
+        self.params.len() != self.layout.len()
     }
 
     /// Writes config.json, masks and the weights, in Hugging Face layout, to the existing directory `dir`; every file
@@ -94,6 +139,22 @@ impl Model {
     /// The configuration does not describe the model's FFNs; nothing is written then. The file system refuses; the
     /// message names the file.
     pub fn save(&self, dir: &Path, dtype: Dtype) -> Result<()> {
+        self.save_from(dir, dtype, |entry| Ok(Cow::Borrowed(&self.params[entry.range.clone()])))
+    }
+
+    /// Does as [`Model::save`] with the values that `of` returns of every tensor, in arena order.
+    ///
+    /// # Errors
+    /// Those of [`Model::save`], and of `of`.
+    ///
+    /// # Panics
+    /// There are more or fewer values than the tensor has.
+    pub fn save_from<'v>(
+        &self,
+        dir: &Path,
+        dtype: Dtype,
+        mut of: impl FnMut(&Entry) -> Result<Cow<'v, [f32]>>,
+    ) -> Result<()> {
         self.check_kinds()?;
         let mut infos = Vec::new();
         for entry in self.layout.entries() {
@@ -105,13 +166,13 @@ impl Model {
         }
         let mut writer = model_writer(&self.config, dir, infos, DEFAULT_SHARD_BYTES)?;
         for entry in self.layout.entries() {
-            let values = &self.params[entry.range.clone()];
+            let values = of(entry)?;
             match entry.spec.stored {
-                Stored::AsIs => writer.write_f32(&entry.spec.name, values)?,
+                Stored::AsIs => writer.write_f32(&entry.spec.name, &values)?,
                 Stored::Transposed => {
                     let (rows, cols) = (entry.spec.shape[0], entry.spec.shape[1]);
                     let mut transposed = vec![0.0; values.len()];
-                    crate::checkpoint::transpose(&mut transposed, values, rows, cols);
+                    crate::checkpoint::transpose(&mut transposed, &values, rows, cols);
                     writer.write_f32(&entry.spec.name, &transposed)?;
                 }
             }

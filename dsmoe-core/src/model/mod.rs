@@ -28,4 +28,6 @@ pub use arena::Model;
 pub use inference::{After, Cache, Inference, Likelihood, Segment, Workspace};
 pub use memory::MemoryUse;
 pub use tensors::Batch;
-pub use train::{Grads, Lessons, Params, StepArgs, StepOutput, Teacher, TopRows, TrainWorkspace, Units};
+pub use train::{
+    Grads, Params, StepArgs, StepOutput, Teacher, Teaching, TopRows, TrainWorkspace, Units, Whole,
+};

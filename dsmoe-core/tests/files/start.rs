@@ -84,14 +84,16 @@ fn seen(model: &Path, sequences: &[Vec<u32>]) -> Seen {
     let weights = stream.layer(0).unwrap();
     let mut seen = Seen { x: Vec::new(), neurons: Vec::new(), residual: Vec::new() };
     let rows = |values: &[f32], width: usize| values.chunks(width).map(f64s).collect::<Vec<_>>();
-    stream.forward(&weights, &mut |tap| match tap.input {
-        Input::Ffn => {
-            seen.x.extend(rows(tap.x, HIDDEN));
-            seen.residual.extend(rows(tap.residual, HIDDEN));
-        }
-        Input::Neurons => seen.neurons.extend(rows(tap.x, NEURONS)),
-        Input::Attention | Input::Heads => {}
-    });
+    stream
+        .forward(&weights, &mut |tap| match tap.input {
+            Input::Ffn => {
+                seen.x.extend(rows(tap.x, HIDDEN));
+                seen.residual.extend(rows(tap.residual, HIDDEN));
+            }
+            Input::Neurons => seen.neurons.extend(rows(tap.x, NEURONS)),
+            Input::Attention | Input::Heads => {}
+        })
+        .unwrap();
     seen
 }
 

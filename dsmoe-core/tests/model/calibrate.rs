@@ -45,7 +45,7 @@ fn streamed_logits(dir: &Path, sequences: &[Vec<u32>]) -> Vec<f64> {
     let config = stream.config().clone();
     for i in 0..config.num_layers {
         let weights = stream.layer(i).unwrap();
-        stream.advance(&weights);
+        stream.advance(&weights).unwrap();
     }
     let checkpoint = Checkpoint::open(dir).unwrap();
     let mut norm = vec![0.0; config.hidden];
@@ -88,11 +88,13 @@ fn taps_are_what_the_linears_read_and_forward_keeps_the_states() {
         let before = f64s(stream.states());
         let mut seen: [Vec<f64>; 4] = Default::default();
         let mut order = Vec::new();
-        stream.forward(&weights, &mut |tap| {
-            order.push((tap.sequence, tap.input));
-            let place = Input::ALL.iter().position(|input| *input == tap.input).unwrap();
-            seen[place].extend(f64s(tap.x));
-        });
+        stream
+            .forward(&weights, &mut |tap| {
+                order.push((tap.sequence, tap.input));
+                let place = Input::ALL.iter().position(|input| *input == tap.input).unwrap();
+                seen[place].extend(f64s(tap.x));
+            })
+            .unwrap();
         let wanted: Vec<_> =
             (0..count).flat_map(|sequence| Input::ALL.map(|input| (sequence, input))).collect();
         assert_eq!(order, wanted);
@@ -116,7 +118,7 @@ fn taps_are_what_the_linears_read_and_forward_keeps_the_states() {
             .collect();
         assert_close_f64("neurons", neurons, &activated, 4e-6);
         let after = add(&middle, linear(neurons, &down.weight, down.inputs));
-        stream.advance(&weights);
+        stream.advance(&weights).unwrap();
         assert_close("states", stream.states(), &after, 4e-6);
     }
 }
@@ -131,7 +133,7 @@ fn changed_weights_are_the_ones_that_run() {
     for input in [Input::Heads, Input::Neurons] {
         weights.reading(input).for_each(|linear| linear.weight.fill(0.0));
     }
-    stream.advance(&weights);
+    stream.advance(&weights).unwrap();
     assert_eq!(stream.states(), before);
 }
 

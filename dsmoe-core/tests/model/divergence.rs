@@ -78,7 +78,7 @@ fn it_is_that_of_the_models_logits() {
                     down.forward(y, &neurons);
                 })
             };
-            copies.layer(&weights, &mut factors.map(change));
+            copies.layer(&weights, &mut factors.map(change)).unwrap();
             for factor in factors {
                 changed(&dir, &out, layer, factor);
                 want.push(divergence(&whole, &logits(&out, &text)));
@@ -100,7 +100,7 @@ fn little_text_serves() {
     let of = |text: &[Vec<u32>], tokens| {
         let mut copies = Alone::open(&dir, text, tokens, Precision::F32).unwrap();
         let weights = LayerStream::open(&dir, &[]).unwrap().layer(0).unwrap();
-        copies.layer(&weights, &mut [Box::new(|y: &mut [f32], _: FfnTap<'_>| y.fill(0.0))]);
+        copies.layer(&weights, &mut [Box::new(|y: &mut [f32], _: FfnTap<'_>| y.fill(0.0))]).unwrap();
         copies.divergences().unwrap()
     };
     let every_third: Vec<Vec<u32>> = text.iter().step_by(3).cloned().collect();

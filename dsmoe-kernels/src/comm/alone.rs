@@ -1,5 +1,7 @@
 //! A single process.
 
+use std::sync::{Arc, LazyLock};
+
 use super::communicator::{Communicator, Place, check_all_gather, check_all_to_all};
 use super::error::Result;
 use super::what::What;
@@ -7,6 +9,12 @@ use super::what::What;
 /// The communicator of a process that runs alone. Its calls copy and cannot fail.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Alone;
+
+/// Returns a shared [`Alone`], for work that no other process takes part in.
+pub fn alone() -> &'static Arc<dyn Communicator> {
+    static ALONE: LazyLock<Arc<dyn Communicator>> = LazyLock::new(|| Arc::new(Alone));
+    &ALONE
+}
 
 impl Communicator for Alone {
     fn rank(&self) -> usize {

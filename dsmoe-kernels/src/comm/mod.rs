@@ -19,7 +19,7 @@ pub mod tree;
 mod what;
 
 pub use agree::{agree, gather};
-pub use alone::Alone;
+pub use alone::{Alone, alone};
 pub use communicator::{Communicator, Place};
 pub use error::{CommError, Result};
 pub use launch::{Launch, Launcher};

@@ -1,36 +1,46 @@
-//! Optimiser steps on the processor.
+//! Optimiser steps on the processors of one or several processes.
 
 use std::borrow::Cow;
 use std::sync::Arc;
 
 use dsmoe_core::Model;
-use dsmoe_core::model::{Batch, StepArgs, StepOutput, TrainWorkspace};
+use dsmoe_core::model::{Batch, StepArgs, StepOutput, Teaching, TrainWorkspace, Units, Whole};
 use dsmoe_core::params::{Entry, Layout};
 use dsmoe_core::shard::{Shards, Staging};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::comm::{Communicator, Tree, What};
 use dsmoe_router::{LogitCounts, RoutingStats};
 
+use super::parts::{Lent, Parts};
 use super::report::{All, Exchange, Own, Record};
 use super::{Engine, EngineOptions, StepResult};
 use crate::error::Result;
 use crate::optim::{AdamW, Squares, Update};
+use crate::ranks::Zero;
 use crate::teacher::{Lessons, LessonsOf, learn};
 
-/// The memory of training on the processors of one or several processes. Each computes its lanes; then each owns a part of
-/// the summed gradient and of the moments, updates its part of the parameters, and gets the others (ZeRO stage 1).
+/// The memory of training. Each process computes its lanes; then each owns a part of the summed gradient and of the moments,
+/// updates its part of the parameters, and gets the others (ZeRO stage 1). In stages 2 and 3 gradients, and parameters, are
+/// whole only while a pass works on them.
 #[derive(Debug)]
 pub(super) struct CpuEngine {
     optimizer: AdamW,
     stats: Option<RoutingStats>,
     layout: Layout,
+    zero: Zero,
+    /// The gradients of the lane at work, whole; empty where they lie in parts.
     grads: Buf,
+    parts: Parts,
     workspace: Box<TrainWorkspace>,
     lessons: Option<Box<Lessons>>,
     /// The lanes of this process that are done. A single one is in `grads` and needs no tree.
     tree: Tree,
     lanes: usize,
     lanes_done: usize,
+    /// Micro-batches of a lane, and those that are done of the lane at work.
+    accumulate: usize,
+    lane_done: usize,
+    step: u64,
     /// The micro-batches of this process so far.
     records: Vec<Record>,
     non_finite: Option<String>,
@@ -59,12 +69,17 @@ impl CpuEngine {
         CpuEngine {
             optimizer,
             stats: model.new_stats(),
-            grads: Buf::zeros(layout.len()),
+            zero: if model.is_outline() { Zero::Parameters } else { options.zero.on(comm.size()) },
+            grads: Buf::default(),
+            parts: Parts::default(),
             workspace: Box::new(workspace),
             lessons: None,
             tree: Tree::new(),
             lanes: options.lanes,
             lanes_done: 0,
+            accumulate: options.accumulate,
+            lane_done: 0,
+            step: 0,
             records: Vec::new(),
             non_finite: None,
             micro_batches: 1,
@@ -80,18 +95,52 @@ impl CpuEngine {
 
     /// Replaces this process's part of the gradients by the sum over processes.
     fn reduce(&mut self, step: u64) -> Result<()> {
-        let of = What::at(step, "gradients");
-        for unit in 0..self.shards.units().len() {
-            self.shards.reduce(&*self.comm, of, unit, &mut self.grads, &mut self.staging)?;
+        let of = (&*self.comm, What::at(step, "gradients"));
+        for (number, unit) in self.shards.units().iter().enumerate() {
+            let grads = &mut self.grads[unit.clone()];
+            self.shards.reduce(of, number, grads, None, &mut self.staging)?;
         }
         Ok(())
+    }
+
+    /// Returns the gradients that lanes are added up in: all, or those that this process owns.
+    fn of_lane(&mut self) -> &mut Buf {
+        if self.zero > Zero::Moments { &mut self.parts.own } else { &mut self.grads }
+    }
+
+    /// Runs a micro-batch.
+    fn pass(&mut self, model: &Model, batch: Batch<'_>, args: &StepArgs) -> Result<StepOutput> {
+        let teaching = match self.lessons.as_deref_mut() {
+            None => Teaching::None,
+            Some(Lessons { teacher, of: LessonsOf::All }) => Teaching::Of(teacher),
+            Some(Lessons { teacher, of: LessonsOf::Top { top, cache, rows } }) => {
+                learn(teacher, cache.as_deref_mut(), (batch.inputs, batch.seq), *top, rows)?;
+                Teaching::Rows(rows, teacher.weight())
+            }
+        };
+        let (mut whole, mut lent);
+        let units: &mut dyn Units = if self.zero > Zero::Moments {
+            let (own_params, parts, shards) = (&self.optimizer.params[..], &mut self.parts, &self.shards);
+            let (comm, step, last) = (&*self.comm, self.step, self.lane_done + 1 == self.accumulate);
+            lent = Lent { model, own_params, parts, shards, comm, step, last };
+            &mut lent
+        } else {
+            whole = Whole { params: model.params(), grads: &mut self.grads };
+            &mut whole
+        };
+        Ok(model.step_on(units, (batch, teaching), args, &mut self.workspace)?)
     }
 }
 
 impl Engine for CpuEngine {
-    fn begin(&mut self, micro_batches: u64) -> Result<()> {
-        self.grads.resize(self.layout.len());
-        self.grads.clear();
+    fn begin(&mut self, step: u64, micro_batches: u64) -> Result<()> {
+        if self.zero > Zero::Moments {
+            self.parts.begin(self.optimizer.m.len());
+        } else {
+            self.grads.resize(self.layout.len());
+            self.grads.clear();
+        }
+        (self.step, self.lane_done) = (step, 0);
         if let Some(stats) = &mut self.stats {
             stats.clear();
         }
@@ -105,47 +154,47 @@ impl Engine for CpuEngine {
     }
 
     fn micro_batch(&mut self, model: &Model, batch: Batch<'_>, args: &StepArgs) -> Result<bool> {
-        let (grads, workspace) = (&mut self.grads, &mut self.workspace);
-        let output = match self.lessons.as_deref_mut() {
-            None => model.train_step(grads, batch, args, workspace)?,
-            Some(Lessons { teacher, of: LessonsOf::All }) => {
-                model.distill_step(grads, batch, args, teacher, workspace)?
-            }
-            Some(Lessons { teacher, of: LessonsOf::Top { top, cache, rows } }) => {
-                learn(teacher, cache.as_deref_mut(), (batch.inputs, batch.seq), *top, rows)?;
-                model.distill_step_from(grads, batch, args, (rows, teacher.weight()), workspace)?
-            }
-        };
+        let output = self.pass(model, batch, args)?;
+        self.lane_done += 1;
         self.records.push(record_of(&output, batch.targets.len()));
         if let (Some(sum), Some(part)) = (&mut self.stats, self.workspace.stats()) {
             sum.merge(part);
         }
         self.non_finite = output.non_finite;
-        Ok(self.non_finite.is_none())
+        Ok(output.went_back)
     }
 
     fn end_lane(&mut self) -> Result<()> {
         if self.lanes > 1 {
-            self.tree.push(&mut self.grads);
+            let mut grads = std::mem::take(self.of_lane());
+            self.tree.push(&mut grads);
+            *self.of_lane() = grads;
             self.lanes_done += 1;
-            if self.lanes_done < self.lanes {
+            if self.lanes_done < self.lanes && self.zero == Zero::Moments {
                 self.grads.clear();
             }
         }
+        self.lane_done = 0;
         Ok(())
     }
 
     fn end(&mut self, model: &Model, step: u64, stop: bool) -> Result<StepResult> {
         if self.lanes_done > 0 {
-            self.tree.finish(&mut self.grads);
+            let mut grads = std::mem::take(self.of_lane());
+            self.tree.finish(&mut grads);
+            *self.of_lane() = grads;
             self.lanes_done = 0;
         }
-        if let Some(masks) = model.masks() {
-            masks.apply(&mut self.grads, &self.layout);
+        if self.zero == Zero::Moments {
+            if let Some(masks) = model.masks() {
+                masks.apply(&mut self.grads, &self.layout);
+            }
+            self.optimizer.drop_frozen(&mut self.grads, &self.layout);
+            self.reduce(step)?;
+            self.squares.compute(&self.grads);
+        } else {
+            self.squares.compute(&self.parts.own);
         }
-        self.optimizer.drop_frozen(&mut self.grads, &self.layout);
-        self.reduce(step)?;
-        self.squares.compute(&self.grads);
         let own_micro_batches = self.micro_batches as usize / self.comm.size();
         self.records.resize(own_micro_batches, Record::default());
         self.counts.clear();
@@ -154,6 +203,7 @@ impl Engine for CpuEngine {
             stop,
             non_finite: self.non_finite.as_deref(),
             records: &self.records,
+            in_turn: if self.zero > Zero::Moments { self.accumulate } else { own_micro_batches },
             counts: &self.counts,
             squares: self.squares.sums(),
         };
@@ -170,7 +220,11 @@ impl Engine for CpuEngine {
     fn gradient_not_finite(&mut self, model: &Model, step: u64) -> Result<String> {
         let is_wrong = |entry: &Entry| {
             let mut places = self.optimizer.places(entry.range.clone());
-            places.any(|(owned, _)| self.grads[owned].iter().any(|x| !x.is_finite()))
+            let own = |(owned, place)| match self.zero {
+                Zero::Moments => &self.grads[owned],
+                Zero::Gradients | Zero::Parameters => &self.parts.own[place],
+            };
+            places.any(|at| own(at).iter().any(|x| !x.is_finite()))
         };
         let entries = model.layout().entries();
         let mine = entries.iter().rposition(is_wrong).map_or(0, |at| at as u64 + 1);
@@ -184,17 +238,31 @@ impl Engine for CpuEngine {
     }
 
     fn update(&mut self, model: &mut Model, update: &Update<'_>) -> Result<()> {
-        self.optimizer.step(model.params_mut(), &self.grads, &self.layout, update);
-        let of = What::at(update.step, "parameters");
-        for unit in 0..self.shards.units().len() {
-            self.shards.gather(&*self.comm, of, unit, model.params_mut(), &mut self.staging)?;
+        let grads = if self.zero > Zero::Moments { &self.parts.own } else { &self.grads };
+        if model.is_outline() {
+            // What masks prune stays 0: its gradient is 0.
+            self.optimizer.step(None, grads, &self.layout, update);
+            return Ok(());
+        }
+        self.optimizer.step(Some(model.params_mut()), grads, &self.layout, update);
+        let of = (&*self.comm, What::at(update.step, "parameters"));
+        for (number, unit) in self.shards.units().iter().enumerate() {
+            let params = &mut model.params_mut()[unit.clone()];
+            self.shards.gather(of, number, params, None, &mut self.staging)?;
         }
         model.apply_masks();
         Ok(())
     }
 
     fn grads(&self) -> Result<Cow<'_, [f32]>> {
-        Ok(Cow::Borrowed(&self.grads))
+        if self.zero == Zero::Moments {
+            return Ok(Cow::Borrowed(&self.grads));
+        }
+        let mut grads = vec![0.0; self.layout.len()];
+        for (owned, place) in self.optimizer.places(0..self.layout.len()) {
+            grads[owned].copy_from_slice(&self.parts.own[place]);
+        }
+        Ok(Cow::Owned(grads))
     }
 
     fn optimizer(&self) -> &AdamW {
@@ -225,6 +293,7 @@ impl Engine for CpuEngine {
 
     fn release(&mut self) {
         self.grads = Buf::zeros(0);
+        self.parts = Parts::default();
         self.tree = Tree::new();
     }
 }

@@ -40,7 +40,7 @@ impl CudaEngine {
 }
 
 impl Engine for CudaEngine {
-    fn begin(&mut self, _micro_batches: u64) -> Result<()> {
+    fn begin(&mut self, _step: u64, _micro_batches: u64) -> Result<()> {
         if let Some(stats) = &mut self.stats {
             stats.clear();
         }

@@ -12,6 +12,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod memory;
+mod parts;
 mod report;
 
 use std::borrow::Cow;
@@ -27,8 +29,10 @@ use dsmoe_router::{LogitCounts, RoutingStats};
 use self::cpu::CpuEngine;
 #[cfg(feature = "cuda")]
 use self::cuda::CudaEngine;
+pub use self::memory::Share;
 use crate::error::{Error, Result};
 use crate::optim::{AdamW, GradNorms, Update, last_non_finite};
+use crate::ranks::Zero;
 use crate::teacher::Lessons;
 
 /// The shape of the micro-batches of an engine, and where and how it computes.
@@ -40,6 +44,10 @@ pub struct EngineOptions {
     pub seq: usize,
     /// Lanes of a step that this process computes.
     pub lanes: usize,
+    /// Micro-batches of a lane.
+    pub accumulate: usize,
+    /// What every process holds of its share alone.
+    pub zero: Zero,
     /// The precision to which operands of matrix products are rounded.
     pub precision: Precision,
     /// The device that computes.
@@ -76,14 +84,15 @@ pub struct StepResult {
 /// The memory of training on one device, with the optimiser's state. Steps allocate next to nothing, except to read and write
 /// a teacher's cache. What takes part in sums over processes is called by all of them.
 pub trait Engine: Debug + Send {
-    /// Starts a step of so many micro-batches, those of other processes included: sets gradients and sums to zero.
+    /// Starts step `step` of so many micro-batches, those of other processes included: sets gradients and sums to zero.
     ///
     /// # Errors
     /// The device fails.
-    fn begin(&mut self, micro_batches: u64) -> Result<()>;
+    fn begin(&mut self, step: u64, micro_batches: u64) -> Result<()>;
 
     /// Runs a micro-batch forward and backward and adds its gradients and losses to those of the step. A GPU only
-    /// queues the work. Returns false when the loss is not finite, so that further micro-batches are of no use.
+    /// queues the work. Returns false when the loss is not finite, here or in a process that goes on together with this one, so
+    /// that further micro-batches are of no use.
     ///
     /// # Errors
     /// A token id outside the vocabulary, sequences longer than the model has positions, or a device that fails.

@@ -64,6 +64,8 @@ pub(super) struct Own<'a> {
     pub(super) non_finite: Option<&'a str>,
     /// Its micro-batches, in order.
     pub(super) records: &'a [Record],
+    /// So many of them follow each other before those of the next process do; the same in all.
+    pub(super) in_turn: usize,
     /// Routing counts, of as many numbers in every process.
     pub(super) counts: &'a [u64],
     /// Squares of its pieces of the gradient.
@@ -124,13 +126,20 @@ impl Exchange {
             .for_each(|word| sent.extend(word.to_le_bytes()));
         received.resize(lens.iter().sum(), 0);
         comm.all_gather(of, sent, received, lens)?;
-        all.read(received, lens, (own.records.len(), own.counts.len()));
+        all.read((received, lens), (own.records.len(), own.counts.len()), own.in_turn);
         Ok(all)
     }
 }
 
 impl All {
-    fn read(&mut self, mut received: &[u8], lens: &[usize], (records, counts): (usize, usize)) {
+    /// Reads the messages of all processes, of these lengths, each with so many records and counts. `in_turn` records of a
+    /// process are followed by those of the next.
+    fn read(
+        &mut self,
+        (mut received, lens): (&[u8], &[usize]),
+        (records, counts): (usize, usize),
+        in_turn: usize,
+    ) {
         *self = All {
             records: std::mem::take(&mut self.records),
             counts: std::mem::take(&mut self.counts),
@@ -141,6 +150,7 @@ impl All {
         self.squares.clear();
         self.counts.clear();
         self.counts.resize(counts, 0);
+        let mut of_processes = Vec::with_capacity(lens.len());
         for &len in lens {
             let (message, rest) = received.split_at(len);
             received = rest;
@@ -150,15 +160,23 @@ impl All {
             self.stop |= stop != 0;
             let (of_records, rest) = words.split_at(Record::WORDS * records);
             let (of_counts, squares) = rest.split_at(counts);
-            if self.non_finite.is_none() {
-                let of_records = of_records.chunks_exact(Record::WORDS).map(Record::from_words);
-                self.records.extend(of_records.filter(|record| record.predicted > 0));
-                let name = &head[2 * WORD..][..(name_len as usize).min(NAME)];
-                self.non_finite =
-                    Some(String::from_utf8_lossy(name).into_owned()).filter(|name| !name.is_empty());
-            }
+            let of_records = of_records.chunks_exact(Record::WORDS).map(Record::from_words);
+            let of_records: Vec<Record> = of_records.filter(|record| record.predicted > 0).collect();
+            let name = &head[2 * WORD..][..(name_len as usize).min(NAME)];
+            of_processes.push((of_records, String::from_utf8_lossy(name).into_owned()));
             self.counts.iter_mut().zip(of_counts).for_each(|(sum, count)| *sum += count);
             self.squares.extend(squares.iter().map(|&square| f64::from_bits(square)));
+        }
+        for first in (0..records).step_by(in_turn.max(1)) {
+            for (of_process, non_finite) in &of_processes {
+                let end = of_process.len().min(first + in_turn);
+                self.records.extend(of_process.get(first..end).unwrap_or_default());
+                // The last record of such a process is the one that is not finite.
+                if !non_finite.is_empty() && of_process.len() <= first + in_turn {
+                    self.non_finite = Some(non_finite.clone());
+                    return;
+                }
+            }
         }
     }
 }
@@ -188,6 +206,7 @@ mod tests {
                 stop: rank == 2,
                 non_finite: None,
                 records: &records,
+                in_turn: 2,
                 counts: &[1, 10 * rank as u64],
                 squares: &squares,
             };
@@ -216,7 +235,8 @@ mod tests {
             }
             let name = format!("layer {rank}");
             let non_finite = Some(&name[..]).filter(|_| rank > 0);
-            let own = Own { stop: false, non_finite, records: &records, counts: &[], squares: &[] };
+            let records = &records;
+            let own = Own { stop: false, non_finite, records, in_turn: 2, counts: &[], squares: &[] };
             let mut exchange = Exchange::default();
             exchange.share(comm, What::at(1, "results"), &own, &[0; 3]).unwrap();
             exchange.all
@@ -224,6 +244,31 @@ mod tests {
         for all in known {
             assert_eq!(all.records, [record(0), record(1), record(2)]);
             assert_eq!((all.stop, all.non_finite.as_deref()), (false, Some("layer 1")));
+        }
+    }
+
+    /// Processes whose lanes take turns: the order is that of the lanes, and nothing counts after the first that is not finite.
+    #[test]
+    fn records_of_lanes_that_take_turns_are_in_the_order_of_lanes() {
+        for wrong in [None, Some(4)] {
+            let known = on_threads(2, |comm| {
+                let rank = comm.rank();
+                // Two lanes of two micro-batches each: 0 to 3 and 4 to 7 in the first and in the second turn.
+                let numbers = [2 * rank, 2 * rank + 1, 4 + 2 * rank, 5 + 2 * rank];
+                let done = |number: &usize| wrong.is_none_or(|wrong| *number <= wrong || *number == 6);
+                let records = numbers.map(|n| if done(&n) { record(n) } else { Record::default() });
+                let non_finite = wrong.filter(|_| rank == 0).map(|_| "layer 3");
+                let records = &records;
+                let own = Own { stop: false, non_finite, records, in_turn: 2, counts: &[], squares: &[] };
+                let mut exchange = Exchange::default();
+                exchange.share(comm, What::at(1, "results"), &own, &[0; 2]).unwrap();
+                exchange.all
+            });
+            for all in known {
+                let count = wrong.map_or(8, |wrong| wrong + 1);
+                assert_eq!(all.records, (0..count).map(record).collect::<Vec<_>>());
+                assert_eq!(all.non_finite.as_deref(), wrong.map(|_| "layer 3"));
+            }
         }
     }
 }

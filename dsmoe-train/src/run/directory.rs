@@ -83,7 +83,7 @@ pub(super) fn load_newest(
 ) -> Result<(Model, Option<AdamW>)> {
     let (out, comm) = (&options.out, &*options.comm);
     let of = What::of("a checkpoint");
-    let (layout, masks) = (model.layout().clone(), model.masks().cloned());
+    let (layout, masks, outline) = (model.layout().clone(), model.masks().cloned(), model.is_outline());
     let mut start = Some(model);
     let mut newest_error = None;
     for path in checkpoints_of_first(comm, &out.join(CHECKPOINTS))? {
@@ -94,7 +94,7 @@ pub(super) fn load_newest(
                 agree(comm, of, saved.check(&path, &now))?;
                 // Two models at once may be more than the memory holds.
                 start = None;
-                agree(comm, of, checkpoint::load(&path, &layout, masks.as_ref(), comm))
+                agree(comm, of, checkpoint::load(&path, &layout, masks.as_ref(), outline, comm))
                     .map(|(model, optimizer)| (saved, now.config, model, optimizer))
             }
             Err(error) => Err(error),

@@ -9,6 +9,8 @@ use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::{TokenSource, TokenStream};
 use dsmoe_kernels::comm::{Alone, Communicator};
 
+use crate::ranks::Zero;
+
 /// The directories and the device of a run, and how it starts and stops.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
@@ -30,6 +32,10 @@ pub struct RunOptions {
     pub device: Device,
     /// Keep the inputs of layers alone, and run their forward pass again in the backward pass. No number depends on it.
     pub recompute: bool,
+    /// What every process holds of its share alone. No number depends on it, and a run may resume with another. In the last stage
+    /// the model is given without its parameters ([`Model::load_outline`](dsmoe_core::Model::load_outline)), which are read from
+    /// `source`.
+    pub zero: Zero,
     /// The processes that share the steps. Results do not depend on their number, and a run may resume with another.
     pub comm: Arc<dyn Communicator>,
 }
@@ -49,6 +55,7 @@ impl RunOptions {
             teacher_cache: None,
             device,
             recompute: false,
+            zero: Zero::Moments,
             comm: Arc::new(Alone),
         }
     }

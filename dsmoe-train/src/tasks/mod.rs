@@ -9,6 +9,7 @@ mod generation;
 mod journal;
 mod likelihood;
 mod rolling;
+mod shared;
 
 use std::cmp::Reverse;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +18,9 @@ use dsmoe_core::Inference;
 use dsmoe_core::model::{Likelihood, Workspace};
 use dsmoe_datasets::tasks::{Profile, Request, Response};
 use dsmoe_datasets::{Bos, Tokenizer};
+use dsmoe_kernels::comm::{Alone, Communicator};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 pub use journal::{Journal, Ran, model_sha256};
 pub use rolling::{RollingReport, rolling};
@@ -49,10 +52,11 @@ pub struct Responder<'a> {
     profile: Profile,
     batch_tokens: usize,
     stop: Option<&'a AtomicBool>,
+    comm: &'a dyn Communicator,
 }
 
 /// The answers to documents' requests.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Answers {
     /// One list a document, one answer a request.
     pub documents: Vec<Vec<Answer>>,
@@ -72,7 +76,7 @@ impl<'a> Responder<'a> {
     /// Answers with `model` and its `tokenizer`; `bos` says when a text gets the BOS token in front.
     pub fn new(model: &'a Inference, tokenizer: &'a Tokenizer, bos: Bos, profile: Profile) -> Responder<'a> {
         let batch_tokens = if model.bytes() < LARGE { BATCH_TOKENS } else { LARGE_BATCH_TOKENS };
-        Responder { model, tokenizer, bos, profile, batch_tokens, stop: None }
+        Responder { model, tokenizer, bos, profile, batch_tokens, stop: None, comm: &Alone }
     }
 
     /// Sets the approximate number of tokens in a forward pass. Responses do not depend on it.
@@ -89,13 +93,33 @@ impl<'a> Responder<'a> {
         self
     }
 
-    /// Answers the requests of `documents`, in their order; none if it was stopped. Responses in `journal` are used,
+    /// Divides the documents among the processes of `comm`. All get the answers of a single process.
+    #[must_use]
+    pub fn on(mut self, comm: &'a dyn Communicator) -> Responder<'a> {
+        self.comm = comm;
+        self
+    }
+
+    /// Answers the requests of `documents`, in their order; none if it was stopped. Of several processes the first one alone
+    /// may have a journal, and all are stopped if one is. Responses in `journal` are used,
     /// and new ones are kept there. `progress` receives the number of documents done and of all.
     ///
     /// # Errors
     /// The tokenizer or the model fails, or the journal cannot be written. A request that cannot be answered is no
     /// error but an answer.
     pub fn answer(
+        &self,
+        documents: &[&[Request]],
+        journal: Option<&mut Journal>,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Option<Answers>> {
+        match self.comm.size() {
+            1 => self.answer_alone(documents, journal, progress),
+            _ => shared::answer(self, documents, journal, progress),
+        }
+    }
+
+    fn answer_alone(
         &self,
         documents: &[&[Request]],
         journal: Option<&mut Journal>,

@@ -20,7 +20,7 @@ fn every_tensor_gets_its_own_decay_and_rate() {
     for (step, (lr, scale, values)) in (1..).zip(steps) {
         let grads: Vec<f32> = (0..layout.len()).map(|i| values[i % 2]).collect();
         let update = Update { config: &settings, lr, scale, step };
-        optimizer.step(model.params_mut(), &grads, &layout, &update);
+        optimizer.step(Some(model.params_mut()), &grads, &layout, &update);
     }
     for entry in layout.entries() {
         let name = &entry.spec.name;

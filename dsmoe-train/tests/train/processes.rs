@@ -14,7 +14,7 @@ use dsmoe_kernels::comm::threads::{Member, members};
 use dsmoe_kernels::comm::{Communicator, Place, Result as CommResult, What};
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::RouterConfig;
-use dsmoe_train::{Observer, Outcome, Result, RunOptions, StepRecord, TrainConfig, Trainer};
+use dsmoe_train::{Observer, Outcome, Result, RunOptions, StepRecord, TrainConfig, Trainer, Zero};
 use serde_json::Value;
 
 use crate::common::{metrics, settings, text};
@@ -66,12 +66,13 @@ struct Shared<'a> {
     size: usize,
     steps: Option<u64>,
     resume: bool,
+    zero: Zero,
 }
 
 impl Shared<'_> {
     fn options(&self, comm: Arc<dyn Communicator>) -> RunOptions {
-        let (stop_after, resume) = (self.steps, self.resume);
-        RunOptions { stop_after, resume, comm, ..RunOptions::new(self.source, self.out) }
+        let (stop_after, resume, zero) = (self.steps, self.resume, self.zero);
+        RunOptions { stop_after, resume, zero, comm, ..RunOptions::new(self.source, self.out) }
     }
 
     /// Runs it, process `rank` with the communicator and the settings that `of` returns, and returns all outcomes.
@@ -84,7 +85,9 @@ impl Shared<'_> {
                 let of = &of;
                 scope.spawn(move || {
                     let (comm, config) = of(member);
-                    let model = Model::load(self.source)?;
+                    let outline = self.zero.on(self.size) == Zero::Parameters;
+                    let load = if outline { Model::load_outline } else { Model::load };
+                    let model = load(self.source)?;
                     let mut trainer = Trainer::new(model, &text(1), config, self.options(comm))?;
                     trainer.run(&mut (), &AtomicBool::new(false))
                 })
@@ -106,7 +109,12 @@ impl Shared<'_> {
 
 /// Runs to the end on `size` processes.
 fn whole(source: &Path, out: &Path, size: usize, more: &[&str]) {
-    Shared { source, out, size, steps: None, resume: false }.run(more);
+    in_stage(Zero::Moments, (source, out), size, more);
+}
+
+/// Does so where every process holds `zero` of its share alone.
+fn in_stage(zero: Zero, (source, out): (&Path, &Path), size: usize, more: &[&str]) {
+    Shared { source, out, size, steps: None, resume: false, zero }.run(more);
 }
 
 /// All files below `dir` but the history, whose times differ.
@@ -184,13 +192,102 @@ fn any_number_of_processes_leaves_the_same_bytes() {
 }
 
 #[test]
+fn any_stage_leaves_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    for (kind, more) in [
+        ("dense", &["sparsity=1", "lanes=4"][..]),
+        ("dsmoe", &["lanes=8", "accumulate=3", "dtype=bf16", "clip=0.5"]),
+        ("masked", &["sparsity=1", "lanes=12", "clip=0.5"]),
+    ] {
+        let more = &[&["valid_fraction=0", "steps=4"], more].concat();
+        let source = wide(dir.path(), kind);
+        let alone = dir.path().join(format!("{kind} alone"));
+        whole(&source, &alone, 1, more);
+        for zero in [Zero::Gradients, Zero::Parameters] {
+            for size in [2, 4] {
+                let out = dir.path().join(format!("{kind} {zero:?} {size}"));
+                in_stage(zero, (&source, &out), size, more);
+                assert_same(&alone, &out);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_run_resumes_in_any_stage() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = &wide(dir.path(), "dsmoe");
+    let (out, all) = (&dir.path().join("parts"), dir.path().join("all"));
+    let more = ["lanes=4", "steps=7", "valid_fraction=0"];
+    for (size, steps, zero) in [
+        (4, Some(2), Zero::Parameters),
+        (2, Some(1), Zero::Gradients),
+        (1, Some(1), Zero::Moments),
+        (2, Some(1), Zero::Parameters),
+        (4, None, Zero::Parameters),
+    ] {
+        let resume = out.exists();
+        Shared { source, out, size, steps, resume, zero }.run(&more);
+    }
+    whole(source, &all, 1, &more);
+    for name in ["model.safetensors", "checkpoints/step-00000007/optimizer.safetensors"] {
+        assert!(std::fs::read(out.join(name)).unwrap() == std::fs::read(all.join(name)).unwrap(), "{name}");
+    }
+    assert_eq!(history(out), history(&all));
+}
+
+#[test]
+fn all_processes_of_any_stage_stop_where_a_value_is_not_finite() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = Model::load(&wide(dir.path(), "dense")).unwrap();
+    let first = |model: &Model, name: &str| model.layout().get(name).unwrap().range.start;
+    for (name, place) in [
+        // Sums overflow in the forward pass.
+        ("model.layers.1.self_attn.v_proj.weight", "layer 1 attention"),
+        // Squares overflow: the norm is 0, and its gradient is none.
+        ("model.embed_tokens.weight", "gradient of model."),
+    ] {
+        let start = first(&model, name);
+        let values = model.params()[start..start + 64 * 32].to_vec();
+        model.params_mut()[start..start + 64 * 32].fill(3e38);
+        let source = dir.path().join(place);
+        std::fs::create_dir(&source).unwrap();
+        model.save(&source, Dtype::F32).unwrap();
+        model.params_mut()[start..start + 64 * 32].copy_from_slice(&values);
+        let told = [Zero::Moments, Zero::Gradients, Zero::Parameters].map(|zero| {
+            let out = dir.path().join(format!("{place} {zero:?}"));
+            let run = Shared { source: &source, out: &out, size: 2, steps: None, resume: false, zero };
+            let more = ["sparsity=1", "lanes=4", "valid_fraction=0"];
+            let outcomes = run.run_with(|member| (Arc::new(member), shared(&more)));
+            outcomes.into_iter().map(|outcome| outcome.unwrap_err().to_string()).collect::<Vec<_>>()
+        });
+        assert!(told[0][0].contains(place) && told[0][0].contains("no checkpoint was saved yet"), "{told:?}");
+        assert!(told[0] == told[1] && told[0] == told[2], "{told:?}");
+    }
+}
+
+#[test]
+fn the_last_stage_refuses_what_needs_all_parameters() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = wide(dir.path(), "dense");
+    let out = dir.path().join("out");
+    let (size, zero) = (2, Zero::Parameters);
+    let run = Shared { source: &source, out: &out, size, steps: None, resume: false, zero };
+    let outcomes = run.run_with(|member| (Arc::new(member), shared(&["sparsity=1", "lanes=2"])));
+    let told = outcomes.into_iter().next().unwrap().unwrap_err().to_string();
+    assert!(told.starts_with("valid_fraction is above 0") && told.contains("use 0, or zero 2"), "{told}");
+    assert!(!out.exists());
+}
+
+#[test]
 fn a_run_resumes_on_any_number_of_processes() {
     let dir = tempfile::tempdir().unwrap();
     let source = wide(dir.path(), "dsmoe");
     let (out, all) = (dir.path().join("parts"), dir.path().join("all"));
     let more = ["lanes=4", "steps=7"];
     for (size, steps) in [(4, Some(2)), (2, Some(1)), (1, Some(3)), (4, None)] {
-        Shared { source: &source, out: &out, size, steps, resume: size != 4 || steps.is_none() }.run(&more);
+        let (resume, zero) = (size != 4 || steps.is_none(), Zero::Moments);
+        Shared { source: &source, out: &out, size, steps, resume, zero }.run(&more);
     }
     whole(&source, &all, 2, &more);
     for name in ["model.safetensors", "checkpoints/step-00000007/optimizer.safetensors"] {
@@ -260,7 +357,7 @@ fn a_process_that_cannot_write_stops_all_and_leaves_no_half_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let source = wide(dir.path(), "dsmoe");
     let (out, whole_run) = (dir.path().join("out"), dir.path().join("whole"));
-    let run = Shared { source: &source, out: &out, size: 4, steps: None, resume: false };
+    let run = Shared { source: &source, out: &out, size: 4, steps: None, resume: false, zero: Zero::Moments };
     let outcomes = run.run_with(|member| {
         let comm: Arc<dyn Communicator> = match member.rank() {
             3 => Arc::new(Meddler {
@@ -292,7 +389,8 @@ fn processes_must_agree_and_fit() {
     let dir = tempfile::tempdir().unwrap();
     let source = wide(dir.path(), "dense");
     let out = dir.path().join("out");
-    let run = |size| Shared { source: &source, out: &out, size, steps: None, resume: false };
+    let run =
+        |size| Shared { source: &source, out: &out, size, steps: None, resume: false, zero: Zero::Moments };
     let told = |outcomes: Vec<Result<Outcome>>| -> Vec<String> {
         outcomes.into_iter().map(|outcome| outcome.unwrap_err().to_string()).collect()
     };
@@ -337,7 +435,8 @@ fn all_stop_after_the_same_step_and_go_on() {
     whole(&source, &all, 1, &more);
     for (size, step) in [(1, 3), (2, 4)] {
         let out = dir.path().join(format!("out {size}"));
-        let run = Shared { source: &source, out: &out, size, steps: None, resume: false };
+        let run =
+            Shared { source: &source, out: &out, size, steps: None, resume: false, zero: Zero::Moments };
         std::thread::scope(|scope| {
             for member in members(size, DEADLINE) {
                 scope.spawn(|| {
@@ -371,7 +470,7 @@ fn the_others_learn_of_a_process_that_leaves() {
             panic!("gives up, as this test wants");
         }
     }
-    let run = Shared { source: &source, out: &out, size: 2, steps: None, resume: false };
+    let run = Shared { source: &source, out: &out, size: 2, steps: None, resume: false, zero: Zero::Moments };
     let told = std::thread::scope(|scope| {
         let start = |member: Member| {
             let run = &run;

@@ -12,13 +12,15 @@ use dsmoe_datasets::tasks::{Loaded, Options, Request, TASKS, Task, TaskFiles};
 use dsmoe_datasets::world::{ITEMS, Probe, World};
 use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Isa;
+use dsmoe_kernels::comm::Communicator;
 use dsmoe_train::tasks::{Journal, Responder, model_sha256};
 
 use super::results::{TaskResult, TaskResults};
 use crate::cli::eval::{Eval, TaskFile};
 use crate::format;
-use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
+use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts_of};
 use crate::models::{load_inference, show_config_notices, tokenizer};
+use crate::processes::check_alike;
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
@@ -27,7 +29,7 @@ pub(crate) const ALL: &str = "all";
 /// The name of the probes of the embedded world.
 const WORLD: &str = "world";
 
-pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
+pub(super) fn run(args: &Eval, comm: &dyn Communicator, ui: &mut Ui) -> Result<ExitCode> {
     let started = Instant::now();
     // Wrong files are reported before the weights are read.
     let config = Config::load(&args.model)?;
@@ -37,16 +39,22 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<ExitCode> {
     // So is a BOS rule that the tokenizer cannot follow.
     tokenizer.encode("", bos)?;
     let loaded = load(args, ui)?;
-    let folder = args.out.as_ref().map(|out| out.join(model_name(&args.model)));
+    check_alike(comm, args, &args.model, &[])?;
+    if args.out.is_some() {
+        catch_interrupts_of(comm.rank() == 0)?;
+    }
+    // The first process writes.
+    let out = args.out.as_ref().filter(|_| comm.rank() == 0);
+    let folder = out.map(|out| out.join(model_name(&args.model)));
     if let Some(folder) = &folder {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        catch_interrupts()?;
     }
     let mut model = load_inference(&args.model, args.precision(), args.device, args.gates)?;
     if let Some(bound) = args.router {
         model.set_router_bound(bound)?;
     }
-    let runner = Runner { args, model: &model, tokenizer: &tokenizer, bos, hash: model_sha256(&args.model)? };
+    let runner =
+        Runner { args, comm, model: &model, tokenizer: &tokenizer, bos, hash: model_sha256(&args.model)? };
 
     let mut done = Vec::new();
     let mut journals = Vec::new();
@@ -193,6 +201,7 @@ fn model_name(model: &Path) -> String {
 
 struct Runner<'a> {
     args: &'a Eval,
+    comm: &'a dyn Communicator,
     model: &'a Inference,
     tokenizer: &'a Tokenizer,
     bos: Bos,
@@ -223,8 +232,9 @@ impl Runner<'_> {
     fn measure(&self, loaded: Loaded, journal: Option<&mut Journal>, ui: &Ui) -> Result<Option<TaskResult>> {
         let started = Instant::now();
         let documents: Vec<&[Request]> = loaded.documents().iter().map(|d| &d.requests[..]).collect();
-        let responder =
-            Responder::new(self.model, self.tokenizer, self.bos, self.args.profile).stop_at(&STOP);
+        let responder = Responder::new(self.model, self.tokenizer, self.bos, self.args.profile)
+            .stop_at(&STOP)
+            .on(self.comm);
         let answers = Progress::during(ui, loaded.name(), Unit::Documents, |show| {
             responder.answer(&documents, journal, &mut |done, total| show(done as u64, total as u64))
         })?;

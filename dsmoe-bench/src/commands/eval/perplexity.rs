@@ -7,18 +7,20 @@ use dsmoe_core::Inference;
 use dsmoe_core::config::MoeConfig;
 use dsmoe_datasets::tasks::Profile;
 use dsmoe_datasets::{Bos, Corpus, Tokenizer};
-use dsmoe_train::eval::{Agreement, Domain, EvalOptions, EvalReport, agreement};
+use dsmoe_kernels::comm::Communicator;
+use dsmoe_train::eval::{Agreement, Domain, EvalOptions, EvalReport, agreement_on};
 use dsmoe_train::tasks::{Ran, Responder, RollingReport, rolling};
 use serde::Serialize;
 
 use crate::cli::eval::{Eval, Perplexity};
 use crate::cli::gates::GateArgs;
-use crate::evaluation::{domain_table, measure, measure_domains, used_weights};
+use crate::evaluation::{domain_table, measure_on, used_weights};
 use crate::files::lossy;
 use crate::format;
 use crate::models::{load_inference, show_config_notices, tokenizer};
+use crate::processes::check_alike;
 use crate::progress::{Progress, Unit};
-use crate::texts::{Text, load, open, options, show_notices};
+use crate::texts::{Text, load_on, open, options, show_notices, total_bytes};
 use crate::ui::Ui;
 
 /// The default window length.
@@ -94,7 +96,7 @@ struct Rolling {
     params_activated: f64,
 }
 
-pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
+pub(super) fn run(args: &Eval, comm: &dyn Communicator, ui: &mut Ui) -> Result<()> {
     let texts = open(&args.data, &options(&args.data))?;
     if args.perplexity[..] != [Perplexity::Stream] {
         let streamed = [args.stride.is_some(), args.limit_tokens.is_some(), args.against.is_some()];
@@ -116,6 +118,8 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
     show_config_notices(config, ui);
     let bos = args.bos.unwrap_or_default();
     let tokenizer = tokenizer(&args.model, config, ui)?;
+    let bytes = total_bytes(&texts).to_string();
+    check_alike(comm, args, &args.model, &[("the bytes of the text", bytes)])?;
     let mut report = PerplexityReport {
         model: &args.model,
         data: &args.data.data,
@@ -130,11 +134,12 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
         window: None,
         rolling: None,
     };
+    let of = Subject { args, comm, model: &model, tokenizer, bos };
     for how in &args.perplexity {
         match how {
-            Perplexity::Stream => report.stream = Some(stream(args, &model, &tokenizer, &texts, bos, ui)?),
-            Perplexity::Window => report.window = Some(window(args, &model, &tokenizer, corpus, bos, ui)?),
-            Perplexity::Rolling => report.rolling = Some(by_word(&model, &tokenizer, corpus, bos, ui)?),
+            Perplexity::Stream => report.stream = Some(stream(&of, &texts, ui)?),
+            Perplexity::Window => report.window = Some(window(&of, corpus, ui)?),
+            Perplexity::Rolling => report.rolling = Some(by_word(&of, corpus, ui)?),
         }
     }
     if !args.perplexity.contains(&Perplexity::Stream) {
@@ -143,15 +148,18 @@ pub(crate) fn run(args: &Eval, ui: &mut Ui) -> Result<()> {
     ui.result(&report, show)
 }
 
-fn stream(
-    args: &Eval,
-    model: &Inference,
-    tokenizer: &Tokenizer,
-    texts: &[Text],
+/// A model that is measured.
+struct Subject<'a> {
+    args: &'a Eval,
+    comm: &'a dyn Communicator,
+    model: &'a Inference,
+    tokenizer: Tokenizer,
     bos: Bos,
-    ui: &Ui,
-) -> Result<Stream> {
-    let sources = load(texts, tokenizer, bos, args.data.cache.as_deref(), ui)?;
+}
+
+fn stream(of: &Subject<'_>, texts: &[Text], ui: &Ui) -> Result<Stream> {
+    let &Subject { args, comm, model, ref tokenizer, bos } = of;
+    let sources = load_on(comm, texts, (tokenizer, bos), args.data.cache.as_deref(), ui)?;
     let limit = args.limit_tokens.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
     let mut ids = Vec::new();
     for source in &sources {
@@ -164,42 +172,32 @@ fn stream(
     let domains: Vec<Domain<'_>> = domains.collect();
     let seq = args.seq.unwrap_or(SEQ.min(model.config().max_position));
     let stride = args.stride.unwrap_or(seq);
-    let result = measure_domains(model, &domains, EvalOptions { stride, ..EvalOptions::new(seq) }, ui)?;
+    let result = measure_on(comm, model, &domains, EvalOptions { stride, ..EvalOptions::new(seq) }, ui)?;
     let agreement = match &args.against {
-        Some(other) => compare(args, model, other, &domains, ui)?,
+        Some(other) => compare(of, other, &domains, ui)?,
         None => Vec::new(),
     };
     Ok(Stream { seq, stride, result, agreement })
 }
 
 /// Compares the distributions of a model with those of the one in `other`, in windows that do not overlap.
-fn compare(
-    args: &Eval,
-    model: &Inference,
-    other: &Path,
-    domains: &[Domain<'_>],
-    ui: &Ui,
-) -> Result<Vec<Compared>> {
+fn compare(of: &Subject<'_>, other: &Path, domains: &[Domain<'_>], ui: &Ui) -> Result<Vec<Compared>> {
+    let &Subject { args, comm, model, .. } = of;
     let reference = load_inference(other, args.precision(), args.device, GateArgs::default())?;
     let seq = args.seq.unwrap_or(SEQ.min(model.config().max_position)).min(reference.config().max_position);
     let domains = domains.iter().filter(|domain| domain.ids.len() > 1);
     let compared = domains.map(|domain| {
         let found = Progress::during(ui, "comparing", Unit::Windows, |show| {
-            agreement(model, &reference, domain.ids, seq, &mut |done, all| show(done as u64, all as u64))
+            let mut show = |done: usize, all: usize| show(done as u64, all as u64);
+            agreement_on(comm, [model, &reference], domain.ids, seq, &mut show)
         })?;
         Ok(Compared { name: domain.name.to_owned(), found })
     });
     compared.collect()
 }
 
-fn window(
-    args: &Eval,
-    model: &Inference,
-    tokenizer: &Tokenizer,
-    corpus: &Corpus,
-    bos: Bos,
-    ui: &Ui,
-) -> Result<Window> {
+fn window(of: &Subject<'_>, corpus: &Corpus, ui: &Ui) -> Result<Window> {
+    let &Subject { args, comm, model, ref tokenizer, bos } = of;
     let texts = corpus.texts().map(|document| document.map(|document| document.text));
     let text = texts.collect::<Result<Vec<_>, _>>()?.join(JOINT);
     let ids = tokenizer.encode(&text, bos)?;
@@ -209,12 +207,14 @@ fn window(
         bail!("{} tokens are fewer than one window of {seq}; give more text, or a smaller --seq", ids.len());
     }
     // Windows of one length weigh the same, so the mean over all tokens is the mean over windows.
-    let result = measure(model, &ids[..windows * seq], EvalOptions::new(seq), ui)?;
+    let text = Domain { name: "", weight: 1.0, ids: &ids[..windows * seq] };
+    let result = measure_on(comm, model, &[text], EvalOptions::new(seq), ui)?;
     Ok(Window { seq, windows, result })
 }
 
-fn by_word(model: &Inference, tokenizer: &Tokenizer, corpus: &Corpus, bos: Bos, ui: &Ui) -> Result<Rolling> {
-    let responder = Responder::new(model, tokenizer, bos, Profile::default());
+fn by_word(of: &Subject<'_>, corpus: &Corpus, ui: &Ui) -> Result<Rolling> {
+    let &Subject { comm, model, ref tokenizer, bos, .. } = of;
+    let responder = Responder::new(model, tokenizer, bos, Profile::default()).on(comm);
     let texts = corpus.documents().map(|document| Ok(document?.text));
     let total = corpus.total_bytes();
     let result = Progress::during(ui, "evaluating", Unit::Bytes, |show| {

@@ -2,6 +2,9 @@
 //! stream, and takes the divergence of the final output.
 
 use std::path::Path;
+use std::sync::Arc;
+
+use dsmoe_kernels::comm::Communicator;
 
 use super::layer::Layer;
 use super::plan::{Plan, Start};
@@ -21,6 +24,7 @@ const CLOSED: f64 = 0.65;
 
 /// Returns numbers of experts of each layer, ascending, and the divergence that each causes alone.
 pub(super) fn of_layers(
+    comm: &Arc<dyn Communicator>,
     model: &Path,
     options: &Start,
     plan: &Plan,
@@ -34,10 +38,10 @@ pub(super) fn of_layers(
     let shares: Vec<f64> = sizes.iter().map(|&size| size as f64 / plan.num_experts as f64).collect();
     let alone = Start { sequences, ..options.clone() };
     let cut = Plan::of(&alone, layers)?.at(&shares);
-    let mut stream = LayerStream::open(model, &alone.sequences)?;
+    let mut stream = LayerStream::open_on(comm, model, &alone.sequences)?;
     let precision = stream.checkpoint().precision();
     stream = stream.in_precision(precision);
-    let mut copies = Alone::open(model, &held, OUTPUTS, precision)?;
+    let mut copies = Alone::open_on(comm, model, &held, OUTPUTS, precision)?;
     for i in 0..layers {
         progress(ConvertProgress { stage: "budgets of layers", done: i as u64, total: layers as u64 });
         let weights = stream.layer(i)?;
@@ -48,9 +52,9 @@ pub(super) fn of_layers(
                 layer.forward(y, tap, budget);
             })
         };
-        copies.layer(&weights, &mut (0..sizes.len()).map(change).collect::<Vec<_>>());
+        copies.layer(&weights, &mut (0..sizes.len()).map(change).collect::<Vec<_>>())?;
         let dense = Down::of(precision, &weights);
-        stream.join_ffn(&weights, &mut |y, tap| dense.forward(y, tap.neurons));
+        stream.join_ffn(&weights, &mut |y, tap| dense.forward(y, tap.neurons))?;
     }
     let divergences = copies.divergences()?;
     let of_layer = |costs: &[f64]| sizes.iter().copied().zip(costs.iter().copied()).collect();

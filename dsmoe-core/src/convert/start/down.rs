@@ -32,7 +32,7 @@ impl Fitted {
         let [.., down] = &weights.linears;
         let (mut weight, mut bias) = (down.weight.clone(), down.bias.as_ref().map(|bias| bias.to_vec()));
         if let Some(ridge) = options.settings.least_squares {
-            let sums = Fitted::sums(stream, weights, (plan, sinks, experts, router), options);
+            let sums = Fitted::sums(stream, weights, (plan, sinks, experts, router), options)?;
             let solved = sums
                 .solve(plan.ridge(ridge, stream.seq()), options.settings.intercept)
                 .ok_or_else(|| not_finite(weights.layer))?;
@@ -64,10 +64,10 @@ impl Fitted {
         weights: &LayerWeights,
         (plan, sinks, experts, router): (&Plan, &Sinks, &Experts, &Router),
         options: &Start,
-    ) -> LeastSquares {
+    ) -> Result<LeastSquares> {
         let [.., down] = &weights.linears;
         let precision = stream.precision();
-        let mut sums = LeastSquares::new(down.inputs, down.outputs).in_precision(precision);
+        let mut sums = LeastSquares::new(down.inputs, down.outputs).in_precision(precision).on(stream.comm());
         let mut lost = vec![0.0; stream.seq() * down.outputs];
         let whole = Down::new(precision, &down.weight, down.inputs, None);
         stream.see_ffn_of(weights, &|sequence| plan.is_fitted(sequence), &mut |tap| {
@@ -83,8 +83,9 @@ impl Fitted {
                 experts.massive.iter().for_each(|&neuron| row[neuron as usize] = 0.0);
             }
             sums.add(Rows { inputs: &open, residuals: &lost, factors: &factors });
-        });
-        sums
+        })?;
+        sums.complete()?;
+        Ok(sums)
     }
 
     /// Sets `y` `[tokens, hidden]` to the output of these neurons `[tokens, intermediate]`.

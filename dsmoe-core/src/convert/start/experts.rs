@@ -38,7 +38,7 @@ impl Experts {
         let seq = stream.seq();
         let every = (plan.sequences * seq).div_ceil(MOST_TOKENS).max(1);
         let is_seen = |sequence: usize| sequence.is_multiple_of(every);
-        stream.see_ffn_of(weights, &is_seen, &mut |tap| seen.add(tap.neurons, &sinks.of(tap.neurons)));
+        stream.see_ffn_of(weights, &is_seen, &mut |tap| seen.add(tap.neurons, &sinks.of(tap.neurons)))?;
         let mut importance: Vec<f64> =
             seen.sizes(options.settings.intercept).zip(lengths).map(|(size, length)| size * length).collect();
         let massive: Vec<f64> =

@@ -32,7 +32,7 @@ impl Layer {
         plan: &Plan,
         options: &Start,
     ) -> Result<Layer> {
-        stream.attend(weights);
+        stream.attend(weights)?;
         let sinks = Sinks::new(&weights.linears[6]);
         let experts = Experts::choose(stream, weights, (plan, &sinks), options)?;
         let router = Router::fit(stream, weights, (plan, &sinks, &experts), options)?;
@@ -49,13 +49,18 @@ impl Layer {
     }
 
     /// Completes the layer in the states, every sequence at its budget, and measures it on those that place thresholds.
-    pub(super) fn advance(&self, stream: &mut LayerStream, weights: &LayerWeights, plan: &Plan) -> Measured {
+    pub(super) fn advance(
+        &self,
+        stream: &mut LayerStream,
+        weights: &LayerWeights,
+        plan: &Plan,
+    ) -> Result<Measured> {
         let hidden = weights.linears[6].outputs;
         let whole = Down::of(stream.precision(), weights);
         let mut dense = vec![0.0; stream.seq() * hidden];
-        let (mut error, mut size, mut running, mut tokens) = (0.0, 0.0, 0, 0);
-        stream.join_ffn(weights, &mut |y, tap| {
+        let found = stream.join_ffn_measured(weights, &mut |y, tap| {
             let open = self.forward(y, tap, plan.budget_of(tap.sequence));
+            let (mut error, mut size, mut running, mut tokens) = (0.0, 0.0, 0, 0);
             if plan.is_measured(tap.sequence) {
                 whole.forward(&mut dense, tap.neurons);
                 running += open;
@@ -69,11 +74,14 @@ impl Layer {
                     }
                 }
             }
-        });
-        let routed = running as f64 / tokens.max(1) as f64;
-        Measured {
+            [error, size, running as f64, tokens as f64]
+        })?;
+        let [error, size, running, tokens] =
+            found.iter().fold([0.0; 4], |sums, of| std::array::from_fn(|i| sums[i] + of[i]));
+        let routed = running / f64::max(tokens, 1.0);
+        Ok(Measured {
             error: error / f64::max(size, f64::MIN_POSITIVE),
             active: (plan.cores[weights.layer] as f64 + routed) / plan.num_experts as f64,
-        }
+        })
     }
 }

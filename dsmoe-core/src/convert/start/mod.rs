@@ -25,6 +25,7 @@ mod sinks;
 mod write;
 
 use std::path::Path;
+use std::sync::Arc;
 
 pub use plan::Start;
 pub use settings::{BUDGETS, RIDGE_TOKENS, RouterTarget, StartSettings, Widths, default_width};
@@ -37,6 +38,7 @@ use crate::config::{Budget, CONFIG_FILE, Config, MoeConfig, MoeParts, PartitionK
 use crate::error::{Error, Result};
 use crate::masks::{MASKS_FILE, Masks};
 use crate::partition::check_divisible;
+use dsmoe_kernels::comm::{Communicator, alone};
 use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 
 /// Results of a start.
@@ -66,6 +68,21 @@ pub fn start(
     options: &Start,
     progress: &mut dyn FnMut(ConvertProgress),
 ) -> Result<Started> {
+    start_on(alone(), model, out, options, progress)
+}
+
+/// Does as [`start`] on the processes of `comm`, which divide the text. All get the result of a single process, and the first
+/// one writes it.
+///
+/// # Errors
+/// Those of [`start`]; an error of another process.
+pub fn start_on(
+    comm: &Arc<dyn Communicator>,
+    model: &Path,
+    out: &Path,
+    options: &Start,
+    progress: &mut dyn FnMut(ConvertProgress),
+) -> Result<Started> {
     let config = Config::load(model)?;
     if let Err(Error::Indivisible { intermediate, num_experts, divisors, .. }) = planned(&config, options) {
         let path = Some(model.join(CONFIG_FILE));
@@ -80,13 +97,13 @@ pub fn start(
     let mut plan = Plan::of(options, config.num_layers)?;
     let mut costs = Vec::new();
     if options.settings.widths == Widths::Kl && config.num_layers > 1 && options.active < 1.0 {
-        costs = costs::of_layers(model, options, &plan, progress)?;
+        costs = costs::of_layers(comm, model, options, &plan, progress)?;
         plan.allot(&costs, &options.settings);
         set_cores(&mut planned, &plan);
     }
     let mut sequences = options.sequences.clone();
     plan.copy_held(&mut sequences);
-    let mut stream = LayerStream::open(model, &sequences)?;
+    let mut stream = LayerStream::open_on(comm, model, &sequences)?;
     let precision = stream.checkpoint().precision();
     stream = stream.in_precision(precision);
     let mut writer = write::Writing::begin(model, out, options.force, &planned, &stream)?;
@@ -100,7 +117,7 @@ pub fn start(
             of_budget.push(threshold);
         }
         writer.layer(&stream, &weights, &layer)?;
-        let measured = layer.advance(&mut stream, &weights, &plan);
+        let measured = layer.advance(&mut stream, &weights, &plan)?;
         errors.push(measured.error);
         active += measured.active / config.num_layers as f64;
     }

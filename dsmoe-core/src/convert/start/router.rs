@@ -49,11 +49,12 @@ impl Router {
         let [.., down] = &weights.linears;
         let (hidden, routed, seq) = (down.outputs, plan.routed(weights.layer), stream.seq());
         let scores = Scores::new(experts, &down.weight, down.inputs, options.settings.target);
-        let mut sums = LeastSquares::new(hidden, routed).in_precision(stream.precision());
+        let mut sums = LeastSquares::new(hidden, routed).in_precision(stream.precision()).on(stream.comm());
         stream.see_ffn_of(weights, &|sequence| plan.is_fitted(sequence), &mut |tap| {
             let residuals = scores.of(tap.neurons);
             sums.add(Rows { inputs: tap.x, residuals: &residuals, factors: &sinks.factors(tap.neurons) });
-        });
+        })?;
+        sums.complete()?;
         let solved = sums.solve(plan.ridge(RIDGE, seq), true).ok_or_else(|| not_finite(weights.layer))?;
         let mut weight = vec![0.0; routed * hidden];
         for (at, value) in weight.iter_mut().enumerate() {
@@ -61,7 +62,7 @@ impl Router {
         }
         let bias = solved.bias.unwrap_or_else(|| vec![0.0; routed]);
         let mut router = Router { weight, bias, thresholds: Vec::new() };
-        let held = router.held_out(stream, weights, (plan, sinks));
+        let held = router.held_out(stream, weights, (plan, sinks))?;
         router.place(held, (plan, weights.layer)).then_some(router).ok_or_else(|| not_finite(weights.layer))
     }
 
@@ -71,7 +72,7 @@ impl Router {
         stream: &mut LayerStream,
         weights: &LayerWeights,
         (plan, sinks): (&Plan, &Sinks),
-    ) -> Vec<Vec<f32>> {
+    ) -> Result<Vec<Vec<f32>>> {
         let (seq, routed) = (stream.seq(), plan.routed(weights.layer));
         let sequences = (0..plan.sequences).filter(|&sequence| plan.is_held(sequence)).count();
         let every = (sequences * seq).div_ceil(MOST_TOKENS);
@@ -87,8 +88,8 @@ impl Router {
                     rows.filter(|(t, _)| !left_out[*t] && (sequence * seq + t).is_multiple_of(every));
                 chosen.for_each(|(_, row)| all[plan.budget_of(sequence)].extend_from_slice(row));
             },
-        );
-        all
+        )?;
+        Ok(all)
     }
 
     /// Scales the logits, moves them so that the share of the start is above 0, and sets the thresholds of all budgets;

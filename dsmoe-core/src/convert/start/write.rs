@@ -5,10 +5,7 @@ use std::path::Path;
 use super::layer::Layer;
 use crate::accounting::Accounting;
 use crate::calibrate::{LayerStream, LayerWeights};
-use crate::checkpoint::{
-    DEFAULT_SHARD_BYTES, Dtype, OutputDir, TensorInfo, Writer, copy_companions, is_router, model_writer,
-    tensor_names,
-};
+use crate::checkpoint::{Dtype, OutputDir, TensorInfo, Writer, copy_companions, is_router, tensor_names};
 use crate::config::Config;
 use crate::convert::ConvertReport;
 use crate::error::Result;
@@ -31,7 +28,7 @@ impl Writing {
         config: &Config,
         stream: &LayerStream,
     ) -> Result<Writing> {
-        let output = OutputDir::create_from(model, out, force)?;
+        let output = OutputDir::create_on(stream.comm(), model, out, force)?;
         let named = |(name, shape): (String, Vec<usize>)| {
             let name = stream.tensors().stored_name(&name).to_owned();
             let dtype = if name.ends_with(".mlp.partition") { Dtype::I32 } else { dtype(stream, &name) };
@@ -40,7 +37,7 @@ impl Writing {
         let infos: Vec<TensorInfo> = tensor_names(config).map(named).collect();
         let bytes = infos.iter().map(TensorInfo::len_bytes).sum();
         let names: Vec<String> = infos.iter().map(|info| info.name.clone()).collect();
-        let writer = model_writer(config, output.path(), infos, DEFAULT_SHARD_BYTES)?;
+        let writer = output.model_writer(config, infos)?;
         let mut writing = Writing { output, writer, names: names.into_iter(), bytes };
         writing.copy(stream, |name| !name.starts_with("model.layers."))?;
         Ok(writing)
@@ -113,9 +110,10 @@ impl Writing {
     ) -> Result<ConvertReport> {
         self.copy(stream, |_| true)?;
         self.writer.finish()?;
-        copy_companions(model, self.output.path())?;
-        config.save(self.output.path())?;
-        self.output.commit()?;
+        self.output.commit_with(|dir| {
+            copy_companions(model, dir)?;
+            config.save(dir)
+        })?;
         let num_experts = config.num_experts().unwrap_or(1);
         Ok(ConvertReport {
             num_layers: config.num_layers,

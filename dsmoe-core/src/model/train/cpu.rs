@@ -7,7 +7,7 @@ use dsmoe_router::{RoutingStats, SparsityGrad};
 
 use super::units::{Grads, Params, Units, Whole};
 use super::workspace::{LayerActs, NormActs, TrainWorkspace, is_not_finite};
-use super::{Lessons, StepArgs, StepOutput, Teacher, TopRows};
+use super::{StepArgs, StepOutput, Teacher, Teaching, TopRows};
 use crate::error::Result;
 use crate::ffn::{FfnBackward, FfnForward, FfnReport, FfnScratch, Record};
 use crate::model::arena::Model;
@@ -38,7 +38,7 @@ impl Model {
         args: &StepArgs,
         workspace: &mut TrainWorkspace,
     ) -> Result<StepOutput> {
-        self.step_of(grads, batch, args, Lessons::None, workspace)
+        self.step_of(grads, batch, args, Teaching::None, workspace)
     }
 
     /// Does as [`Model::train_step`] with, in place of the token losses,
@@ -60,7 +60,7 @@ impl Model {
         teacher: &mut Teacher,
         workspace: &mut TrainWorkspace,
     ) -> Result<StepOutput> {
-        self.step_of(grads, batch, args, Lessons::Of(teacher), workspace)
+        self.step_of(grads, batch, args, Teaching::Of(teacher), workspace)
     }
 
     /// Does as [`Model::distill_step`] with the most likely tokens of a teacher, in place of the teacher: all other tokens
@@ -80,7 +80,7 @@ impl Model {
         (rows, weight): (&TopRows, f32),
         workspace: &mut TrainWorkspace,
     ) -> Result<StepOutput> {
-        self.step_of(grads, batch, args, Lessons::Rows(rows, weight), workspace)
+        self.step_of(grads, batch, args, Teaching::Rows(rows, weight), workspace)
     }
 
     fn step_of(
@@ -88,16 +88,16 @@ impl Model {
         grads: &mut [f32],
         batch: Batch<'_>,
         args: &StepArgs,
-        lessons: Lessons<'_>,
+        teaching: Teaching<'_>,
         workspace: &mut TrainWorkspace,
     ) -> Result<StepOutput> {
         let [grads_len, params_len] = [grads.len(), self.params.len()];
         assert!(grads_len == params_len, "train_step: {grads_len} gradients of {params_len} parameters");
         let units = &mut Whole { params: &self.params, grads };
-        self.step_on(units, (batch, lessons), args, workspace)
+        self.step_on(units, (batch, teaching), args, workspace)
     }
 
-    /// Does as [`Model::train_step`], or its like for `lessons`, with the parameters and gradients that `units` lends.
+    /// Does as [`Model::train_step`], or its like for `teaching`, with the parameters and gradients that `units` lends.
     /// The own ones of this model are not used.
     ///
     /// # Errors
@@ -108,16 +108,16 @@ impl Model {
     pub fn step_on(
         &self,
         units: &mut dyn Units,
-        (batch, lessons): (Batch<'_>, Lessons<'_>),
+        (batch, teaching): (Batch<'_>, Teaching<'_>),
         args: &StepArgs,
         workspace: &mut TrainWorkspace,
     ) -> Result<StepOutput> {
         batch.check(&self.config)?;
         let (inputs, room) = (batch.inputs.len(), workspace.tokens());
         assert!(inputs == room, "train_step: {inputs} inputs, workspace for {room}");
-        let lesson = match lessons {
-            Lessons::None => None,
-            Lessons::Of(Teacher { model, weight, workspace }) => {
+        let lesson = match teaching {
+            Teaching::None => None,
+            Teaching::Of(Teacher { model, weight, workspace }) => {
                 batch.check(model.config())?;
                 let model = model.on_host()?;
                 model.last_hidden(batch.inputs, batch.seq, workspace);
@@ -126,7 +126,7 @@ impl Model {
                 let distributions = cross_entropy::Distributions::Model { hidden_states, head, logits };
                 Some(Lesson { distributions, weight: *weight })
             }
-            Lessons::Rows(TopRows { ids, log_p }, weight) => {
+            Teaching::Rows(TopRows { ids, log_p }, weight) => {
                 Some(Lesson { distributions: cross_entropy::Distributions::Top { ids, log_p }, weight })
             }
         };
@@ -201,7 +201,8 @@ impl Pass<'_> {
         if !finite {
             output.non_finite = Some(workspace.first_non_finite());
         }
-        if units.go_on(finite)? {
+        output.went_back = units.go_on(finite)?;
+        if output.went_back {
             self.backward(units, workspace)?;
         }
         Ok(output)

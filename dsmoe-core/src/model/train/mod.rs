@@ -9,7 +9,7 @@ mod workspace;
 use dsmoe_kernels::cross_entropy;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::SparsityOver;
-pub use units::{Grads, Params, Units};
+pub use units::{Grads, Params, Units, Whole};
 pub use workspace::TrainWorkspace;
 
 use crate::config::Config;
@@ -56,6 +56,8 @@ pub struct StepOutput {
     pub separability: f64,
     /// The first place with a NaN or infinity in the forward pass, e.g. `layer 3 ffn`, when the loss has one.
     pub non_finite: Option<String>,
+    /// True if there was a backward pass: the losses are finite, those of processes that go on together included.
+    pub went_back: bool,
 }
 
 /// The sum of the tokens' losses, without a sparsity loss.
@@ -162,7 +164,7 @@ pub struct TopRows {
 
 /// What a micro-batch learns from beside its text.
 #[derive(Debug)]
-pub enum Lessons<'a> {
+pub enum Teaching<'a> {
     /// Nothing.
     None,
     /// The distributions of a teacher: [`Model::distill_step`](crate::Model::distill_step).

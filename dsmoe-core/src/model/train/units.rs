@@ -78,9 +78,12 @@ pub trait Units: Send {
 }
 
 /// Whole arenas.
-pub(crate) struct Whole<'a> {
-    pub(crate) params: &'a [f32],
-    pub(crate) grads: &'a mut [f32],
+#[derive(Debug)]
+pub struct Whole<'a> {
+    /// All parameters.
+    pub params: &'a [f32],
+    /// All gradients.
+    pub grads: &'a mut [f32],
 }
 
 impl Units for Whole<'_> {
