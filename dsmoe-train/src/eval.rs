@@ -509,7 +509,7 @@ impl<'a> Batches<'a> {
         let run: usize = self.windows.iter().map(inputs_of).sum();
         let routing = stats.map(|stats| stats.summary());
         let used = model.config().used_shares(used);
-        let measured = used.as_ref().map(|used| model.accounting().clone().with_used(model.config(), used));
+        let measured = used.as_ref().map(|used| (*model.accounting()).with_used(model.config(), used));
         let accounting = measured.as_ref().unwrap_or_else(|| model.accounting());
         let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
         let nll = nll_sum / predicted as f64;

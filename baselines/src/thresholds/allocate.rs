@@ -86,7 +86,7 @@ pub(super) fn survey(
         }
         found.push(LayerShares { inputs, gates, skipped: shares, neurons, weights: of_layer });
         weights.thresholds = None;
-        stream.advance(&weights);
+        stream.advance(&weights)?;
     }
     at(progress, "layers", layers, layers);
     Ok(found)
@@ -125,7 +125,7 @@ fn tables(
             swiglu::Forward { c: &mut values, a: &a, b: &ones, activation }.run();
             gates.add(&values, neurons);
         }
-    });
+    })?;
     if !finite {
         let help = "check the model with eval";
         return Err(Error::numeric(

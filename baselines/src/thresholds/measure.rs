@@ -32,7 +32,7 @@ pub(super) fn used(job: &Job<'_>, layers: &mut [LayerThresholds]) -> Result<f64>
                 let threshold = thresholds.inputs[linear];
                 kept[linear] += tap.x.iter().filter(|x| x.abs() > threshold).count() as u64;
             }
-        });
+        })?;
         let widths = weights.linears.each_ref().map(|linear| linear.inputs);
         for linear in 0..LINEARS {
             let skips = thresholds.inputs[linear] > 0.0 || linear == LINEARS - 1 && thresholds.gate > 0.0;

@@ -57,7 +57,7 @@ pub(super) fn search(
                     tokens += tap.x.len() / width;
                     add_token_quantiles(&mut sums, &tap, width, candidates);
                 }
-            });
+            })?;
             let mut loss_of = |at: usize| {
                 let mut trial = found.clone();
                 set(&mut trial[i], input, (sums[at] / tokens as f64) as f32);
@@ -69,7 +69,7 @@ pub(super) fn search(
             }
         }
         weights.thresholds = Some(found[i]);
-        stream.advance(&weights);
+        stream.advance(&weights)?;
     }
     show(layers * Input::ALL.len(), layers * Input::ALL.len());
     Ok(found)

@@ -8,8 +8,6 @@ use crate::simd::{Product, ProductKernel, dot};
 
 /// Columns that are asked for ahead of the one that is read: their places are known, but no processor guesses them.
 const AHEAD: usize = 12;
-/// Registers of sums.
-const SUMS: usize = 8;
 /// Lanes of a cache line.
 const LINE: usize = 16;
 
@@ -26,53 +24,49 @@ impl ProductKernel for Panel<'_> {
     type Output = ();
     #[inline(always)]
     fn body<S: Product>(self, s: S) {
-        // Registers of a column, and columns with sums of their own: as many registers on every tier.
+        // Registers of a column.
         match (self.cells.precision, S::LANES) {
-            (Precision::F32, 16) => s.isolated(Columns::<false, 4, 2>(self)),
-            (Precision::Bf16, 16) => s.isolated(Columns::<true, 4, 2>(self)),
-            (Precision::F32, _) => s.isolated(Columns::<false, SUMS, 1>(self)),
-            (Precision::Bf16, _) => s.isolated(Columns::<true, SUMS, 1>(self)),
+            (Precision::F32, 16) => s.isolated(Columns::<false, 4>(self)),
+            (Precision::Bf16, 16) => s.isolated(Columns::<true, 4>(self)),
+            (Precision::F32, _) => s.isolated(Columns::<false, 8>(self)),
+            (Precision::Bf16, _) => s.isolated(Columns::<true, 8>(self)),
         }
     }
 }
 
-/// A panel whose columns are `V` registers of outputs, `C` of them at a time.
-struct Columns<'a, const BF16: bool, const V: usize, const C: usize>(Panel<'a>);
+/// A panel whose columns are `V` registers of outputs.
+struct Columns<'a, const BF16: bool, const V: usize>(Panel<'a>);
 
-impl<const BF16: bool, const V: usize, const C: usize> ProductKernel for Columns<'_, BF16, V, C> {
+impl<const BF16: bool, const V: usize> ProductKernel for Columns<'_, BF16, V> {
     type Output = ();
     #[inline(always)]
     fn body<S: Product>(self, s: S) {
-        const { assert!(V * C == SUMS) };
         assert_eq!(V * S::LANES, PANEL);
         let Panel { y, kept, cells, panel } = self.0;
         let run = if BF16 { PANEL / 2 } else { PANEL };
         let words = cells.panel(panel);
         let (indices, values) = (&kept.indices[..], &kept.values[..kept.indices.len()]);
-        let mut sums = [[s.splat(0.0); V]; C];
-        let (groups, rest) = indices.as_chunks::<C>();
-        for (group, indices) in groups.iter().enumerate() {
-            for (c, sums) in sums.iter_mut().enumerate() {
-                let at = group * C + c;
-                if let Some(&next) = kept.indices.get(at + AHEAD) {
-                    for line in 0..run / LINE {
-                        s.prefetch(words, next as usize * run + line * LINE);
-                    }
-                }
-                add_column::<S, BF16, V>(s, sums, &words[indices[c] as usize * run..][..run], values[at]);
+        // Neighbours in the list have sums of their own: a loop over such sums would keep them in memory.
+        let (mut sums, mut others) = ([s.splat(0.0); V], [s.splat(0.0); V]);
+        let column = |index: u32| &words[index as usize * run..][..run];
+        let ahead = |index: u32| {
+            for line in 0..run / LINE {
+                s.prefetch(words, index as usize * run + line * LINE);
             }
+        };
+        let (pairs, last) = indices.as_chunks::<2>();
+        let (pairs_of_values, last_value) = values.as_chunks::<2>();
+        let mut coming = indices[AHEAD.min(indices.len())..].chunks(2);
+        for (&[first, second], &[a, b]) in pairs.iter().zip(pairs_of_values) {
+            coming.next().unwrap_or_default().iter().for_each(|&index| ahead(index));
+            add_column::<S, BF16, V>(s, &mut sums, column(first), a);
+            add_column::<S, BF16, V>(s, &mut others, column(second), b);
         }
-        for (&index, &value) in rest.iter().zip(&values[groups.len() * C..]) {
-            add_column::<S, BF16, V>(s, &mut sums[0], &words[index as usize * run..][..run], value);
+        if let (&[index], &[value]) = (last, last_value) {
+            add_column::<S, BF16, V>(s, &mut sums, column(index), value);
         }
-        let mut total = sums[0];
-        for others in &sums[1..] {
-            for (total, sum) in total.iter_mut().zip(others) {
-                *total = s.add(*total, *sum);
-            }
-        }
-        for (sum, y) in total.into_iter().zip(y.chunks_mut(S::LANES)) {
-            s.store_tail(y, sum);
+        for ((sum, other), y) in sums.into_iter().zip(others).zip(y.chunks_mut(S::LANES)) {
+            s.store_tail(y, s.add(sum, other));
         }
     }
 }
