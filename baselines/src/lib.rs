@@ -22,11 +22,12 @@ mod registry;
 mod regressor;
 mod settings;
 pub mod sparse;
+mod surgery;
 mod thresholds;
 pub mod topk;
 
 pub use error::{Error, Result};
-pub use method::{Budget, Configured, Job, Made, Method, Plan, Progress};
+pub use method::{Asked, Budget, Configured, Counts, Job, Made, Method, Plan, Progress, Source};
 pub use registry::{method, methods};
 pub use settings::{SettingInfo, SettingValues, Settings, read_settings};
 pub use topk::TopkMoeFfn;

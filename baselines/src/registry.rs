@@ -3,7 +3,8 @@
 use crate::error::{Error, Result};
 use crate::method::Method;
 use crate::{
-    cmoe, controls, depth, dsmoe, llama_moe, llm_pruner, moefication, neurons, random_k, sparse, thresholds,
+    cmoe, controls, depth, dsmoe, llama_moe, llm_pruner, moefication, neurons, random_k, sparse, surgery,
+    thresholds,
 };
 
 /// Lists all methods.
@@ -29,6 +30,9 @@ pub fn methods() -> &'static [&'static dyn Method] {
         &neurons::STATIC_CORE,
         &dsmoe::NO_STE,
         &dsmoe::NO_THRESHOLD,
+        &surgery::HC_SMOE,
+        &surgery::UNCURL,
+        &surgery::SEER_MOE,
     ];
     METHODS
 }

@@ -6,6 +6,7 @@ mod llm_pruner;
 mod neurons;
 mod sparse;
 mod start;
+mod surgery;
 mod thresholds;
 mod topk;
 mod trained_router;

@@ -112,8 +112,9 @@ impl CpuInference {
         self.embedding.bytes() + layers + 4 * self.norm.len() + self.head.bytes()
     }
 
-    pub(crate) fn num_experts(&self) -> Option<usize> {
-        self.layers.first().and_then(|layer| layer.ffn.num_experts())
+    /// Returns the number of experts of every layer; none without routers.
+    pub(crate) fn layer_experts(&self) -> Option<Vec<usize>> {
+        self.layers.iter().map(|layer| layer.ffn.num_experts()).collect()
     }
 
     pub(crate) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
