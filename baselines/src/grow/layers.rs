@@ -1,62 +1,7 @@
 //! Where the layers of a deeper model come from.
 
-use std::str::FromStr;
-
-use serde::Serialize;
-
-use super::{GrowMethod, GrowOptions};
+use super::options::{Fill, GrowMethod, GrowOptions, NewLayer};
 use crate::error::{Error, Result};
-
-/// The gaps that get a new layer. Gap i is between the layers i and i + 1.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fill {
-    /// The last ones.
-    Last,
-    /// Even distances.
-    Even,
-    /// These.
-    Gaps(Vec<usize>),
-}
-
-/// The origin of a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum NewLayer {
-    /// A layer of the source.
-    Old(usize),
-    /// A new layer behind this layer of the source and before the next.
-    Behind(usize),
-}
-
-impl NewLayer {
-    /// Returns the layer of the source that it is, or that it is behind.
-    pub fn source(&self) -> usize {
-        match *self {
-            NewLayer::Old(layer) | NewLayer::Behind(layer) => layer,
-        }
-    }
-}
-
-impl FromStr for Fill {
-    type Err = Error;
-
-    /// Reads `last`, `even`, or gaps as `2-3,3-4`.
-    fn from_str(text: &str) -> Result<Fill> {
-        match text {
-            "last" => return Ok(Fill::Last),
-            "even" => return Ok(Fill::Even),
-            _ => {}
-        }
-        let gap = |pair: &str| -> Option<usize> {
-            let (lower, upper) = pair.split_once('-')?;
-            let (lower, upper) = (lower.trim().parse::<usize>().ok()?, upper.trim().parse::<usize>().ok()?);
-            (lower.checked_add(1)? == upper).then_some(lower)
-        };
-        let gaps: Option<Vec<usize>> = text.split(',').map(gap).collect();
-        let help = "use last, even, or pairs of neighbouring layers such as 2-3,3-4; the first layer is 0";
-        gaps.map(Fill::Gaps).ok_or_else(|| Error::setting("fill", format!("cannot be {text:?}"), help))
-    }
-}
 
 /// Returns the layers of the model that the options ask for, of a source of `old` layers.
 pub(super) fn choose(old: usize, options: &GrowOptions) -> Result<Vec<NewLayer>> {

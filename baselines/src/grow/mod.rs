@@ -12,148 +12,24 @@
 
 mod basis;
 mod layers;
+mod options;
 mod predict;
 #[cfg(test)]
 mod tests;
 mod write;
 
 use std::path::Path;
-use std::str::FromStr;
 
 use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::calibrate::LayerStream;
 use dsmoe_core::config::CONFIG_FILE;
 use dsmoe_core::masks::{MASKS_FILE, Masks};
-use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::method::Progress;
-pub use layers::{Fill, NewLayer};
+pub use options::{Fill, GrowMethod, GrowOptions, GrowPlan, GrownNorms, NewLayer, Space};
 pub use predict::Fitted;
-
-/// The way in which new layers are made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum GrowMethod {
-    /// Predicted from both neighbours.
-    Lesa,
-    /// The lower neighbour.
-    Copy,
-    /// The mean of both neighbours.
-    Average,
-    /// The lower neighbour with outputs of 0.
-    Identity,
-    /// Normal weights.
-    Random,
-    /// Lower layers and upper layers, overlapping.
-    Stack,
-}
-
-/// What the network of lesa learns rows of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Space {
-    /// V of the singular value decomposition over all layers.
-    Svd,
-    /// The weights themselves.
-    Weights,
-}
-
-/// Norms of a new layer that is no copy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum GrownNorms {
-    /// The mean of both neighbours.
-    Parents,
-    /// Those of the first layer.
-    First,
-}
-
-/// Defines reading an option's words.
-macro_rules! read_words {
-    ($type:ident, $what:literal, $($word:literal => $variant:ident),+) => {
-        impl FromStr for $type {
-            type Err = Error;
-
-            fn from_str(text: &str) -> Result<$type> {
-                match text {
-                    $($word => Ok($type::$variant),)+
-                    _ => Err(Error::setting($what, format!("cannot be {text:?}"), concat!("use one of", $(" ", $word),+))),
-                }
-            }
-        }
-    };
-}
-
-read_words!(GrowMethod, "method", "lesa" => Lesa, "copy" => Copy, "average" => Average, "identity" => Identity,
-    "random" => Random, "stack" => Stack);
-read_words!(Space, "space", "svd" => Svd, "weights" => Weights);
-read_words!(GrownNorms, "norms", "parents" => Parents, "first" => First);
-
-/// Options of growing.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GrowOptions {
-    /// Layers of the result.
-    pub layers: usize,
-    /// The gaps that get a new layer.
-    pub fill: Fill,
-    /// The way in which new layers are made.
-    pub method: GrowMethod,
-    /// What lesa learns rows of.
-    pub space: Space,
-    /// Norms of new layers that are no copies.
-    pub norms: GrownNorms,
-    /// Passes of lesa over all rows.
-    pub epochs: usize,
-    /// Weight of the difference of norms in lesa's loss, 0 to 1.
-    pub penalty: f64,
-    /// Seed of lesa's network and of random weights.
-    pub seed: u64,
-    /// Replace an output directory that is not empty.
-    pub force: bool,
-}
-
-impl GrowOptions {
-    /// Fills the last gaps by lesa with the settings of its code.
-    pub fn new(layers: usize) -> GrowOptions {
-        GrowOptions {
-            layers,
-            fill: Fill::Last,
-            method: GrowMethod::Lesa,
-            space: Space::Svd,
-            norms: GrownNorms::Parents,
-            epochs: 10,
-            penalty: 5e-4,
-            seed: 0,
-            force: false,
-        }
-    }
-
-    fn check(&self) -> Result<()> {
-        if self.epochs == 0 {
-            return Err(Error::setting("epochs", "is 0", "use at least 1"));
-        }
-        if !(0.0..=1.0).contains(&self.penalty) {
-            return Err(Error::setting("penalty", format!("is {}", self.penalty), "use 0 to 1"));
-        }
-        Ok(())
-    }
-}
-
-/// The deeper model, known before anything is computed.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GrowPlan {
-    /// Where each layer comes from, in order.
-    pub layers: Vec<NewLayer>,
-    /// Parameters of the source.
-    pub source_params: u64,
-    /// Parameters of the result.
-    pub params: u64,
-    /// Layers of the source.
-    pub source_layers: usize,
-    grown: Config,
-}
 
 /// The result of growing.
 #[derive(Clone, Debug, PartialEq)]

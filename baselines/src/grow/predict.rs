@@ -6,7 +6,7 @@ use dsmoe_core::calibrate::LayerStream;
 use serde::Serialize;
 
 use super::basis::{Basis, Sum};
-use super::{GrowOptions, NewLayer, Space};
+use super::options::{GrowOptions, NewLayer, Space};
 use crate::error::{Error, Result};
 use crate::method::Progress;
 use crate::regressor::{Fit, Regressor};

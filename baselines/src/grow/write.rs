@@ -6,8 +6,8 @@ use dsmoe_core::calibrate::{LayerStream, LayerWeights};
 use dsmoe_core::checkpoint::{Dtype, OutputDir, TensorInfo, copy_companions, norm_names, tensor_names};
 use dsmoe_kernels::rng::Rng;
 
+use super::options::{GrowMethod, GrowOptions, GrowPlan, GrownNorms, NewLayer};
 use super::predict::Predicted;
-use super::{GrowMethod, GrowOptions, GrowPlan, GrownNorms, NewLayer};
 use crate::error::{Error, Result};
 use crate::method::Progress;
 

@@ -6,9 +6,9 @@ use dsmoe_core::calibrate::{Down, Input, LayerStream, LayerWeights, Tap};
 use dsmoe_core::kept::{LINEARS, LayerThresholds};
 use dsmoe_kernels::{Precision, swiglu};
 
-use super::measure::INPUTS;
+use super::measure::{INPUTS, weights};
 use super::quantile::{Magnitudes, Table};
-use super::{Choose, Settings, weights};
+use super::settings::{Choose, Settings};
 use crate::error::{Error, Result};
 use crate::method::{Job, Progress};
 use crate::neurons::at;

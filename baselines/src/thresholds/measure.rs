@@ -1,9 +1,9 @@
 //! The weights that calibration tokens use with thresholds in place.
 
+use dsmoe_core::Config;
 use dsmoe_core::calibrate::{Input, LayerStream, Tap};
 use dsmoe_core::kept::{LINEARS, LayerThresholds};
 
-use super::weights;
 use crate::error::Result;
 use crate::method::Job;
 
@@ -50,4 +50,9 @@ pub(super) fn used(job: &Job<'_>, layers: &mut [LayerThresholds]) -> Result<f64>
         all += weights.iter().sum::<f64>();
     }
     Ok(sum / all)
+}
+
+/// Returns the weights of all linears by layer.
+pub(super) fn weights(config: &Config) -> Vec<[f64; LINEARS]> {
+    (0..config.num_layers).map(|layer| config.linear_weights(layer).map(|weights| weights as f64)).collect()
 }

@@ -17,21 +17,22 @@ mod allocate;
 mod measure;
 mod quantile;
 mod search;
+mod settings;
 #[cfg(test)]
 mod tests;
 
 use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::calibrate::{LayerStream, check_text};
-use dsmoe_core::kept::{LINEARS, LayerThresholds};
-use serde::{Deserialize, Serialize};
+use dsmoe_core::kept::LayerThresholds;
 
 use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
 use crate::neurons::{Output, at, check_masks};
-use crate::settings::{Entry, SettingValues, Settings as _, settings, wrong};
+use crate::settings::{Entry, SettingValues, Settings as _, wrong};
 use allocate::LayerShares;
-use measure::used;
+use measure::{used, weights};
+use settings::{Choose, Settings};
 
 /// The method `thresholds`.
 pub(crate) static THRESHOLDS: Entry<Settings> = Entry {
@@ -39,42 +40,6 @@ pub(crate) static THRESHOLDS: Entry<Settings> = Entry {
     summary: "inputs of linears below a threshold are skipped (R-LLM, TEAL, CATS); no weight changes; any budget",
     ..Entry::new(configure)
 };
-
-settings! {
-    /// Settings of thresholds of activations.
-    pub(crate) struct Settings {
-        /// Choice of thresholds: teal (by the error of each layer), uniform, cats (of gates alone) or search (by the loss).
-        pub choose: Choose = Choose::Teal,
-        /// Shares that search tries: linear (0.9, 0.8, ..., 0.1) or exp (8 of even ratios from 0.9 to 0.01).
-        pub candidates: Candidates = Candidates::Linear,
-        /// Share of a layer's weights that teal takes away in a step, times the number of linears; above 0, at most 1.
-        pub step: f64 = 0.05,
-    }
-}
-
-/// The choice of thresholds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Choose {
-    /// By the error of each layer's output.
-    Teal,
-    /// The same share of every site.
-    Uniform,
-    /// Of gates alone, the same share of every layer.
-    Cats,
-    /// By the model's loss, site after site.
-    Search,
-}
-
-/// The shares that a search tries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Candidates {
-    /// Even steps.
-    Linear,
-    /// Even ratios.
-    Exp,
-}
 
 fn configure(settings: Settings) -> Result<Box<dyn Configured>> {
     if !(settings.step > 0.0 && settings.step <= 1.0) {
@@ -214,11 +179,6 @@ struct Found {
     share: f64,
     layers: Vec<LayerThresholds>,
     reached_by: String,
-}
-
-/// Returns the weights of all linears by layer.
-fn weights(config: &Config) -> Vec<[f64; LINEARS]> {
-    (0..config.num_layers).map(|layer| config.linear_weights(layer).map(|weights| weights as f64)).collect()
 }
 
 impl Configured for Thresholds {

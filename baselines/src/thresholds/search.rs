@@ -5,9 +5,9 @@ use dsmoe_core::kept::{LINEARS, LayerThresholds};
 use dsmoe_core::model::{Batch, Inference, Model, Workspace};
 use dsmoe_kernels::Precision;
 
-use super::Candidates;
 use super::measure::INPUTS;
 use super::quantile::add_token_quantiles;
+use super::settings::Candidates;
 use crate::error::{Error, Result};
 use crate::method::Job;
 

@@ -37,7 +37,6 @@ use fields::Fields;
 use moe::MoeSizes;
 pub use moe::{Budget, MoeConfig, MoeParts, PartitionKind};
 pub use rope::{Rope, RopeScaling};
-use thresholds::THRESHOLDS_KEY;
 
 /// The configuration of Mistral's own format, whose tensors have other names and layouts.
 const MISTRAL_CONFIG_FILE: &str = "params.json";
@@ -52,6 +51,8 @@ const LARGEST_MODEL: u128 = 1 << 42;
 const BASE_KEY: &str = "base_model_type";
 /// The key of [`Architecture::output_bias`].
 const OUTPUT_BIAS_KEY: &str = "output_bias";
+/// The key of [`Config::thresholds`].
+const THRESHOLDS_KEY: &str = "activation_thresholds";
 
 /// Configuration of a decoder, dense or with experts.
 ///

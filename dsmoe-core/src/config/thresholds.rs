@@ -2,13 +2,11 @@
 
 use serde::Deserialize;
 
-use super::Config;
 use super::fields::Fields;
+use super::{Config, THRESHOLDS_KEY};
 use crate::error::{Result, shown};
 use crate::kept::{GROUPS, LINEARS, LayerThresholds, UsedWeights};
 
-/// The key of [`Config::thresholds`].
-pub(super) const THRESHOLDS_KEY: &str = "activation_thresholds";
 const UP: usize = 5;
 
 impl Config {
