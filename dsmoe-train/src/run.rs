@@ -407,6 +407,10 @@ impl Trainer {
         }
         self.stepper.engine.fetch(&mut self.model)?;
         self.store_thresholds()?;
+        if self.model.is_outline() {
+            // The first process gets the tensors one by one, in place of the units of a pass.
+            self.stepper.engine.release();
+        }
         let layout = self.model.layout();
         let comm = &*self.options.comm;
         let optimizer = self.stepper.engine.optimizer();
