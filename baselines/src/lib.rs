@@ -20,10 +20,11 @@ mod random_k;
 mod registry;
 mod settings;
 pub mod sparse;
+mod surgery;
 pub mod topk;
 
 pub use error::{Error, Result};
-pub use method::{Budget, Configured, Job, Made, Method, Plan, Progress};
+pub use method::{Asked, Budget, Configured, Counts, Job, Made, Method, Plan, Progress, Source};
 pub use registry::{method, methods};
 pub use settings::{SettingInfo, SettingValues, Settings, read_settings};
 pub use topk::TopkMoeFfn;

@@ -1,4 +1,4 @@
-//! The interface of all methods: a dense model, calibration text and a budget in, a model directory out.
+//! The interface of all methods: a model, calibration text and a budget in, a model directory out.
 
 use std::fmt;
 use std::path::Path;
@@ -7,21 +7,109 @@ use std::sync::Arc;
 
 use dsmoe_core::Config;
 use dsmoe_kernels::comm::Communicator;
+use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::settings::{SettingInfo, SettingValues};
 
-/// The number of activated parameters to reach. Tied embeddings count once; routers count.
+/// The models that a method changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// Dense models.
+    Dense,
+    /// Models with experts.
+    Experts,
+}
+
+/// The parameters that a budget counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Counts {
+    /// Those that a token uses.
+    Activated,
+    /// All that the model holds.
+    Held,
+}
+
+/// A budget as a user gives it: with a word for what it counts, or without.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Asked {
+    budget: Budget,
+    counts: Option<Counts>,
+}
+
+impl Asked {
+    /// Returns the budget for `method`.
+    ///
+    /// # Errors
+    /// The method counts other parameters than those that were asked for.
+    pub fn of(self, method: &dyn Method) -> Result<Budget> {
+        match (self.counts, method.counts()) {
+            (Some(asked), counts) if asked != counts => {
+                let problem = format!("{} counts {} parameters", method.name(), counts.word());
+                Err(Error::budget(
+                    self,
+                    problem,
+                    format!("give {}:{} or leave the word out", counts.word(), self.budget),
+                ))
+            }
+            _ => Ok(self.budget),
+        }
+    }
+}
+
+impl Counts {
+    /// Returns the word for it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Counts::Activated => "activated",
+            Counts::Held => "held",
+        }
+    }
+}
+
+impl FromStr for Asked {
+    type Err = Error;
+
+    /// Reads a [`Budget`], after `held:`, `activated:` or nothing.
+    fn from_str(text: &str) -> Result<Asked> {
+        let counted = [Counts::Held, Counts::Activated].into_iter().find_map(|counts| {
+            let rest = text.trim().strip_prefix(counts.word())?.strip_prefix(':')?;
+            Some((counts, rest))
+        });
+        let wrong = |_| {
+            let help =
+                "give parameters (735M) or a share (0.59 or 59%), after `held:`, `activated:` or nothing";
+            Error::budget(text, "is not a budget", help)
+        };
+        match counted {
+            Some((counts, rest)) => Ok(Asked { budget: rest.parse().map_err(wrong)?, counts: Some(counts) }),
+            None => Ok(Asked { budget: text.parse()?, counts: None }),
+        }
+    }
+}
+
+impl fmt::Display for Asked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.counts {
+            Some(counts) => write!(f, "{}:{}", counts.word(), self.budget),
+            None => self.budget.fmt(f),
+        }
+    }
+}
+
+/// The number of parameters to reach, of those that a method counts ([`Method::counts`]). Tied embeddings count once; routers count.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Budget {
     /// A number of parameters.
     Params(f64),
-    /// A share of the dense model's parameters.
+    /// A share of the source's parameters.
     Share(f64),
 }
 
 impl Budget {
-    /// Converts to parameters, for a dense model of `total`.
+    /// Converts to parameters, for a source of `total`.
     pub fn params(self, total: u64) -> f64 {
         match self {
             Budget::Params(params) => params,
@@ -71,7 +159,7 @@ impl fmt::Display for Budget {
 pub struct Plan {
     /// Parameters of the model.
     pub total: f64,
-    /// Parameters used per token; the nearest to the budget that the method can reach.
+    /// Parameters used per token; where the budget counts them, the nearest to it that the method can reach.
     pub activated: f64,
     /// The setting that reaches the budget, e.g. `density 0.4853` or `3 of 8 experts`.
     pub reached_by: String,
@@ -108,13 +196,13 @@ pub struct Progress {
 /// The input of a method.
 #[derive(Clone, Copy, Debug)]
 pub struct Job<'a> {
-    /// Directory of the dense model.
+    /// Directory of the source.
     pub model: &'a Path,
     /// Directory to write; it appears when it is complete.
     pub out: &'a Path,
     /// Replace an output directory that is not empty.
     pub force: bool,
-    /// Activated parameters to reach.
+    /// Parameters to reach, of those that the method counts.
     pub budget: Budget,
     /// Calibration text: token ids of sequences of one length.
     pub calibration: &'a [Vec<u32>],
@@ -134,13 +222,23 @@ pub struct Made {
     pub measured: Vec<(String, f64)>,
 }
 
-/// A way from a dense model to one that activates fewer parameters.
+/// A way from a model to one that activates or holds fewer parameters.
 pub trait Method: Sync {
     /// Returns the name.
     fn name(&self) -> &'static str;
 
     /// Describes the method in one line, and the budgets that it can reach.
     fn summary(&self) -> &'static str;
+
+    /// Returns the models that it changes.
+    fn source(&self) -> Source {
+        Source::Dense
+    }
+
+    /// Returns the parameters that its budgets count.
+    fn counts(&self) -> Counts {
+        Counts::Activated
+    }
 
     /// Lists the settings.
     fn settings(&self) -> Vec<SettingInfo>;
@@ -164,7 +262,7 @@ pub trait Configured {
         SettingValues::new()
     }
 
-    /// Plans the model that would be made of a dense model of `config`.
+    /// Plans the model that would be made of a model of `config`.
     ///
     /// # Errors
     /// The budget is out of reach, or a setting does not fit the model.
@@ -173,7 +271,7 @@ pub trait Configured {
     /// Makes the model. The result is a model directory like any other.
     ///
     /// # Errors
-    /// The errors of [`Configured::plan`]; also a model that cannot be read or is not dense, calibration text that
+    /// The errors of [`Configured::plan`]; also a model that cannot be read or is not what the method changes, calibration text that
     /// does not suffice, a computation without a result, or a file system that refuses. Nothing is left half-written.
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made>;
 }
@@ -200,5 +298,24 @@ mod tests {
             assert!(error.contains("give parameters"), "{error}");
         }
         assert_eq!(Budget::Share(0.59).params(1_235_814_400), 0.59 * 1_235_814_400.0);
+    }
+
+    #[test]
+    fn budgets_say_what_they_count() {
+        let of = |text: &str, name: &str| text.parse::<Asked>().unwrap().of(crate::method(name).unwrap());
+        for text in ["75%", "held:75%", " held:0.75"] {
+            assert_eq!(of(text, "hc-smoe").unwrap(), Budget::Share(0.75), "{text}");
+        }
+        assert_eq!(of("activated:12k", "wanda").unwrap(), Budget::Params(12e3));
+        for (text, name, part) in [
+            ("held:75%", "wanda", "held:0.75: wanda counts activated parameters; give activated:0.75"),
+            ("activated:5M", "hc-smoe", "hc-smoe counts held parameters"),
+        ] {
+            let error = of(text, name).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        for text in ["held:", "held:0", "kept:5M", "held"] {
+            assert!(text.parse::<Asked>().is_err(), "{text}");
+        }
     }
 }

@@ -10,5 +10,5 @@ pub(crate) static RANDOM_K: Entry<Settings> = Entry {
     summary: "control: FFN split at random, k of n experts by a linear gate that starts at zero; budgets k/n",
     defaults: || Settings { gate: GateNetwork::Linear, ..Settings::default() },
     fixed: &["construction", "residual", "gate"],
-    configure,
+    ..Entry::new(configure)
 };

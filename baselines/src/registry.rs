@@ -2,7 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::method::Method;
-use crate::{cmoe, controls, depth, dsmoe, llama_moe, llm_pruner, moefication, neurons, random_k, sparse};
+use crate::{
+    cmoe, controls, depth, dsmoe, llama_moe, llm_pruner, moefication, neurons, random_k, sparse, surgery,
+};
 
 /// Lists all methods.
 pub fn methods() -> &'static [&'static dyn Method] {
@@ -26,6 +28,9 @@ pub fn methods() -> &'static [&'static dyn Method] {
         &neurons::STATIC_CORE,
         &dsmoe::NO_STE,
         &dsmoe::NO_THRESHOLD,
+        &surgery::HC_SMOE,
+        &surgery::UNCURL,
+        &surgery::SEER_MOE,
     ];
     METHODS
 }

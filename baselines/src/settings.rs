@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::method::{Configured, Method};
+use crate::method::{Configured, Counts, Method, Source};
 
 /// Values of settings by name.
 pub type SettingValues = serde_json::Map<String, Value>;
@@ -100,13 +100,16 @@ pub(crate) struct Entry<S> {
     pub(crate) defaults: fn() -> S,
     /// The settings that the method fixes at its defaults.
     pub(crate) fixed: &'static [&'static str],
+    pub(crate) source: Source,
+    pub(crate) counts: Counts,
     pub(crate) configure: fn(S) -> Result<Box<dyn Configured>>,
 }
 
 impl<S: Settings> Entry<S> {
     /// An entry of a method that fixes no setting, to be given its name and summary.
     pub(crate) const fn new(configure: fn(S) -> Result<Box<dyn Configured>>) -> Entry<S> {
-        Entry { name: "", summary: "", defaults: S::default, fixed: &[], configure }
+        let (source, counts) = (Source::Dense, Counts::Activated);
+        Entry { name: "", summary: "", defaults: S::default, fixed: &[], source, counts, configure }
     }
 }
 
@@ -117,6 +120,14 @@ impl<S: Settings> Method for Entry<S> {
 
     fn summary(&self) -> &'static str {
         self.summary
+    }
+
+    fn source(&self) -> Source {
+        self.source
+    }
+
+    fn counts(&self) -> Counts {
+        self.counts
     }
 
     fn settings(&self) -> Vec<SettingInfo> {

@@ -9,7 +9,8 @@
 //! flops      = 2 (activated matrix weights, head included, embedding excluded) + sum over layers of 4 H hd context
 //! ```
 //!
-//! H, KV and D are a layer's own. The context of a layer with a window is at most the window. Tensors that only training reads ([`TensorSpec::training_only`]) are not counted.
+//! H, KV and D are a layer's own, and n and k means over layers where layers hold different numbers of experts, which are all of one
+//! width. The context of a layer with a window is at most the window. Tensors that only training reads ([`TensorSpec::training_only`]) are not counted.
 //!
 //! [`TensorSpec::training_only`]: crate::params::TensorSpec::training_only
 
@@ -22,8 +23,8 @@ use crate::masks::Masks;
 pub struct Accounting {
     /// Decoder layers (L).
     pub num_layers: u64,
-    /// Experts per layer (n); 1 for a dense model, whose FFN is always active.
-    pub num_experts: u64,
+    /// Experts per layer (n), mean over layers; 1 for a dense model, whose FFN is always active.
+    pub num_experts: f64,
     /// Experts that every token runs, when their number is fixed.
     pub fixed_active: Option<f64>,
     /// Attention of all layers.
@@ -101,7 +102,7 @@ impl Accounting {
         let non_ffn = attention + embedding + norms + biases;
         Accounting {
             num_layers: wide(config.num_layers),
-            num_experts: wide(config.num_experts().unwrap_or(1)),
+            num_experts: mean_experts(config),
             fixed_active: config.fixed_active(),
             attention,
             ffn,
@@ -170,9 +171,14 @@ impl Accounting {
     fn active(&self, mean_active_experts: f64, values: u64) -> f64 {
         let active = match self.fixed_active {
             Some(active) => active,
-            None if self.router == 0 => self.num_experts as f64,
+            None if self.router == 0 => self.num_experts,
             None => mean_active_experts,
         };
-        self.shared as f64 + (values - self.shared) as f64 * active / self.num_experts as f64
+        self.shared as f64 + (values - self.shared) as f64 * active / self.num_experts
     }
+}
+
+fn mean_experts(config: &Config) -> f64 {
+    let experts = (0..config.num_layers).map(|layer| config.layer_experts(layer).unwrap_or(1));
+    experts.sum::<usize>() as f64 / config.num_layers as f64
 }

@@ -1,4 +1,4 @@
-//! A dense model seen layer by layer by calibration sequences: the states of all tokens are in memory, the weights of
+//! A model seen layer by layer by calibration sequences: the states of all tokens are in memory, the weights of
 //! one layer at a time.
 //!
 //! ```text
@@ -12,6 +12,8 @@
 //!             stream.see_ffn(&weights, see)              see sees what the FFN reads and its neurons, as often as needed
 //!             stream.join_ffn(&weights, ffn)             states += ffn(states)
 //! ```
+
+mod experts;
 
 use std::ops::Range;
 use std::path::Path;
@@ -34,8 +36,9 @@ use crate::model::ropes::{Ropes, Turn};
 use crate::model::tensors::{attention_dims, check_input, in_pool};
 use crate::params::TensorSpec;
 use crate::rounds::Rounds;
+pub use experts::{ExpertStats, ExpertSums, LayerExperts};
 
-/// A dense model's layers in order, and the hidden states of calibration sequences before the next one.
+/// A model's layers in order, and the hidden states of calibration sequences before the next one.
 #[derive(Debug)]
 pub struct LayerStream {
     config: Config,
@@ -216,6 +219,15 @@ impl LayerStream {
                 help,
             ));
         }
+        LayerStream::open_model(comm, dir, config, sequences)
+    }
+
+    fn open_model(
+        comm: &Arc<dyn Communicator>,
+        dir: &Path,
+        config: Config,
+        sequences: &[Vec<u32>],
+    ) -> Result<LayerStream> {
         let checkpoint = open_model(dir, &config)?;
         let names = check_llama_tensors(&config, &checkpoint)?;
         let seq = sequences.first().map_or(0, Vec::len);
@@ -277,7 +289,7 @@ impl LayerStream {
         &self.states
     }
 
-    /// Reads the weights of layer `i`.
+    /// Reads the weights of layer `i`; those of its FFN are empty in a model with experts.
     ///
     /// # Errors
     /// A file that cannot be read, or a weight that is not finite.
@@ -303,6 +315,18 @@ impl LayerStream {
         let mut linears = Vec::with_capacity(PROJECTIONS.len());
         for (projection, input) in PROJECTIONS {
             let name = format!("model.layers.{i}.{projection}.weight");
+            if !self.config.is_dense() && !matches!(input, Input::Attention | Input::Heads) {
+                // Experts are read by themselves.
+                linears.push(Linear {
+                    name,
+                    outputs: 0,
+                    inputs: 0,
+                    input,
+                    weight: Buf::default(),
+                    bias: None,
+                });
+                continue;
+            }
             let shape = &self.checkpoint.need(&name)?.shape;
             let (outputs, inputs) = (shape[0], shape[1]);
             let has_bias = match input {

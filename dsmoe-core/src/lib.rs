@@ -28,6 +28,7 @@ pub mod partition;
 mod remedy;
 mod rounds;
 pub mod shard;
+pub mod surgery;
 
 pub use config::Config;
 pub use device::Device;

@@ -6,6 +6,7 @@ pub mod config;
 pub mod controller;
 pub mod counts;
 mod error;
+pub mod expert_map;
 pub mod gate;
 pub mod init;
 pub mod linalg;

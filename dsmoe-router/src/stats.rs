@@ -9,6 +9,7 @@ use crate::counts::LogitCounts;
 /// Counts of active experts per layer; batches are added, partial counts merged.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RoutingStats {
+    /// The largest of any layer.
     num_experts: usize,
     layers: Vec<LayerStats>,
     #[serde(skip)]
@@ -63,14 +64,15 @@ pub struct RoutingSummary {
 impl RoutingStats {
     /// Makes statistics without tokens.
     pub fn new(num_layers: usize, num_experts: usize) -> RoutingStats {
-        let layer = LayerStats { load: vec![0; num_experts], histogram: vec![0; num_experts + 1] };
-        RoutingStats {
-            num_experts,
-            layers: vec![layer; num_layers],
-            trace: None,
-            coefficients: None,
-            logits: None,
-        }
+        RoutingStats::of_layers(std::iter::repeat_n(num_experts, num_layers))
+    }
+
+    /// Makes statistics without tokens of layers with those numbers of experts.
+    pub fn of_layers(experts: impl IntoIterator<Item = usize>) -> RoutingStats {
+        let layer = |n| LayerStats { load: vec![0; n], histogram: vec![0; n + 1] };
+        let layers: Vec<LayerStats> = experts.into_iter().map(layer).collect();
+        let num_experts = layers.iter().map(|layer| layer.load.len()).max().unwrap_or(0);
+        RoutingStats { num_experts, layers, trace: None, coefficients: None, logits: None }
     }
 
     /// Makes it keep the active experts of every token too. Batches must then come layer by layer from the first, as a
@@ -117,7 +119,7 @@ impl RoutingStats {
     }
 
     fn no_coefficients(&self) -> Vec<Vec<f64>> {
-        vec![vec![0.0; self.num_experts]; self.layers.len()]
+        self.layers.iter().map(|layer| vec![0.0; layer.load.len()]).collect()
     }
 
     /// Returns the mean coefficient of each expert over all tokens, 0 for those that did not run it,
@@ -151,7 +153,7 @@ impl RoutingStats {
     /// # Panics
     /// No such layer; `routing` is not of all experts but the first `core`.
     pub fn add_behind_core(&mut self, layer: usize, core: usize, routing: &Routing) {
-        assert_eq!(core + routing.num_experts, self.num_experts, "routing stats: experts");
+        assert_eq!(core + routing.num_experts, self.layers[layer].load.len(), "routing stats: experts");
         let tokens = routing.num_tokens;
         if let Some(trace) = &mut self.trace {
             if layer == 0 {
@@ -185,7 +187,7 @@ impl RoutingStats {
         self.layers.len()
     }
 
-    /// Returns the number of experts of a layer.
+    /// Returns the number of experts of a layer, the largest where layers differ.
     pub fn num_experts(&self) -> usize {
         self.num_experts
     }
@@ -227,11 +229,15 @@ impl RoutingStats {
     /// # Panics
     /// The counts are of other layers or experts.
     pub fn add_all(&mut self, counts: &[u64]) {
-        let of_layer = 2 * self.num_experts + 1;
-        assert_eq!(counts.len(), of_layer * self.layers.len(), "routing stats: counts");
-        for (layer, counts) in counts.chunks(of_layer).enumerate() {
-            let (load, histogram) = counts.split_at(self.num_experts);
+        let experts: Vec<usize> = self.layers.iter().map(|layer| layer.load.len()).collect();
+        let all: usize = experts.iter().map(|n| 2 * n + 1).sum();
+        assert_eq!(counts.len(), all, "routing stats: counts");
+        let mut rest = counts;
+        for (layer, n) in experts.into_iter().enumerate() {
+            let (of_layer, others) = rest.split_at(2 * n + 1);
+            let (load, histogram) = of_layer.split_at(n);
             self.add_counts(layer, load, histogram);
+            rest = others;
         }
     }
 
@@ -248,8 +254,7 @@ impl RoutingStats {
     /// # Panics
     /// `other` has another number of layers or experts.
     pub fn merge(&mut self, other: &RoutingStats) {
-        let shape = (self.layers.len(), self.num_experts);
-        assert_eq!(shape, (other.layers.len(), other.num_experts), "routing stats: (layers, experts)");
+        assert_eq!(self.layers.len(), other.layers.len(), "routing stats: layers");
         for (i, layer) in other.layers.iter().enumerate() {
             self.add_counts(i, &layer.load, &layer.histogram);
         }
@@ -291,13 +296,15 @@ impl RoutingStats {
 
     /// Returns the active share of all (token, layer, expert) triples; 0 without tokens.
     pub fn active_ratio(&self) -> f64 {
-        let routed = self.layers.iter().map(LayerStats::routed).sum();
-        ratio(routed, self.layers.iter().map(LayerStats::tokens).sum::<u64>() * self.num_experts as u64)
+        ratio(self.routed(), self.layers.iter().map(LayerStats::pairs).sum())
+    }
+
+    fn routed(&self) -> u64 {
+        self.layers.iter().map(LayerStats::routed).sum()
     }
 
     /// Computes shares and entropies.
     pub fn summary(&self) -> RoutingSummary {
-        let n = self.num_experts as u64;
         let tokens: u64 = self.layers.iter().map(LayerStats::tokens).sum();
         let zero: u64 = self.layers.iter().map(|layer| layer.histogram[0]).sum();
         let per_layer = |f: &dyn Fn(&LayerStats) -> f64| self.layers.iter().map(f).collect::<Vec<_>>();
@@ -307,9 +314,9 @@ impl RoutingStats {
         RoutingSummary {
             tokens: self.layers.first().map_or(0, LayerStats::tokens),
             active_ratio: self.active_ratio(),
-            active_experts: self.active_ratio() * n as f64,
+            active_experts: ratio(self.routed(), tokens),
             zero_active_share: ratio(zero, tokens),
-            active_ratio_per_layer: per_layer(&|layer| ratio(layer.routed(), layer.tokens() * n)),
+            active_ratio_per_layer: per_layer(&|layer| ratio(layer.routed(), layer.pairs())),
             zero_active_share_per_layer: per_layer(&|layer| ratio(layer.histogram[0], layer.tokens())),
             active_histogram_per_layer: self.layers.iter().map(|l| shares(l, &l.histogram)).collect(),
             load_per_layer: self.layers.iter().map(|layer| shares(layer, &layer.load)).collect(),
@@ -325,6 +332,11 @@ impl LayerStats {
 
     fn routed(&self) -> u64 {
         self.load.iter().sum()
+    }
+
+    /// Returns the number of pairs of a token and an expert, active or not.
+    fn pairs(&self) -> u64 {
+        self.tokens() * self.load.len() as u64
     }
 
     fn load_entropy(&self) -> f64 {
@@ -373,6 +385,22 @@ mod tests {
         assert_eq!(twice.counts().sum::<u64>(), 2 * counts.iter().sum::<u64>());
         let json = serde_json::to_value(&summary).unwrap();
         assert_eq!(json["active_ratio_per_layer"][1], 1.0);
+    }
+
+    #[test]
+    fn layers_may_have_different_numbers_of_experts() {
+        let mut stats = RoutingStats::of_layers([1, 3]).weighted();
+        stats.add(0, &routing(array![[true], [false]]));
+        stats.add(1, &routing(array![[true, false, true], [false, true, false]]));
+        let summary = stats.summary();
+        assert_eq!((summary.active_experts, summary.active_ratio), (1.0, 4.0 / 8.0));
+        assert_eq!(summary.active_ratio_per_layer, [0.5, 0.5]);
+        assert_eq!(summary.load_per_layer, [vec![0.5], vec![0.5, 0.5, 0.5]]);
+        assert_eq!(stats.mean_coefficients().unwrap(), [vec![0.5], vec![0.5, 0.5, 0.5]]);
+        let mut added = RoutingStats::of_layers([1, 3]);
+        added.add_all(&stats.counts().collect::<Vec<_>>());
+        assert_eq!(added.summary(), summary);
+        assert!(added.is_like(&stats) && !added.is_like(&RoutingStats::new(2, 3)));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use dsmoe_kernels::comm::{self, CommError, Communicator, What};
 use crate::error::{Error, Result};
 
 /// A file by which processes find out whether they see one directory.
-const SEEN_FILE: &str = ".seen-by-all.tmp";
+pub(crate) const SEEN_FILE: &str = ".seen-by-all.tmp";
 
 /// Parts of the state of a training that every process holds of its own share alone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]

@@ -82,6 +82,7 @@ pub(crate) const NO_THRESHOLD: Entry<Settings> = Entry {
     defaults: || Settings { threshold: 0.0, ..Settings::default() },
     fixed: &["threshold"],
     configure: |settings| Dsmoe { settings, ste: true, trains_threshold: false }.checked(),
+    ..PAPER
 };
 
 /// A DSMoE method with its settings. The model has all experts; training brings it to the budget.
@@ -222,7 +223,7 @@ impl Dsmoe {
             sequences: job.calibration.to_vec(),
             seed: job.seed,
             force: job.force,
-            ..self.start(config, experts / counts.num_experts as f64)
+            ..self.start(config, experts / counts.num_experts)
         };
         let done = start_on(job.comm, job.model, job.out, &options, &mut |at| {
             progress(Progress { stage: at.stage, done: at.done, total: at.total });
@@ -256,7 +257,7 @@ impl Configured for Dsmoe {
     fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
         let (counts, experts) = self.experts(config, budget)?;
         let num_experts = counts.num_experts;
-        let share = experts / num_experts as f64;
+        let share = experts / num_experts;
         let of = format!("{experts:.2} of {num_experts}");
         let reached_by = match self.trains_threshold {
             true => format!("training to an active share of {share:.4} ({of} experts)"),
@@ -285,7 +286,7 @@ impl Configured for Dsmoe {
             Routers::Untrained(init) => RouterStart::Init(init),
             Routers::Calibrated | Routers::Fitted => {
                 let (counts, experts) = self.experts(&config, job.budget)?;
-                let active = experts / counts.num_experts as f64;
+                let active = experts / counts.num_experts;
                 RouterStart::Calibrated(Calibration { sequences: job.calibration.to_vec(), active })
             }
         };

@@ -77,7 +77,7 @@ pub(crate) fn nearest(
     let off = |i: usize| (activated(i) - asked).abs();
     let last = counted.len() - 1;
     let best = (0..=last).min_by(|&a, &b| off(a).total_cmp(&off(b))).expect("a spec");
-    let step = counted[best].1.ffn as f64 / counted[best].1.num_experts as f64;
+    let step = counted[best].1.ffn as f64 / counted[best].1.num_experts;
     let (spec, counts) = &counted[best];
     if off(best) > 0.5 * step {
         let side = if asked < activated(best) { "below" } else { "above" };

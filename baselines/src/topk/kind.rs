@@ -89,7 +89,7 @@ impl FfnSpec for TopkSpec {
         Box::new(TopkMoeFfn::of(Gated::of_layer(config, layer), *self))
     }
 
-    fn num_experts(&self) -> usize {
+    fn num_experts(&self, _layer: usize) -> usize {
         self.all_experts()
     }
 

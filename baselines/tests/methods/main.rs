@@ -6,5 +6,6 @@ mod llm_pruner;
 mod neurons;
 mod sparse;
 mod start;
+mod surgery;
 mod topk;
 mod trained_router;

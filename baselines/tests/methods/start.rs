@@ -37,7 +37,7 @@ fn a_fitted_start_keeps_a_real_model_better() {
     assert_eq!(config.moe.as_ref().unwrap().budget(), Some(share));
     let found = Inference::load(&out, Precision::F32).unwrap();
     let counts = found.accounting();
-    let activated = counts.activated(share * counts.num_experts as f64);
+    let activated = counts.activated(share * counts.num_experts);
     assert!((activated / made.plan.activated - 1.0).abs() < 1e-3, "{activated} {}", made.plan.activated);
     assert_eq!(counts.total as f64, made.plan.total);
     let (_, active) = made.measured.last().unwrap();

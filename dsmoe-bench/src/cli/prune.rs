@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use dsmoe_baselines::Budget;
+use dsmoe_baselines::Asked;
 use dsmoe_datasets::Bos;
 
 use super::processes::ProcessArgs;
@@ -37,14 +37,15 @@ pub(crate) struct CalibrationArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct Prune {
-    /// Dense model: a Hugging Face directory or a GGUF file
+    /// Dense model, or a mixture of experts for the methods that change one: a Hugging Face directory or a GGUF file
     pub(crate) model: PathBuf,
     /// Method; `dsmoe methods` lists them
     #[arg(long, value_name = "NAME")]
     pub(crate) method: String,
-    /// Parameters to activate, 735M or 3.93B, or a share of the dense model's, 0.59 or 59%
+    /// Parameters to activate, 735M or 3.93B, or a share of the model's, 0.59 or 59%; for the methods that change experts, parameters
+    /// to hold, which held:59% says in words
     #[arg(long, value_name = "PARAMS|SHARE")]
-    pub(crate) budget: Budget,
+    pub(crate) budget: Asked,
     /// Directory to write
     #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
     pub(crate) out: Option<PathBuf>,

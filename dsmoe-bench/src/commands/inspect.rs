@@ -165,7 +165,7 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
         experts: experts(&config),
         ffn: config.ffn.as_ref().map(|spec| OtherFfn {
             kind: spec.kind(),
-            num_experts: spec.num_experts(),
+            num_experts: config.num_experts().unwrap_or(0),
             active_experts: spec.active_experts(),
             settings: spec.settings(),
         }),

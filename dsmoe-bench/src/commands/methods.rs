@@ -15,7 +15,10 @@ pub(crate) fn run(ui: &mut Ui) -> Result<()> {
             let default = if default.is_empty() { String::new() } else { format!(" [{default}]") };
             text += &format!("    {name}{default}: {help}\n");
         }
-        methods.push(json!({ "name": name, "summary": summary, "settings": settings }));
+        let (source, counts) = (method.source(), method.counts());
+        methods.push(json!({
+            "name": name, "summary": summary, "source": source, "counts": counts, "settings": settings,
+        }));
     }
     ui.result(&json!({ "methods": methods }), |_| text)
 }

@@ -1,4 +1,4 @@
-//! `dsmoe prune`: a dense model made smaller by one of the methods that DSMoE is compared with.
+//! `dsmoe prune`: a model made smaller by one of the methods that DSMoE is compared with, or a mixture with fewer experts.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use dsmoe_baselines::{Configured, Job, Made, SettingValues, method, read_settings};
+use dsmoe_baselines::{Budget, Configured, Counts, Job, Made, SettingValues, Source, method, read_settings};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use dsmoe_kernels::comm::Communicator;
@@ -27,12 +27,21 @@ struct Report<'a> {
     #[serde(serialize_with = "lossy", skip_serializing_if = "Option::is_none")]
     out: Option<&'a Path>,
     method: &'static str,
-    /// Activated parameters asked for.
+    /// What the budget counts.
+    counts: Counts,
+    /// Parameters asked for.
     budget: f64,
-    params_dense: u64,
+    /// All parameters of a dense source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    params_dense: Option<u64>,
+    /// All parameters of a source with experts, and those of it that a token uses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source_held: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source_activated: Option<f64>,
     params_total: f64,
     params_activated: f64,
-    /// Activated parameters over those asked for.
+    /// Parameters that are counted over those asked for.
     reached: f64,
     reached_by: String,
     /// Quantities that follow from the budget.
@@ -53,26 +62,35 @@ pub(crate) fn run(args: &Prune, comm: &Arc<dyn Communicator>, ui: &mut Ui) -> Re
     let configured = method.configure(&read_settings(args.set.iter().map(String::as_str))?)?;
     let config = Config::load(&args.model)?;
     show_config_notices(&config, ui);
-    let dense = Accounting::of(&config).total;
-    let plan = configured.plan(&config, args.budget)?;
+    let source = Accounting::of(&config);
+    let asked = args.budget.of(method)?;
+    let plan = configured.plan(&config, asked)?;
     let out = args.out.as_deref().filter(|_| !args.dry_run);
     let (plan, measured) = match out {
         Some(out) => {
-            let made = make((args, &*configured), comm, out, &config, ui)?;
+            let made = make((args, &*configured, asked), comm, out, &config, ui)?;
             (made.plan, made.measured)
         }
         None => (plan, Vec::new()),
     };
-    let budget = args.budget.params(dense);
+    let budget = asked.params(source.total);
+    let (counts, is_dense) = (method.counts(), method.source() == Source::Dense);
+    let counted = match counts {
+        Counts::Activated => plan.activated,
+        Counts::Held => plan.total,
+    };
     let report = Report {
         model: &args.model,
         out,
         method: method.name(),
+        counts,
         budget,
-        params_dense: dense,
+        params_dense: is_dense.then_some(source.total),
+        source_held: (!is_dense).then_some(source.total),
+        source_activated: (!is_dense).then(|| source.activated(source.num_experts)),
         params_total: plan.total,
         params_activated: plan.activated,
-        reached: plan.activated / budget,
+        reached: counted / budget,
         reached_by: plan.reached_by,
         resolved: plan.settings.into_iter().collect(),
         settings: configured.resolved(),
@@ -88,7 +106,7 @@ pub(crate) fn run(args: &Prune, comm: &Arc<dyn Communicator>, ui: &mut Ui) -> Re
 }
 
 fn make(
-    (args, method): (&Prune, &dyn Configured),
+    (args, method, budget): (&Prune, &dyn Configured, Budget),
     comm: &Arc<dyn Communicator>,
     out: &Path,
     config: &Config,
@@ -111,7 +129,7 @@ fn make(
         model: &args.model,
         out,
         force: args.force,
-        budget: args.budget,
+        budget,
         calibration: &calibration,
         seed: args.seed,
         comm,
@@ -128,14 +146,21 @@ fn show(report: &Report<'_>) -> String {
         Some(out) => format!("{}: {}", out.display(), report.method),
         None => format!("{}: {} would be", report.model.display(), report.method),
     };
-    text += &format!(
-        ", {}; {} parameters, {} of them activated ({} of the budget, {} of the dense model)\n",
-        report.reached_by,
-        millions(report.params_total),
-        millions(report.params_activated),
-        format::percent(report.reached),
-        format::percent(report.params_activated / report.params_dense as f64),
-    );
+    let [total, activated] = [report.params_total, report.params_activated].map(millions);
+    let of_budget = format::percent(report.reached);
+    text += &match (report.source_held, report.params_dense) {
+        (Some(held), _) => format!(
+            ", {}; {total} parameters held ({of_budget} of the budget, {} of {} held before), {activated} of them activated\n",
+            report.reached_by,
+            format::percent(report.params_total / held as f64),
+            format::count(held),
+        ),
+        (None, dense) => format!(
+            ", {}; {total} parameters, {activated} of them activated ({of_budget} of the budget, {} of the dense model)\n",
+            report.reached_by,
+            format::percent(report.params_activated / dense.unwrap_or(1) as f64),
+        ),
+    };
     for (name, value) in &report.resolved {
         text += &format!("  {name}: {value}\n");
     }

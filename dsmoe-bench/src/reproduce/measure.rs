@@ -114,7 +114,7 @@ pub(crate) fn text(
             agreement: None,
         });
     }
-    let active = ratio.unwrap_or(0.0) * accounting.num_experts as f64;
+    let active = ratio.unwrap_or(0.0) * accounting.num_experts;
     let (params_total, params_activated) = (accounting.total, accounting.activated(active));
     let means = Means { nll, ppl: nll.exp(), active_ratio: ratio, params_total, params_activated };
     let flops_per_token = accounting.mean_flops_per_token(active, seq);

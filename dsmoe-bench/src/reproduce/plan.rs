@@ -183,7 +183,7 @@ fn shape(spec: &MethodSpec, dense: &Config, profile: &Profile) -> Result<(Config
 /// Returns the FLOPs of a training token: three passes of everything. Of the nine products of a gated FFN, three are of
 /// all experts and six of the active ones.
 fn training_flops(counts: &Accounting, gated: bool, share: f64, seq: usize) -> f64 {
-    let experts = counts.num_experts as f64;
+    let experts = counts.num_experts;
     let all = counts.mean_flops_per_token(experts, seq);
     if !gated {
         return 3.0 * all;
@@ -204,7 +204,7 @@ fn row(
     let (counts, gated) = (Accounting::of(config), config.moe.is_some());
     let steps = train.steps.unwrap_or(0);
     let tokens = steps * train.tokens_per_step();
-    let active = share * counts.num_experts as f64;
+    let active = share * counts.num_experts;
     let flops = tokens as f64 * training_flops(&counts, gated, share, train.seq)
         + measured_tokens * counts.mean_flops_per_token(active, train.seq);
     let alone =

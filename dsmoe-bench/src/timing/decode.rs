@@ -106,7 +106,7 @@ pub(crate) fn active_share(model: &Inference, prompt: &[u32], tokens: usize) -> 
 /// Returns the cost of a token: the weights that it uses, and the keys and values, are read once.
 fn cost(config: &Config, precision: Precision, active: f64, context: f64) -> Cost {
     let counts = Accounting::of(config);
-    let experts = counts.num_experts as f64;
+    let experts = counts.num_experts;
     let head = product(&[config.vocab_size, config.hidden]);
     let matrices = counts.attention as f64 + active * counts.ffn as f64 + head;
     let exact = (counts.router + counts.norms) as f64;

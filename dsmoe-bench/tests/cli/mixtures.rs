@@ -58,6 +58,40 @@ fn a_mixture_is_made_measured_trained_and_exported() {
 }
 
 #[test]
+fn experts_are_merged_and_dropped_and_the_model_serves_on() {
+    succeeds("convert dense --as mixtral --experts 4 --top-k 2 --seed 3 --out many");
+    let calib = format!("{} --samples 8 --seq 32", on_text().replacen("--data", "--calib", 1));
+    let (held, before) = (number(&json_of("inspect many")["params_total"]), nll("many"));
+    for (method, set, budget) in [
+        ("hc-smoe", "", "held:70%"),
+        ("hc-smoe", "--set allocation=global --set vectors=router-logits", "70%"),
+        ("uncurl", "--set router=mean", "70%"),
+        ("seer-moe", "--set score=ean --set rounds=each", "70%"),
+    ] {
+        let line = format!("prune many --method {method} {set} --budget {budget} {calib}");
+        let planned = json_of(&format!("{line} --dry-run"));
+        let made = json_of(&format!("{line} --force --out fewer"));
+        agrees(&made, &json!({ "counts": "held", "method": method }));
+        assert_eq!(number(&made["source_held"]), held);
+        assert!(made.get("params_dense").is_none());
+        assert_eq!((&planned["params_total"], &planned["budget"]), (&made["params_total"], &made["budget"]));
+        let share = number(&made["params_total"]) / held;
+        assert!((0.5..0.7).contains(&share), "{method}: {share}");
+        // Experts of one function: what is left of them is that function.
+        assert!((nll("fewer") - before).abs() < 1e-5, "{method} {set}");
+        succeeds("generate fewer --prompt Once --max-tokens 4 --temperature 0");
+        let text = succeeds(&format!("{line} --dry-run"));
+        assert!(text.contains("parameters held") && text.contains("held before"), "{text}");
+    }
+    fails(
+        &format!("prune many --method seer-moe --budget 10% {calib} --out no"),
+        &["budget 0.1", "fewest experts of a layer", "held or more"],
+    );
+    fails("prune many --method uncurl --budget 70% --out no", &["--method uncurl reads calibration text"]);
+    assert!(!path("no").exists());
+}
+
+#[test]
 fn mixtures_that_cannot_be_made_are_refused() {
     for (line, parts) in [
         ("convert dense --as mixtral --top-k 9 --out no", &["top_k", "8"][..]),

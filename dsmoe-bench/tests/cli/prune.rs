@@ -17,17 +17,23 @@ fn calibration(samples: u32) -> String {
 
 #[test]
 fn every_method_makes_a_model_that_the_other_commands_take() {
-    let listed = json_of("methods");
-    let listed = texts(&listed["methods"], "name");
+    let methods = json_of("methods");
+    let listed = texts(&methods["methods"], "name");
+    let sources = texts(&methods["methods"], "source");
+    succeeds("convert dense --as mixtral --experts 4 --top-k 2 --out prune-mixture");
     for method in
         ["dsmoe", "llm-pruner-block", "llm-pruner-channel", "sparsegpt", "wanda", "magnitude", "llama-moe"]
     {
         assert!(listed.contains(&method), "{method} in {listed:?}");
     }
-    for method in listed {
+    for (method, source) in listed.into_iter().zip(sources) {
         let has_experts = ["llama-moe", "moefication", "random-k"].contains(&method);
         let experts = if has_experts { "--set experts=4" } else { "" };
         let asked = prune(method, &format!("{experts} {}", calibration(8)));
+        let asked = match source {
+            "experts" => asked.replacen("dense", "prune-mixture", 1),
+            _ => asked,
+        };
         let out = format!("prune-{method}");
         let planned = json_of(&format!("{asked} --dry-run"));
         let made = json_of(&format!("{asked} --out {out}"));
@@ -49,6 +55,17 @@ fn every_method_makes_a_model_that_the_other_commands_take() {
 
 #[test]
 fn a_seed_gives_the_same_model_twice() {
+    succeeds("convert dense --as mixtral --experts 4 --top-k 2 --out prune-twice-mixture");
+    for method in ["hc-smoe", "uncurl", "seer-moe"] {
+        let [one, two] = [1, 2].map(|threads| {
+            let out = format!("prune-twice-{method}-{threads}");
+            let asked =
+                prune(method, &format!("{} --seed 3 --threads {threads} --out {out}", calibration(8)));
+            succeeds(&asked.replacen("dense", "prune-twice-mixture", 1));
+            weights(&out)
+        });
+        assert!(one == two, "{method}");
+    }
     for method in ["sparsegpt", "llm-pruner-block", "llama-moe"] {
         let [one, two] = [1, 2].map(|threads| {
             let out = format!("prune-twice-{method}-{threads}");
@@ -66,6 +83,9 @@ fn what_cannot_be_pruned_is_said_in_a_line() {
         ("magic --budget 0.8", &["magic", "is not a method", "sparsegpt"][..]),
         ("wanda --budget 0.8", &["wanda", "--calib"]),
         ("magnitude --budget 0.01", &["budget", "0.01"]),
+        ("magnitude --budget held:0.8", &["budget held:0.8", "magnitude counts activated parameters"]),
+        ("hc-smoe --budget 0.8", &["model: it is dense", "sparse upcycling"]),
+        ("seer-moe --budget activated:0.8", &["seer-moe counts held parameters", "held:0.8"]),
         ("magnitude --budget 0.8 --set speed=9", &["speed", "not a setting", "pattern"]),
         ("magnitude --budget 0.8 --set pattern=3:5", &["pattern", "3:5", "2:4"]),
         (&format!("llama-moe --budget 0.85 --set experts=5 {text}"), &["experts", "5"]),

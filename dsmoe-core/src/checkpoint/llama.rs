@@ -87,7 +87,8 @@ pub fn open_model(dir: &Path, config: &Config) -> Result<Checkpoint> {
     if config.is_part() {
         checkpoint.keep_text_model()?;
     }
-    if !config.family().renames().is_empty() {
+    let is_of_family = config.model_type() == config.family().model_type;
+    if is_of_family && !config.family().renames().is_empty() {
         checkpoint.rename(config.family().renames())?;
     }
     if config.family().fused {

@@ -12,7 +12,7 @@ mod weights;
 mod writer;
 
 pub use dtype::{Dtype, transpose};
-pub(crate) use dtype::{decode, encode, is_too_large, too_large};
+pub(crate) use dtype::{check_finite, decode, encode, is_too_large, too_large};
 pub use header::{Header, HeaderEntry};
 pub use licences::{CARD_FILE, SOURCE_CARD_FILE};
 pub(crate) use licences::{GENERATED, has_licences, is_generated, read_card};

@@ -1,23 +1,74 @@
 //! The experts of a mixture, as config.json describes them.
 
+use std::sync::Arc;
+
+use dsmoe_router::expert_map::ExpertMap;
 use dsmoe_router::mixture::MixtureConfig;
 
-/// n experts of one width, of which a router gives every token k, and an expert that all tokens run beside them.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// Experts of one width in every layer, of which a router gives every token k, and an expert that all tokens run beside them.
+///
+/// Layers may hold different numbers of experts, and several gates of a router may share one.
+#[derive(Clone, Debug, PartialEq)]
 pub struct MixtureSpec {
-    /// The number of experts, k, and the rule of the coefficients.
-    pub router: MixtureConfig,
+    /// Gates that open for each token (k).
+    pub top_k: usize,
+    /// True if the coefficients of a token are scaled to add up to 1.
+    pub renormalise: bool,
     /// Neurons of an expert.
     pub width: usize,
     /// Neurons of the expert that every token runs, times the sigmoid of a gate of its own; none without it.
     pub shared: Option<usize>,
     /// Weight of the balance loss, which is a mean over layers.
     pub balance_weight: f64,
+    /// Experts that each layer holds.
+    pub experts: Vec<usize>,
+    /// The expert of every gate, layer by layer; none where each expert has a gate of its own.
+    pub maps: Option<Vec<Arc<ExpertMap>>>,
 }
 
 impl MixtureSpec {
-    /// Returns the neurons of all experts that are chosen from.
-    pub fn neurons(&self) -> usize {
-        self.router.num_experts * self.width
+    /// Returns the largest number of experts that a layer holds.
+    pub fn most_experts(&self) -> usize {
+        self.experts.iter().copied().max().unwrap_or(0)
+    }
+
+    /// Returns whether all layers hold equally many experts.
+    pub fn is_even(&self) -> bool {
+        self.experts.iter().all(|&experts| experts == self.experts[0])
+    }
+
+    /// Returns the number of gates of a layer.
+    ///
+    /// # Panics
+    /// There is no such layer.
+    pub fn gates(&self, layer: usize) -> usize {
+        self.map(layer).map_or(self.experts[layer], |map| map.num_gates())
+    }
+
+    /// Returns the expert of every gate of a layer; none where each expert has its own.
+    pub fn map(&self, layer: usize) -> Option<&Arc<ExpertMap>> {
+        self.maps.as_ref().map(|maps| &maps[layer])
+    }
+
+    /// Returns the rule by which a layer chooses among its gates.
+    ///
+    /// # Panics
+    /// There is no such layer.
+    pub fn router(&self, layer: usize) -> MixtureConfig {
+        let MixtureSpec { top_k, renormalise, .. } = *self;
+        MixtureConfig { num_experts: self.gates(layer), top_k, renormalise }
+    }
+
+    /// Returns the neurons of all experts that a layer chooses from.
+    ///
+    /// # Panics
+    /// There is no such layer.
+    pub fn neurons(&self, layer: usize) -> usize {
+        self.experts[layer] * self.width
+    }
+
+    /// Returns whether its family's own format holds it.
+    pub(crate) fn fits_family(&self) -> bool {
+        self.is_even() && self.maps.is_none()
     }
 }

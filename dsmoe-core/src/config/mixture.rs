@@ -1,25 +1,152 @@
-//! Configurations of mixtures of experts: read, and made of a dense model's.
+//! Configurations of mixtures of experts: read, made of a dense model's, and with other experts.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use dsmoe_router::expert_map::ExpertMap;
 use dsmoe_router::mixture::MixtureConfig;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::fields::Fields;
-use super::{BASE_KEY, Config, MixtureSpec};
-use crate::error::{Error, Result};
+use super::{BASE_KEY, Config, LayerShape, MixtureSpec};
+use crate::error::{Error, Result, shown};
 use crate::family::Family;
 use crate::json::object;
 
+/// The `type` of the `ffn` object of a mixture that its family's format does not hold.
+pub(crate) const KIND: &str = "mixture";
+
+/// [`MixtureSpec`] as the `ffn` object holds it.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Stored {
+    num_experts: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    experts_per_layer: Option<Vec<usize>>,
+    top_k: usize,
+    renormalise: bool,
+    expert_width: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    shared_width: Option<usize>,
+    balance_weight: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    expert_map: Option<Vec<Vec<u32>>>,
+}
+
+impl MixtureSpec {
+    /// Returns the keys of the `ffn` object, but `type`.
+    pub(crate) fn to_settings(&self) -> Map<String, Value> {
+        let stored = Stored {
+            num_experts: self.most_experts(),
+            experts_per_layer: (!self.is_even()).then(|| self.experts.clone()),
+            top_k: self.top_k,
+            renormalise: self.renormalise,
+            expert_width: self.width,
+            shared_width: self.shared,
+            balance_weight: self.balance_weight,
+            expert_map: self
+                .maps
+                .as_ref()
+                .map(|maps| maps.iter().map(|map| map.of_gates().to_vec()).collect()),
+        };
+        match serde_json::to_value(stored) {
+            Ok(Value::Object(map)) => map,
+            _ => unreachable!("a struct of numbers is an object"),
+        }
+    }
+}
+
 impl Fields<'_> {
     /// Reads the experts of a family of mixtures.
-    pub(super) fn mixture(&self, family: &Family) -> Result<Option<MixtureSpec>> {
+    pub(super) fn mixture(&self, family: &Family, num_layers: usize) -> Result<Option<MixtureSpec>> {
         let Some(mixture) = &family.mixture else { return Ok(None) };
-        if self.get(BASE_KEY).is_some() {
-            let problem = format!("is {:?}, whose FFNs are experts already", family.model_type);
-            return Err(self.wrong(BASE_KEY, problem, "name the family of a dense model"));
+        if self.text("model_type")? != Some("dsmoe") {
+            return mixture.read(self, num_layers).map(Some);
         }
-        mixture.read(self).map(Some)
+        match self.ffn()? {
+            Some((KIND, settings)) => {
+                let fields = Fields { path: self.path, prefix: "ffn.", map: &settings };
+                fields.stored_mixture(mixture.shared, num_layers).map(Some)
+            }
+            _ => {
+                let problem = format!("is {:?}, whose FFNs are experts already", family.model_type);
+                Err(self.wrong(BASE_KEY, problem, "name the family of a dense model"))
+            }
+        }
+    }
+
+    /// Reads the `ffn` object of a mixture.
+    fn stored_mixture(&self, has_shared: bool, num_layers: usize) -> Result<MixtureSpec> {
+        let stored = Stored::deserialize(&Value::Object(self.map.clone())).map_err(|cause| {
+            let problem = format!("is not of type {KIND}: {}", shown(&cause.to_string()));
+            Error::field(self.path, "ffn", problem, "make the model again")
+        })?;
+        let width = self.dimension("expert_width")?;
+        let shared = self.dimension_opt("shared_width")?;
+        if shared.is_some() != has_shared {
+            let [is, help] = match has_shared {
+                true => ["is missing, and layers of this family have a shared expert", "add it"],
+                false => ["is present, and layers of this family have no shared expert", "remove it"],
+            };
+            return Err(self.wrong("shared_width", is, help));
+        }
+        self.bounded("expert_width", width, self.dimension("num_experts")?)?;
+        let experts = self.stored_experts(&stored, num_layers)?;
+        let maps = stored.expert_map.map(|maps| self.stored_maps(maps, &experts)).transpose()?;
+        let Stored { top_k, renormalise, .. } = stored;
+        let balance_weight = self.not_negative("balance_weight")?.unwrap_or(0.0);
+        let spec = MixtureSpec { top_k, renormalise, width, shared, balance_weight, experts, maps };
+        let fewest = (0..num_layers).map(|layer| spec.gates(layer)).min().unwrap_or(0);
+        MixtureConfig::new(fewest, top_k, renormalise).map_err(|_| {
+            let problem = format!("is {top_k} and a layer has {fewest} gates");
+            self.wrong("top_k", problem, format!("use an integer from 1 to {fewest}"))
+        })?;
+        Ok(spec)
+    }
+
+    fn stored_experts(&self, stored: &Stored, num_layers: usize) -> Result<Vec<usize>> {
+        const KEY: &str = "experts_per_layer";
+        let most = stored.num_experts;
+        let Some(experts) = &stored.experts_per_layer else { return Ok(vec![most; num_layers]) };
+        if experts.len() != num_layers {
+            let problem = format!("has {} entries and num_hidden_layers is {num_layers}", experts.len());
+            return Err(self.wrong(KEY, problem, "give one number for each layer"));
+        }
+        if let Some(layer) = experts.iter().position(|experts| !(1..=most).contains(experts)) {
+            let problem = format!("is {} for layer {layer}", experts[layer]);
+            return Err(self.wrong(KEY, problem, format!("use 1 to num_experts, {most}")));
+        }
+        if !experts.contains(&most) {
+            let problem = format!("is {most} and no entry of {KEY} is");
+            return Err(self.wrong("num_experts", problem, "use the largest of them"));
+        }
+        Ok(experts.clone())
+    }
+
+    fn stored_maps(&self, maps: Vec<Vec<u32>>, experts: &[usize]) -> Result<Vec<Arc<ExpertMap>>> {
+        const KEY: &str = "expert_map";
+        if maps.len() != experts.len() {
+            let problem = format!("has {} lists and num_hidden_layers is {}", maps.len(), experts.len());
+            return Err(self.wrong(KEY, problem, "give one list for each layer"));
+        }
+        let map = |(layer, (of_gates, &experts)): (usize, (Vec<u32>, &usize))| {
+            ExpertMap::new(of_gates, experts).map(Arc::new).map_err(|cause| {
+                let problem = format!("is wrong in layer {layer} ({cause})");
+                self.wrong(KEY, problem, "make the model again")
+            })
+        };
+        maps.into_iter().zip(experts).enumerate().map(map).collect()
+    }
+
+    /// Checks that the layers of `config` have the neurons of their experts.
+    pub(super) fn check_neurons(&self, config: &Config, spec: &MixtureSpec) -> Result<()> {
+        let differs = |&layer: &usize| config.layer(layer).intermediate != spec.neurons(layer);
+        let Some(layer) = (0..config.num_layers).find(differs) else { return Ok(()) };
+        let (experts, width, neurons) = (spec.experts[layer], spec.width, config.layer(layer).intermediate);
+        let problem =
+            format!("has {neurons} neurons in layer {layer}, and {experts} experts of {width} are there");
+        Err(self.wrong("layer_shapes", problem, "make the model again"))
     }
 }
 
@@ -49,11 +176,15 @@ impl Config {
         if !self.is_even() {
             return wrong("layer_shapes", "has layers of different sizes".to_owned(), "use another model");
         }
+        let MixtureConfig { renormalise, .. } = MixtureConfig::new(num_experts, top_k, true)?;
         let spec = MixtureSpec {
-            router: MixtureConfig::new(num_experts, top_k, true)?,
+            top_k,
+            renormalise,
             width: self.intermediate,
             shared: None,
             balance_weight: mixture.balance_weight,
+            experts: vec![num_experts; self.num_layers],
+            maps: None,
         };
         let mut raw = object(&self.to_json());
         self.state_defaults(&mut raw);
@@ -76,6 +207,35 @@ impl Config {
             return wrong("model_type", problem, "use a family of experts that has it");
         }
         Ok(made)
+    }
+
+    /// Returns the experts of a mixture; none for another model.
+    pub fn mixture(&self) -> Option<&MixtureSpec> {
+        self.ffn.as_deref().and_then(|spec| spec.as_mixture())
+    }
+
+    /// Replaces the experts of a mixture. The family's own format is kept where it holds them; otherwise config.json gets an
+    /// `ffn` object of type `mixture`.
+    ///
+    /// # Panics
+    /// The model is no mixture, or `spec` is of another number of layers or has a layer without experts.
+    pub fn set_mixture(&mut self, spec: MixtureSpec) {
+        let family = self.family.mixture.as_ref().filter(|_| self.mixture().is_some());
+        let family = family.expect("config: a mixture whose experts are replaced");
+        assert_eq!(spec.experts.len(), self.num_layers, "config: experts of layers");
+        let shape = |(i, experts): (usize, &usize)| LayerShape {
+            intermediate: experts * spec.width,
+            ..self.layer(i)
+        };
+        self.set_layers(spec.experts.iter().enumerate().map(shape).collect());
+        match spec.fits_family() {
+            true => family.write(&mut self.raw, &spec),
+            false => {
+                family.remove(&mut self.raw);
+                self.raw.insert("intermediate_size".to_owned(), json!(self.intermediate));
+            }
+        }
+        self.ffn = Some(Arc::new(spec));
     }
 
     /// Writes out what another family would read otherwise where the key is absent.

@@ -3,7 +3,7 @@
 pub(crate) mod arch;
 pub(crate) mod experts;
 pub(crate) mod fields;
-mod mixture;
+pub(crate) mod mixture;
 mod moe;
 mod own;
 pub(crate) mod rope;
@@ -180,7 +180,7 @@ impl Config {
         let head_dim = head_dim(&fields, family, hidden, num_heads)?;
         let num_layers = fields.integer("num_hidden_layers", LARGEST_LAYERS)?;
         let moe = moe::read(&fields, MoeSizes { num_layers, hidden })?;
-        let mixture = fields.mixture(family)?;
+        let mixture = fields.mixture(family, num_layers)?;
         let max_position = fields.dimension_or("max_position_embeddings", defaults.max_position)?;
         let mut architecture =
             family.architecture(&fields, Sizes { hidden, num_layers, head_dim, max_position })?;
@@ -194,7 +194,7 @@ impl Config {
             vocab_size: fields.dimension("vocab_size")?,
             hidden,
             intermediate: match &mixture {
-                Some(spec) => spec.neurons(),
+                Some(spec) => spec.most_experts() * spec.width,
                 None => fields.dimension("intermediate_size")?,
             },
             num_layers,
@@ -225,7 +225,10 @@ impl Config {
             }
         }
         let ffn = match mixture {
-            Some(spec) => Some(Arc::new(spec) as Arc<dyn FfnSpec>),
+            Some(spec) => {
+                fields.check_neurons(&config, &spec)?;
+                Some(Arc::new(spec) as Arc<dyn FfnSpec>)
+            }
             None => {
                 let read = |(kind, settings): (&str, _)| ffn::read_spec(path, kind, &config, &settings);
                 fields.ffn()?.map(read).transpose()?
@@ -353,10 +356,18 @@ impl Config {
         }
     }
 
-    /// Returns the number of experts per layer; none without routers.
+    /// Returns the number of experts per layer, the largest where layers differ; none without routers.
     pub fn num_experts(&self) -> Option<usize> {
+        (0..self.num_layers).filter_map(|layer| self.layer_experts(layer)).max()
+    }
+
+    /// Returns the number of experts of a layer; none without routers.
+    ///
+    /// # Panics
+    /// There is no such layer.
+    pub fn layer_experts(&self, layer: usize) -> Option<usize> {
         let moe = self.moe.as_ref().map(|moe| moe.router.num_experts);
-        moe.or_else(|| self.ffn.as_ref().map(|spec| spec.num_experts()))
+        moe.or_else(|| self.ffn.as_ref().map(|spec| spec.num_experts(layer)))
     }
 
     /// Returns the number of experts that every token runs, where it is fixed.
@@ -372,7 +383,8 @@ impl Config {
     /// Returns `model_type` of config.json: the family's for a model that transformers loads directly.
     pub fn model_type(&self) -> &'static str {
         let of_family = self.moe.is_none() && self.ffn.is_some() == self.family.has_experts();
-        let plain = of_family && self.is_even() && !self.architecture.output_bias;
+        let fits = self.mixture().is_none_or(MixtureSpec::fits_family);
+        let plain = of_family && fits && self.is_even() && !self.architecture.output_bias;
         if plain { self.family.model_type } else { "dsmoe" }
     }
 

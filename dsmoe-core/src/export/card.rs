@@ -154,7 +154,7 @@ impl Card<'_> {
         let target = dense.moe.as_ref().map(|moe| moe.active_target);
         match (target, dense.fixed_active()) {
             (Some(Some(share)), _) => {
-                let active = counts.activated(share * counts.num_experts as f64);
+                let active = counts.activated(share * counts.num_experts);
                 rows.push(("active experts", format!("{:.1} % on average, as trained for", 100.0 * share)));
                 rows.push(("parameters per token", format!("{active:.0} on average")));
             }

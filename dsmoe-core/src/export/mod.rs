@@ -115,6 +115,16 @@ fn check_longrope(model: &Path, config: &Config) -> Result<()> {
     Ok(())
 }
 
+/// Refuses a mixture that its family's own format does not hold: transformers has no class for it.
+fn check_mixture(model: &Path, config: &Config) -> Result<()> {
+    if config.mixture().is_none() || config.model_type() != "dsmoe" {
+        return Ok(());
+    }
+    let problem = "is \"mixture\", with gates that share experts or layers of different numbers of experts, which \
+                   transformers does not know";
+    Err(Error::field(&model.join(CONFIG_FILE), "ffn.type", problem, "export it {as} native"))
+}
+
 /// Exports the model in `model` to the new directory `out`, which appears when it is complete. A dense export of a
 /// model that was not trained has the bytes of the original.
 ///
@@ -141,6 +151,7 @@ pub fn export(
     }
     if form == ExportAs::Transformers {
         check_longrope(model, &config)?;
+        check_mixture(model, &config)?;
     }
     let checkpoint = open_model(model, &config)?;
     check_llama_tensors(&config, &checkpoint)?;

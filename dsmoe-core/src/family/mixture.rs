@@ -30,8 +30,8 @@ pub(crate) struct Mixture {
 }
 
 impl Mixture {
-    /// Reads the experts of a model.
-    pub(crate) fn read(&self, fields: &Fields<'_>) -> Result<MixtureSpec> {
+    /// Reads the experts of a model of `num_layers` layers.
+    pub(crate) fn read(&self, fields: &Fields<'_>, num_layers: usize) -> Result<MixtureSpec> {
         refuse_dense_layers(fields)?;
         let num_experts = self.num_experts(fields)?;
         let top_k = fields.dimension(TOP_K)?;
@@ -39,16 +39,16 @@ impl Mixture {
             None => true,
             Some(key) => fields.flag(key)?.unwrap_or(false),
         };
-        let router = MixtureConfig::new(num_experts, top_k, renormalise).map_err(|_| {
+        MixtureConfig::new(num_experts, top_k, renormalise).map_err(|_| {
             let problem = format!("is {top_k} and there are {num_experts} experts");
             fields.wrong(TOP_K, problem, format!("use an integer from 1 to {num_experts}"))
         })?;
         let shared = if self.shared { Some(fields.dimension(SHARED_WIDTH)?) } else { None };
         let width = fields.dimension(self.width)?;
         let balance_weight = fields.not_negative(BALANCE)?.unwrap_or(self.balance_weight);
-        let spec = MixtureSpec { router, width, shared, balance_weight };
         fields.bounded(self.width, width, num_experts)?;
-        Ok(spec)
+        let experts = vec![num_experts; num_layers];
+        Ok(MixtureSpec { top_k, renormalise, width, shared, balance_weight, experts, maps: None })
     }
 
     fn num_experts(&self, fields: &Fields<'_>) -> Result<usize> {
@@ -67,22 +67,31 @@ impl Mixture {
         Ok(count)
     }
 
-    /// Writes the experts of a model into its config.json.
+    /// Writes the experts of a model, which the family's format holds, into its config.json.
     pub(crate) fn write(&self, raw: &mut Map<String, Value>, spec: &MixtureSpec) {
         let is_there = |key: &&&str| raw.contains_key(**key);
         let present: Vec<&str> = self.count.iter().filter(is_there).copied().collect();
         for key in if present.is_empty() { self.count } else { &present } {
-            raw.insert((*key).to_owned(), json!(spec.router.num_experts));
+            raw.insert((*key).to_owned(), json!(spec.most_experts()));
         }
-        raw.insert(TOP_K.to_owned(), json!(spec.router.top_k));
+        raw.insert(TOP_K.to_owned(), json!(spec.top_k));
         raw.insert(self.width.to_owned(), json!(spec.width));
         if let Some(width) = spec.shared {
             raw.insert(SHARED_WIDTH.to_owned(), json!(width));
         }
         if let Some(key) = self.renormalise {
-            raw.insert(key.to_owned(), json!(spec.router.renormalise));
+            raw.insert(key.to_owned(), json!(spec.renormalise));
         }
         raw.insert(BALANCE.to_owned(), json!(spec.balance_weight));
+    }
+
+    /// Takes the experts out of a config.json that describes them in another object.
+    pub(crate) fn remove(&self, raw: &mut Map<String, Value>) {
+        let keys =
+            self.count.iter().chain(&self.renormalise).chain([&TOP_K, &self.width, &SHARED_WIDTH, &BALANCE]);
+        for key in keys {
+            raw.shift_remove(*key);
+        }
     }
 }
 

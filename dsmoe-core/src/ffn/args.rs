@@ -4,7 +4,8 @@ use std::any::Any;
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn;
-use dsmoe_router::{Routed, RoutingStats, SparsityGrad};
+use dsmoe_router::{Routed, Routing, RoutingStats, SparsityGrad};
+use ndarray::Array2;
 
 /// The memory an FFN works in. One serves all layers; no value in it outlives a call.
 #[derive(Debug, Default)]
@@ -34,6 +35,17 @@ pub struct Record<'a> {
     pub stats: &'a mut RoutingStats,
     /// The layer within them.
     pub layer: usize,
+}
+
+/// What the gates of a layer decide for a batch of tokens.
+#[derive(Clone, Debug)]
+pub struct Decision {
+    /// `[tokens, experts]`: the logits of the gates.
+    pub logits: Array2<f32>,
+    /// `[tokens, experts]`: their softmax over all experts, or their sigmoids, by the family of gates.
+    pub soft: Array2<f64>,
+    /// The experts that run, with their coefficients.
+    pub routing: Routing,
 }
 
 /// Losses that a training forward reports beside its output.

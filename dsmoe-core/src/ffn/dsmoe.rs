@@ -12,8 +12,8 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use super::bound::{RouterBound, draws};
 use super::gating::{Gating, GatingBackward, GatingWeights};
 use super::{
-    DeviceFfn, DsmoeForm, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, Gated,
-    PackedFfn, Record, add_output_bias, routes,
+    Decision, DeviceFfn, DsmoeForm, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport,
+    FfnScratch, Gated, PackedFfn, Record, add_output_bias, routes,
 };
 use crate::params::TensorSpec;
 
@@ -238,6 +238,22 @@ impl Ffn for DsmoeFfn {
     fn on_device(&self) -> Option<DeviceFfn> {
         let DsmoeFfn { gated, form, bar, centre, .. } = self.clone();
         Some(DeviceFfn::Routed { gated, form, bar, centre })
+    }
+
+    fn expert_parts(&self) -> Option<(Gated, usize)> {
+        let alone =
+            self.form.core == 0 && !self.form.correction && !self.gated.bias && !self.gated.output_bias;
+        alone.then_some((self.gated, self.form.router.num_experts))
+    }
+
+    fn decide(&self, params: &[f32], x: &[f32]) -> Option<Decision> {
+        self.expert_parts()?;
+        let (mut routed, mut logits, mut low) = (Routed::default(), Buf::default(), Buf::default());
+        let weights = self.gating().weights(&params[self.gated.len()..]);
+        self.route(&mut routed, [&mut logits, &mut low], x, weights);
+        let logits = matrix(&logits, x.len() / self.gated.hidden, self.form.routed()).to_owned();
+        let soft = logits.mapv(|z| 1.0 / (1.0 + (-f64::from(z)).exp()));
+        Some(Decision { logits, soft, routing: routed.routing })
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {

@@ -25,7 +25,9 @@ use dsmoe_kernels::{Precision, expert_ffn};
 use dsmoe_router::Routing;
 use serde_json::{Map, Value};
 
-pub use args::{FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, GateTraining, Record};
+pub use args::{
+    Decision, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch, GateTraining, Record,
+};
 pub(crate) use blocks::{DOWN_BIAS, OUTPUT_BIAS};
 pub use blocks::{block_len, projections, split, split_mut};
 pub use bound::RouterBound;
@@ -40,7 +42,7 @@ pub(crate) use gating::Gating;
 pub use mixture::MixtureFfn;
 pub(crate) use mixture::SHARED_EXPERT;
 
-use crate::config::Config;
+use crate::config::{Config, MixtureSpec};
 use crate::error::{Error, Result, shown};
 use crate::params::TensorSpec;
 
@@ -74,6 +76,23 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
     /// Returns the form that other devices run, with parameters laid out by [`Ffn::tensors`]; none for a form
     /// that only the host runs.
     fn on_device(&self) -> Option<DeviceFfn> {
+        None
+    }
+
+    /// Returns the projections of its experts, which come first in its parameters, and their number; none without experts
+    /// that each have a gate of their own, and where experts have biases.
+    fn expert_parts(&self) -> Option<(Gated, usize)> {
+        None
+    }
+
+    /// Returns the form with that many experts and gates of their own; some for the layers of mixtures, whose experts are tensors
+    /// of their own.
+    fn with_experts(&self, _count: usize) -> Option<Box<dyn Ffn>> {
+        None
+    }
+
+    /// Returns what its gates decide for `x` `[tokens, hidden]`; some where [`Ffn::expert_parts`] are.
+    fn decide(&self, _params: &[f32], _x: &[f32]) -> Option<Decision> {
         None
     }
 
@@ -145,8 +164,13 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
     /// [`crate::params::TensorSpec::training_only`].
     fn build(&self, config: &Config, layer: usize) -> Box<dyn Ffn>;
 
-    /// Returns the number of experts per layer.
-    fn num_experts(&self) -> usize;
+    /// Returns the number of experts of a layer.
+    fn num_experts(&self, layer: usize) -> usize;
+
+    /// Returns the experts of a mixture; none for another kind.
+    fn as_mixture(&self) -> Option<&MixtureSpec> {
+        None
+    }
 
     /// Returns the number of experts that every token runs, mean over layers, where it is fixed.
     fn active_experts(&self) -> Option<f64>;

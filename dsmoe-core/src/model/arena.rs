@@ -254,9 +254,9 @@ impl Model {
         &mut self.params
     }
 
-    /// Returns the number of experts per layer; none without routers.
+    /// Returns the number of experts per layer, the largest where layers differ; none without routers.
     pub fn num_experts(&self) -> Option<usize> {
-        self.ffns.first().and_then(|ffn| ffn.num_experts())
+        self.ffns.iter().filter_map(|ffn| ffn.num_experts()).max()
     }
 
     /// Sets the gates' threshold of every layer (the paper's table 4), here and in the files of [`Model::save`].
@@ -323,6 +323,7 @@ impl Model {
 
     /// Returns empty routing statistics for this model; none without routers.
     pub fn new_stats(&self) -> Option<RoutingStats> {
-        self.num_experts().map(|n| RoutingStats::new(self.config.num_layers, n))
+        let experts: Option<Vec<usize>> = self.ffns.iter().map(|ffn| ffn.num_experts()).collect();
+        experts.map(RoutingStats::of_layers)
     }
 }

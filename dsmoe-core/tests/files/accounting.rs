@@ -180,7 +180,7 @@ fn parts_beside_experts_are_counted() {
     let low = of(serde_json::json!({"core": 48, "router_rank": 32, "correction": true}));
     assert_eq!(low.router, 16 * (32 * 2048 + 208 * 32 + 208 + 2048 * 32));
     for counts in [full, low] {
-        assert_eq!((counts.ffn, counts.num_experts, counts.fixed_active), (dense.ffn, 256, None));
+        assert_eq!((counts.ffn, counts.num_experts, counts.fixed_active), (dense.ffn, 256.0, None));
         let want = (dense.non_ffn + counts.router) as f64 + dense.ffn as f64 * 96.0 / 256.0;
         assert_eq!(counts.activated(96.0), want);
         let matrices = (counts.router - 16 * 208) as f64;

@@ -6,6 +6,7 @@ mod gradients;
 mod moe;
 mod reference;
 mod small;
+mod surgery;
 
 use std::path::{Path, PathBuf};
 

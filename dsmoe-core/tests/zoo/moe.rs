@@ -22,20 +22,20 @@ use crate::gradients::recomputes_the_same;
 use crate::{TOLERANCE, worst};
 
 pub(crate) const MIXTURES: [&str; 4] = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"];
-const LENGTH: usize = 8;
+pub(crate) const LENGTH: usize = 8;
 
 pub(crate) fn case(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/moe").join(name)
 }
 
-struct Golden {
-    rows: Vec<Vec<u32>>,
+pub(crate) struct Golden {
+    pub(crate) rows: Vec<Vec<u32>>,
     logits: Vec<f32>,
     losses: Vec<f32>,
     greedy: Vec<u32>,
 }
 
-fn golden(name: &str) -> Golden {
+pub(crate) fn golden(name: &str) -> Golden {
     let json: Value = serde_json::from_slice(&fs::read(case(name).join("golden.json")).unwrap()).unwrap();
     let floats = |key: &str| serde_json::from_value(json[key].clone()).unwrap();
     Golden {
@@ -47,7 +47,7 @@ fn golden(name: &str) -> Golden {
 }
 
 /// The logits of all rows, fed in pieces.
-fn logits(model: &Inference, rows: &[Vec<u32>], piece: usize) -> Vec<f32> {
+pub(crate) fn logits(model: &Inference, rows: &[Vec<u32>], piece: usize) -> Vec<f32> {
     let (mut found, mut workspace) = (Vec::new(), Workspace::default());
     for ids in rows {
         let mut cache = Cache::new(model, ids.len());
@@ -78,12 +78,12 @@ fn compare(name: &str, dir: &Path) {
     }
 }
 
-fn batch(rows: &[Vec<u32>]) -> [Vec<u32>; 2] {
+pub(crate) fn batch(rows: &[Vec<u32>]) -> [Vec<u32>; 2] {
     [0, 1].map(|from| rows.iter().flat_map(|ids| ids[from..from + LENGTH - 1].to_vec()).collect())
 }
 
 #[test]
-fn logits_and_text_are_those_of_transformers() {
+pub(crate) fn logits_and_text_are_those_of_transformers() {
     for name in MIXTURES {
         compare(name, &case(name));
     }
@@ -120,7 +120,7 @@ fn losses_of_scoring_and_of_training_are_those_of_transformers() {
 }
 
 /// Names and bytes of all tensors, as they are in the files.
-fn tensors(dir: &Path) -> BTreeMap<String, (Dtype, Vec<u8>)> {
+pub(crate) fn tensors(dir: &Path) -> BTreeMap<String, (Dtype, Vec<u8>)> {
     let checkpoint = Checkpoint::open(dir).unwrap();
     let names: Vec<String> = checkpoint.names().map(str::to_owned).collect();
     let tensor = |name: String| {
@@ -169,7 +169,7 @@ fn exports_have_the_bytes_of_the_source_and_none_is_dense() {
 }
 
 /// Copies a case to `dir` with keys of its config.json changed.
-fn changed(name: &str, dir: &Path, keys: &[(&str, Value)]) {
+pub(crate) fn changed(name: &str, dir: &Path, keys: &[(&str, Value)]) {
     fs::create_dir_all(dir).unwrap();
     fs::copy(case(name).join("model.safetensors"), dir.join("model.safetensors")).unwrap();
     let text = fs::read_to_string(case(name).join("config.json")).unwrap();
@@ -229,7 +229,7 @@ fn parameters_are_counted_by_hand() {
 }
 
 /// Writes a dense model with random weights, and keys beside its sizes, to `dir`.
-fn dense(dir: &Path, keys: &Value) {
+pub(crate) fn dense(dir: &Path, keys: &Value) {
     let mut json = json!({
         "model_type": "llama", "vocab_size": 64, "hidden_size": 12, "intermediate_size": 9, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32, "rope_theta": 5000.0,
@@ -240,7 +240,7 @@ fn dense(dir: &Path, keys: &Value) {
     init(&config, dir, &InitOptions { dtype: Dtype::BF16, ..Default::default() }, &mut |_| {}).unwrap();
 }
 
-fn options(family: &str, num_experts: usize, top_k: usize) -> UpcycleOptions {
+pub(crate) fn options(family: &str, num_experts: usize, top_k: usize) -> UpcycleOptions {
     UpcycleOptions { family: family.to_owned(), num_experts, top_k, seed: 1, force: false }
 }
 

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::metrics::METRICS_FILE;
 use crate::optim::AdamW;
-use crate::ranks::{agree, by_first, from_first};
+use crate::ranks::{SEEN_FILE, agree, by_first, from_first};
 
 pub(super) const CONFIG_FILE: &str = "run.toml";
 pub(super) const CHECKPOINTS: &str = "checkpoints";
@@ -28,10 +28,24 @@ pub(super) fn remove_stop_file(out: &Path) -> Result<()> {
     }
 }
 
+/// Returns whether a process that was killed while it wrote a file may have left one of this name.
+fn is_left_by_a_write(name: &str) -> bool {
+    let random = name.strip_prefix(".tmp");
+    let is_temporary =
+        random.is_some_and(|rest| rest.len() == 6 && rest.bytes().all(|b| b.is_ascii_alphanumeric()));
+    is_temporary || name == SEEN_FILE
+}
+
+fn remove_files(out: &Path, names: &[String]) -> Result<()> {
+    let mut paths = names.iter().map(|name| out.join(name)).filter(|path| path.is_file());
+    paths.try_for_each(|path| fs::remove_file(&path).map_err(Error::io(&path)))
+}
+
 /// Checks that the run directory may be used, and locks it.
 pub(super) fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
     let out = &options.out;
-    let names = files::names(out)?;
+    let (left, names): (Vec<String>, Vec<String>) =
+        files::names(out)?.into_iter().partition(|name| is_left_by_a_write(name));
     let ours = |name: &str| {
         [METRICS_FILE, CHECKPOINTS, FINAL_TEMPORARY, STOP_FILE].contains(&name)
             || name.starts_with(CONFIG_FILE)
@@ -43,6 +57,7 @@ pub(super) fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>
         }
         let held = files::lock_dir(out)?;
         remove_stop_file(out)?;
+        remove_files(out, &left)?;
         return Ok(held);
     }
     if !names.is_empty() && !options.force {
@@ -64,6 +79,7 @@ pub(super) fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>
                 && [".safetensors", ".index.json"].iter().any(|end| name.ends_with(end))
     };
     let held = files::lock_dir(out)?;
+    remove_files(out, &left)?;
     for name in names.iter().filter(|name| ours(name) || model_file(name)) {
         let path = out.join(name);
         let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };

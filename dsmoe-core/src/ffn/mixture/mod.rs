@@ -1,7 +1,7 @@
 //! The FFN of models that were trained as mixtures of experts (Mixtral, Qwen-MoE, OLMoE).
 //!
 //! `y = sum over the k selected experts of c_e f_e(x)`, and the shared expert where there is one; c is the rule of
-//! [`dsmoe_router::mixture`]. The experts of a layer are stored tensor by tensor, and in an arena those of one kind follow each
+//! [`dsmoe_router::mixture`], added up over gates that share an expert. The experts of a layer are stored tensor by tensor, and in an arena those of one kind follow each
 //! other, so that they are one matrix for the kernels.
 
 mod router;
@@ -19,8 +19,8 @@ use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved};
 pub(crate) use shared::SHARED_EXPERT;
 
 use super::{
-    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, GateBackward,
-    Gated, HostGate, PackedFfn, routes,
+    Decision, DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch,
+    GateBackward, Gated, HostGate, PackedFfn, routes,
 };
 use crate::config::MixtureSpec;
 use crate::params::{TensorSpec, padded};
@@ -32,9 +32,9 @@ use shared::{PackedShared, Shared, SharedBackward, SharedSaved};
 pub struct MixtureFfn {
     /// All experts that are chosen from.
     gated: Gated,
-    spec: MixtureSpec,
-    /// Weight of the balance loss of this layer.
-    balance_weight: f64,
+    spec: Arc<MixtureSpec>,
+    layer: usize,
+    router: MixtureRouter,
 }
 
 /// Values that the backward pass needs.
@@ -55,19 +55,16 @@ struct PackedMixture {
 }
 
 impl MixtureFfn {
-    /// Creates the FFN of `spec` with the activation and the input of `gated`, which has the neurons of all experts and no biases.
+    /// Creates the FFN of a layer of `spec` with the activation and the input of `gated`, which has the neurons of all experts
+    /// and no biases.
     ///
     /// # Panics
-    /// `gated` has other neurons, or biases.
-    pub fn new(gated: Gated, spec: MixtureSpec, balance_weight: f64) -> MixtureFfn {
-        let fits = gated.intermediate == spec.neurons() && !gated.bias && !gated.output_bias;
-        assert!(fits, "mixture: {gated:?} for {spec:?}");
-        MixtureFfn { gated, spec, balance_weight }
-    }
-
-    fn router(&self) -> MixtureRouter {
-        let MixtureFfn { gated, spec, balance_weight } = *self;
-        MixtureRouter { hidden: gated.hidden, config: spec.router, balance_weight }
+    /// `gated` has other neurons, or biases; there is no such layer.
+    pub fn new(gated: Gated, spec: Arc<MixtureSpec>, layer: usize, balance_weight: f64) -> MixtureFfn {
+        let fits = gated.intermediate == spec.neurons(layer) && !gated.bias && !gated.output_bias;
+        assert!(fits, "mixture: {gated:?} for layer {layer} of {spec:?}");
+        let (hidden, config, map) = (gated.hidden, spec.router(layer), spec.map(layer).cloned());
+        MixtureFfn { gated, spec, layer, router: MixtureRouter { hidden, config, map, balance_weight } }
     }
 
     fn shared(&self) -> Option<Shared> {
@@ -77,19 +74,19 @@ impl MixtureFfn {
     /// Returns the starts of the parameters of the router and of the shared expert.
     fn starts(&self) -> [usize; 2] {
         let router = self.gated.len();
-        [router, router + padded(self.router().len())]
+        [router, router + padded(self.router.len())]
     }
 
     fn dims(&self, tokens: usize) -> Dims {
-        let num_experts = self.spec.router.num_experts;
+        let num_experts = self.spec.experts[self.layer];
         Dims { num_experts, all_pairs: false, ..self.gated.dims(tokens) }
     }
 
     /// Returns the projections of the experts, under their names in a checkpoint.
     fn experts(&self) -> impl Iterator<Item = TensorSpec> + '_ {
-        let MixtureSpec { router, width, .. } = self.spec;
+        let (width, num_experts) = (self.spec.width, self.spec.experts[self.layer]);
         ["gate", "up", "down"].into_iter().flat_map(move |which| {
-            (0..router.num_experts).map(move |e| {
+            (0..num_experts).map(move |e| {
                 let name = format!("experts.{e}.{which}_proj.weight");
                 let spec = TensorSpec::matrix(name, width, self.gated.hidden);
                 let spec = if which == "down" { spec.transposed() } else { spec };
@@ -103,7 +100,7 @@ impl PackedFfn for PackedMixture {
     fn forward(&self, args: FfnInference<'_>) {
         let FfnInference { y, x, record, scratch } = args;
         let mut saved = RouterSaved::default();
-        let routed = self.ffn.router().forward(&mut saved, x, &self.router, None);
+        let routed = self.ffn.router.forward(&mut saved, x, &self.router, None);
         routed.count(record);
         let (dims, routes) = (self.ffn.dims(x.len() / self.ffn.gated.hidden), routes(routed.routing));
         let (pairs, weights) = (Pairs::Routed(&routes), &self.weights);
@@ -125,26 +122,44 @@ impl PackedFfn for PackedMixture {
 
 impl Ffn for MixtureFfn {
     fn tensors(&self) -> Vec<TensorSpec> {
-        let router = TensorSpec::router("gate.weight", vec![self.spec.router.num_experts, self.gated.hidden]);
+        let router = TensorSpec::router("gate.weight", vec![self.spec.gates(self.layer), self.gated.hidden]);
         let shared = self.shared().map(|shared| shared.tensors()).unwrap_or_default();
         self.experts().chain([router]).chain(shared).collect()
     }
 
     fn num_experts(&self) -> Option<usize> {
-        Some(self.spec.router.num_experts)
+        Some(self.spec.experts[self.layer])
     }
 
     fn kind(&self) -> Option<FfnKind> {
-        Some(FfnKind::Spec(Arc::new(self.spec)))
+        Some(FfnKind::Spec(self.spec.clone()))
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {
-        // A device runs no expert beside those that are routed.
-        self.spec.shared.is_none().then(|| DeviceFfn::Hosted {
+        // A device runs no expert beside those that are routed, and as many of them in every layer.
+        let runs = self.spec.shared.is_none() && self.spec.is_even();
+        runs.then(|| DeviceFfn::Hosted {
             gated: self.gated,
-            num_experts: self.spec.router.num_experts,
-            gate: Arc::new(self.router()),
+            num_experts: self.spec.experts[self.layer],
+            gate: Arc::new(self.router.clone()),
         })
+    }
+
+    fn expert_parts(&self) -> Option<(Gated, usize)> {
+        let has_gates = self.spec.maps.is_none();
+        has_gates.then(|| (self.gated, self.spec.experts[self.layer]))
+    }
+
+    fn with_experts(&self, count: usize) -> Option<Box<dyn Ffn>> {
+        let mut spec = (*self.spec).clone();
+        (spec.experts[self.layer], spec.maps) = (count, None);
+        let gated = Gated { intermediate: spec.neurons(self.layer), ..self.gated };
+        let balance_weight = self.router.balance_weight;
+        Some(Box::new(MixtureFfn::new(gated, Arc::new(spec), self.layer, balance_weight)))
+    }
+
+    fn decide(&self, params: &[f32], x: &[f32]) -> Option<Decision> {
+        self.expert_parts().map(|_| self.router.decide(x, &params[self.starts()[0]..]))
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
@@ -152,7 +167,7 @@ impl Ffn for MixtureFfn {
         Box::new(PackedMixture {
             ffn: self.clone(),
             weights: PackedWeights::new(precision, &self.gated.weights(params), self.dims(0)),
-            router: params[router..][..self.router().len()].to_vec(),
+            router: params[router..][..self.router.len()].to_vec(),
             shared: self.shared().map(|expert| expert.pack(&params[shared..], precision)),
         })
     }
@@ -172,7 +187,7 @@ impl Ffn for MixtureFfn {
         let MixtureSaved { experts, router, shared } =
             saved.downcast_mut().expect("saved by the FFN of a mixture");
         let [of_router, of_shared] = self.starts();
-        let routed = self.router().forward(router, x, &params[of_router..], Some(training));
+        let routed = self.router.forward(router, x, &params[of_router..], Some(training));
         routed.count(record);
         let (weights, routes) = (&self.gated.weights(params), routes(routed.routing));
         let (pairs, dims) = (Pairs::Routed(&routes), self.dims(x.len() / self.gated.hidden));
@@ -196,12 +211,11 @@ impl Ffn for MixtureFfn {
         let FfnBackward { dx, grads, dy, saved, x, params, training, scratch, .. } = args;
         let MixtureSaved { experts: saved, router, shared } =
             saved.downcast_mut().expect("saved by the FFN of a mixture");
-        let routed = router.0.as_ref().expect("a forward before the backward");
         let [of_router, of_shared] = self.starts();
         let dims = self.dims(x.len() / self.gated.hidden);
         let FfnScratch { experts: scratch_of_experts, dcoefficients: by_pair, .. } = &mut *scratch;
         by_pair.resize(dims.tokens * dims.num_experts);
-        let routes = routes(&routed.routing);
+        let routes = routes(router.routing().expect("a forward before the backward"));
         expert_ffn::Backward {
             dx: &mut *dx,
             dcoefficients: Some(&mut by_pair[..]),
@@ -215,7 +229,7 @@ impl Ffn for MixtureFfn {
             scratch: scratch_of_experts,
         }
         .run();
-        self.router().backward(GateBackward {
+        self.router.backward(GateBackward {
             dx: &mut *dx,
             grads: &mut grads[of_router..of_shared],
             dcoefficients: &by_pair[..],

@@ -2,26 +2,43 @@
 //! where the experts run on a GPU.
 
 use std::any::Any;
+use std::sync::Arc;
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{Precision, linear};
+use dsmoe_router::Routing;
+use dsmoe_router::expert_map::ExpertMap;
 use dsmoe_router::mixture::{self, MixtureConfig, MixtureRouted};
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
-use crate::ffn::{GateBackward, GateTraining, HostGate, HostRouted};
+use crate::ffn::{Decision, GateBackward, GateTraining, HostGate, HostRouted};
 
 /// Routes inputs of width `hidden`; its parameters are the matrix `[n, hidden]`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct MixtureRouter {
     pub(super) hidden: usize,
+    /// The rule by which it chooses among its gates.
     pub(super) config: MixtureConfig,
+    /// The expert of every gate; none where each expert has a gate of its own.
+    pub(super) map: Option<Arc<ExpertMap>>,
     /// Weight of the balance loss of this layer.
     pub(super) balance_weight: f64,
 }
 
 /// The routing that the backward pass needs.
 #[derive(Debug, Default)]
-pub(super) struct RouterSaved(pub(super) Option<MixtureRouted>);
+pub(super) struct RouterSaved {
+    gates: Option<MixtureRouted>,
+    /// What the experts run, where gates share them.
+    mapped: Option<Routing>,
+}
+
+impl RouterSaved {
+    /// Returns what the experts run, after a forward pass.
+    pub(super) fn routing(&self) -> Option<&Routing> {
+        self.mapped.as_ref().or(self.gates.as_ref().map(|gates| &gates.routing))
+    }
+}
 
 impl MixtureRouter {
     /// Returns the number of parameters.
@@ -32,6 +49,21 @@ impl MixtureRouter {
     fn dims(&self, rows: usize) -> linear::Dims {
         let outputs = self.config.num_experts;
         linear::Dims { rows, inputs: self.hidden, outputs, precision: Precision::F32 }
+    }
+
+    /// Returns what the gates decide for `x`.
+    pub(super) fn decide(&self, x: &[f32], params: &[f32]) -> Decision {
+        let logits = self.logits(x, params);
+        let MixtureRouted { probabilities, routing } = mixture::route(&self.config, logits.view());
+        Decision { logits, soft: probabilities, routing }
+    }
+
+    fn logits(&self, x: &[f32], params: &[f32]) -> Array2<f32> {
+        let shape = (x.len() / self.hidden, self.config.num_experts);
+        let mut logits = Array2::zeros(shape);
+        let y = logits.as_slice_mut().expect("a new array is contiguous");
+        linear::Forward { y, x, w: &params[..self.len()], bias: None, dims: self.dims(shape.0) }.run();
+        logits
     }
 
     fn weight(&self, training: GateTraining) -> f64 {
@@ -51,28 +83,35 @@ impl HostGate for MixtureRouter {
         params: &[f32],
         training: Option<GateTraining>,
     ) -> HostRouted<'a> {
-        let RouterSaved(routed) = saved.downcast_mut().expect("saved by the router of a mixture");
-        let (tokens, n) = (x.len() / self.hidden, self.config.num_experts);
-        let mut logits = Buf::zeros(tokens * n);
-        let w = &params[..self.len()];
-        linear::Forward { y: &mut logits, x, w, bias: None, dims: self.dims(tokens) }.run();
-        let logits = ArrayView2::from_shape((tokens, n), &logits[..]).expect("tokens * experts values");
-        let routed = routed.insert(mixture::route(&self.config, logits));
+        let saved: &mut RouterSaved = saved.downcast_mut().expect("saved by the router of a mixture");
+        let routed = saved.gates.insert(mixture::route(&self.config, self.logits(x, params).view()));
         let weight = training.map_or(0.0, |training| self.weight(training));
         let balance_loss = if weight == 0.0 { 0.0 } else { weight * mixture::balance_loss(routed) };
-        HostRouted { routing: &routed.routing, balance_loss }
+        let routing = match &self.map {
+            None => &routed.routing,
+            Some(map) => {
+                let mapped = saved.mapped.get_or_insert_default();
+                map.route(&routed.routing, mapped);
+                mapped
+            }
+        };
+        HostRouted { routing, balance_loss }
     }
 
     fn backward(&self, args: GateBackward<'_>) {
         let GateBackward { dx, grads, dcoefficients, saved, x, params, training } = args;
-        let RouterSaved(routed) = saved.downcast_ref().expect("saved by the router of a mixture");
-        let routed = routed.as_ref().expect("a forward before the backward");
+        let saved: &RouterSaved = saved.downcast_ref().expect("saved by the router of a mixture");
+        let routed = saved.gates.as_ref().expect("a forward before the backward");
         let (tokens, n) = (x.len() / self.hidden, self.config.num_experts);
         let mut dlogits = Buf::zeros(tokens * n);
+        let experts = self.map.as_ref().map_or(n, |map| map.num_experts());
+        let by_expert =
+            ArrayView2::from_shape((tokens, experts), dcoefficients).expect("tokens * experts values");
+        let by_gate = self.map.as_ref().map(|map| map.backward(by_expert));
         mixture::backward(
             &self.config,
             routed,
-            ArrayView2::from_shape((tokens, n), dcoefficients).expect("tokens * experts values"),
+            by_gate.as_ref().map_or(by_expert, |by_gate| by_gate.view()),
             self.weight(training),
             ArrayViewMut2::from_shape((tokens, n), &mut dlogits[..]).expect("tokens * experts values"),
         );

@@ -1,45 +1,41 @@
 //! The FFNs that the settings of a mixture describe.
 
-use dsmoe_router::mixture::MixtureConfig;
-use serde_json::{Map, Value, json};
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
 
 use super::MixtureFfn;
+use crate::config::mixture::KIND;
 use crate::config::{Config, MixtureSpec};
 use crate::ffn::{Ffn, FfnSpec, Gated};
 
 impl FfnSpec for MixtureSpec {
     fn kind(&self) -> &'static str {
-        "mixture"
+        KIND
     }
 
     fn settings(&self) -> Map<String, Value> {
-        let MixtureConfig { num_experts, top_k, renormalise } = self.router;
-        let mut map = Map::new();
-        let mut set = |key: &str, value: Value| map.insert(key.to_owned(), value);
-        set("num_experts", json!(num_experts));
-        set("top_k", json!(top_k));
-        set("renormalise", json!(renormalise));
-        set("expert_width", json!(self.width));
-        if let Some(width) = self.shared {
-            set("shared_width", json!(width));
-        }
-        set("balance_weight", json!(self.balance_weight));
-        map
+        self.to_settings()
     }
 
     fn build(&self, config: &Config, layer: usize) -> Box<dyn Ffn> {
         let of_layer = Gated::of_layer(config, layer);
-        let gated = Gated { intermediate: self.neurons(), bias: false, output_bias: false, ..of_layer };
+        let gated = Gated { intermediate: self.neurons(layer), bias: false, output_bias: false, ..of_layer };
         // The loss of a model is a mean over its layers, and their FFNs are summed up.
         let balance_weight = self.balance_weight / config.num_layers as f64;
-        Box::new(MixtureFfn::new(gated, *self, balance_weight))
+        Box::new(MixtureFfn::new(gated, Arc::new(self.clone()), layer, balance_weight))
     }
 
-    fn num_experts(&self) -> usize {
-        self.router.num_experts
+    fn num_experts(&self, layer: usize) -> usize {
+        self.experts[layer]
+    }
+
+    fn as_mixture(&self) -> Option<&MixtureSpec> {
+        Some(self)
     }
 
     fn active_experts(&self) -> Option<f64> {
-        Some(self.router.top_k as f64)
+        let active: usize = self.experts.iter().map(|&experts| experts.min(self.top_k)).sum();
+        Some(active as f64 / self.experts.len() as f64)
     }
 }

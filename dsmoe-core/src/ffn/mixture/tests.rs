@@ -1,6 +1,6 @@
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::testing::{assert_close, f64s, normals};
-use dsmoe_router::mixture::MixtureConfig;
+use dsmoe_router::expert_map::ExpertMap;
 use dsmoe_router::{SparsityGrad, SparsityOver};
 
 use super::*;
@@ -14,12 +14,25 @@ const EXPERTS: usize = 4;
 const TOKENS: usize = 6;
 
 fn spec(renormalise: bool, shared: Option<usize>, balance_weight: f64) -> MixtureSpec {
-    let router = MixtureConfig::new(EXPERTS, 2, renormalise).unwrap();
-    MixtureSpec { router, width: WIDTH, shared, balance_weight }
+    MixtureSpec {
+        top_k: 2,
+        renormalise,
+        width: WIDTH,
+        shared,
+        balance_weight,
+        experts: vec![EXPERTS],
+        maps: None,
+    }
 }
 
 fn ffn(spec: MixtureSpec) -> MixtureFfn {
-    MixtureFfn::new(Gated::silu(HIDDEN, spec.neurons()), spec, spec.balance_weight)
+    let (gated, weight) = (Gated::silu(HIDDEN, spec.neurons(0)), spec.balance_weight);
+    MixtureFfn::new(gated, Arc::new(spec), 0, weight)
+}
+
+/// The same with gates that share experts.
+fn shared_gates(spec: MixtureSpec, of_gates: &[u32]) -> MixtureSpec {
+    MixtureSpec { maps: Some(vec![Arc::new(ExpertMap::new(of_gates.to_vec(), EXPERTS).unwrap())]), ..spec }
 }
 
 fn params(ffn: &MixtureFfn, seed: u64) -> Buf {
@@ -97,16 +110,18 @@ fn inference_is_the_forward_pass_of_training() {
 fn loss(ffn: &MixtureFfn, x: &[f32], params: &[f32], dy: &[f32]) -> (f64, Vec<u32>, Vec<usize>) {
     let (y, balance_loss, saved) = train(ffn, x, params);
     let saved = saved.downcast_ref::<MixtureSaved>().expect("saved by a mixture");
-    let routing = &saved.router.0.as_ref().expect("routed").routing;
+    let routing = saved.router.routing().expect("routed");
     let value: f64 = f64s(&y).iter().zip(f64s(dy)).map(|(y, dy)| y * dy).sum();
     (value + balance_loss, routing.tokens.clone(), routing.offsets.clone())
 }
 
 #[test]
 fn gradients_are_differences_while_the_selection_holds() {
-    for (renormalise, shared, weight) in [(true, None, 0.0), (false, None, 0.5), (false, Some(7), 0.5)] {
-        let spec = spec(renormalise, shared, weight);
-        let ffn = ffn(spec);
+    let plain = [spec(true, None, 0.0), spec(false, None, 0.5), spec(false, Some(7), 0.5)];
+    let mapped =
+        [true, false].map(|renormalise| shared_gates(spec(renormalise, None, 0.5), &[2, 0, 1, 2, 3, 2, 0]));
+    for spec in plain.into_iter().chain(mapped) {
+        let ffn = ffn(spec.clone());
         let (params, dy) = (params(&ffn, 3), normals(TOKENS * HIDDEN, 5));
         let x = normals(TOKENS * HIDDEN, 4);
         let (_, _, mut saved) = train(&ffn, &x, &params);

@@ -129,10 +129,11 @@ impl CpuInference {
         self.embedding.bytes() + layers + 4 * self.norm.len() + self.head.bytes()
     }
 
-    pub(crate) fn num_experts(&self) -> Option<usize> {
+    /// Returns the number of experts of every layer; none without routers.
+    pub(crate) fn layer_experts(&self) -> Option<Vec<usize>> {
         match &self.lent {
-            Some(lent) => lent.ffns.first().and_then(|ffn| ffn.num_experts()),
-            None => self.layers.first().and_then(|layer| layer.ffn.num_experts()),
+            Some(lent) => lent.ffns.iter().map(|ffn| ffn.num_experts()).collect(),
+            None => self.layers.iter().map(|layer| layer.ffn.num_experts()).collect(),
         }
     }
 

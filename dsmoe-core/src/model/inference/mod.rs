@@ -166,8 +166,8 @@ impl Inference {
 
     /// Returns empty routing statistics for this model; none without routers.
     pub fn new_stats(&self) -> Option<RoutingStats> {
-        let experts = each!(&self.backend, model => model.num_experts());
-        experts.map(|n| RoutingStats::new(self.config().num_layers, n))
+        let experts = each!(&self.backend, model => model.layer_experts());
+        experts.map(RoutingStats::of_layers)
     }
 
     /// Sets the gates' threshold of every layer (the paper's table 4).

@@ -112,7 +112,7 @@ impl FfnSpec for HalvesSpec {
         Box::new(Halves { dense, noise: self.noise, named: false, seen: Arc::default() })
     }
 
-    fn num_experts(&self) -> usize {
+    fn num_experts(&self, _layer: usize) -> usize {
         EXPERTS
     }
 

@@ -119,6 +119,11 @@ impl CudaInference {
         Device::Cuda(self.gpu.ordinal())
     }
 
+    /// Returns the number of experts of every layer; none without routers.
+    pub(crate) fn layer_experts(&self) -> Option<Vec<usize>> {
+        self.layers.iter().map(|layer| layer.ffn.kind.num_experts()).collect()
+    }
+
     pub(crate) fn num_experts(&self) -> Option<usize> {
         self.layers.first().and_then(|layer| layer.ffn.kind.num_experts())
     }

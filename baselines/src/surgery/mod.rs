@@ -1,0 +1,215 @@
+//! Methods that change which experts a trained mixture holds: they merge experts that are alike, or drop those that few tokens
+//! run. They see the model layer by layer on calibration text and leave the writing to [`dsmoe_core::surgery`].
+
+mod align;
+mod budget;
+mod hc_smoe;
+mod linkage;
+mod seer;
+mod spectral;
+#[cfg(test)]
+mod tests;
+mod uncurl;
+
+use std::path::Path;
+
+use dsmoe_core::accounting::Accounting;
+use dsmoe_core::calibrate::{ExpertStats, LayerExperts, LayerStream, check_text};
+use dsmoe_core::config::{CONFIG_FILE, Config, MixtureSpec};
+use dsmoe_core::surgery::{self, LayerSurgery, RouterRule};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::method::{Job, Made, Plan, Progress};
+pub(crate) use hc_smoe::HC_SMOE;
+pub(crate) use seer::SEER_MOE;
+pub(crate) use uncurl::UNCURL;
+
+/// How a budget is divided among layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Allocation {
+    /// The same number of experts in every layer.
+    Layer,
+    /// As many experts in a layer as it has among the most used of all layers.
+    Global,
+}
+
+/// What becomes of the gates of merged experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Gates {
+    /// All gates stay, and those of a group run one expert.
+    Map,
+    /// A group has the mean of its gates.
+    Mean,
+}
+
+impl Gates {
+    fn rule(self) -> RouterRule {
+        match self {
+            Gates::Map => RouterRule::Map,
+            Gates::Mean => RouterRule::Mean,
+        }
+    }
+}
+
+/// Returns the experts of a mixture.
+fn mixture(config: &Config) -> Result<&MixtureSpec> {
+    let help =
+        "use Mixtral, Qwen-MoE or OLMoE, or a mixture that was made of a dense model by sparse upcycling";
+    match config.mixture() {
+        Some(spec) if spec.maps.is_some() => {
+            let help = "use the model before its experts were merged";
+            Err(Error::model("its gates share experts already", help))
+        }
+        Some(spec) => Ok(spec),
+        None if config.is_dense() => Err(Error::model("it is dense, and this method changes experts", help)),
+        None => Err(Error::model("its experts are parts of one FFN and no variants of each other", help)),
+    }
+}
+
+/// The experts of a model that each have a gate.
+struct Shape {
+    /// Experts of layers.
+    experts: Vec<usize>,
+    /// Parameters of an expert and of its gate.
+    sizes: [usize; 2],
+    /// Experts that a token runs, where their number is fixed.
+    top_k: Option<usize>,
+}
+
+/// Returns the experts of a mixture or of a DSMoE model.
+fn shape(config: &Config) -> Result<Shape> {
+    if let Some(moe) = &config.moe {
+        let n = moe.router.num_experts;
+        let expert = 3 * config.hidden * (config.intermediate / n);
+        let gate = moe.parts.router_rank.unwrap_or(config.hidden) + usize::from(moe.router_bias);
+        return Ok(Shape { experts: vec![n; config.num_layers], sizes: [expert, gate], top_k: None });
+    }
+    let spec = mixture(config)?;
+    let sizes = [3 * config.hidden * spec.width, config.hidden];
+    Ok(Shape { experts: spec.experts.clone(), sizes, top_k: Some(spec.top_k) })
+}
+
+/// What a method sees of a layer.
+struct Seen<'a> {
+    layer: usize,
+    experts: &'a LayerExperts,
+    stats: &'a ExpertStats,
+}
+
+/// Shows every layer of a job's model to `see`, on the states of calibration text that its layers before it give; of the
+/// experts, those that are `kept` alone.
+fn survey(
+    job: &Job<'_>,
+    kept: Option<&[Vec<usize>]>,
+    with_outputs: bool,
+    progress: &mut dyn FnMut(Progress),
+    see: &mut dyn FnMut(Seen<'_>) -> Result<()>,
+) -> Result<()> {
+    check_text(job.calibration, 1, "the statistics of experts")?;
+    let mut stream = LayerStream::open_experts_on(job.comm, job.model, job.calibration)?;
+    let layers = stream.config().num_layers;
+    for layer in 0..layers {
+        progress(Progress { stage: "experts", done: layer as u64, total: layers as u64 });
+        let (weights, mut experts) = (stream.layer(layer)?, stream.experts(layer)?);
+        if let Some(kept) = kept.map(|kept| &kept[layer]).filter(|kept| kept.len() < experts.num_experts()) {
+            experts = experts.keep(kept);
+        }
+        stream.attend(&weights)?;
+        let stats = stream.expert_stats(&weights, &experts, with_outputs);
+        see(Seen { layer, experts: &experts, stats: &stats })?;
+        stream.join_experts(&weights, &experts);
+    }
+    progress(Progress { stage: "experts", done: layers as u64, total: layers as u64 });
+    Ok(())
+}
+
+/// Counts what the model that `config` becomes holds and activates.
+fn plan(config: &Config, layers: &[LayerSurgery], top_k: Option<usize>, reached_by: String) -> Result<Plan> {
+    let after = surgery::plan(Path::new(CONFIG_FILE), config, layers, top_k)?;
+    let counts = Accounting::of(&after);
+    let mut settings = Vec::new();
+    if let (Some(top_k), Some(before)) = (top_k, shape(config)?.top_k)
+        && top_k < before
+    {
+        settings.push(("experts of a token".to_owned(), format!("{top_k}, {before} before")));
+    }
+    let held: Vec<usize> = layers.iter().map(|layer| layer.experts.len()).collect();
+    if held.iter().any(|&experts| experts != held[0]) {
+        settings.push(("experts of layers".to_owned(), format!("{held:?}")));
+    }
+    Ok(Plan {
+        total: counts.total as f64,
+        activated: counts.activated(counts.num_experts),
+        reached_by,
+        settings,
+        ..Plan::default()
+    })
+}
+
+/// Writes the model of a job.
+fn write(
+    job: &Job<'_>,
+    layers: &[LayerSurgery],
+    top_k: Option<usize>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<()> {
+    let changes = (layers, top_k);
+    surgery::operate_on(job.comm, [job.model, job.out], changes, job.force, &mut |at| {
+        progress(Progress { stage: "writing", done: at.done_bytes, total: at.total_bytes });
+    })?;
+    Ok(())
+}
+
+/// Returns the model that a job made, with the loads of the source's experts.
+fn made(plan: Plan, entropies: &[f64], mut measured: Vec<(String, f64)>) -> Made {
+    let least = entropies.iter().copied().fold(1.0, f64::min);
+    measured.push(("least load entropy of a layer before".to_owned(), least));
+    Made { plan, measured }
+}
+
+/// Returns the entropy of the use of a layer's experts over that of an even use.
+fn entropy(usage: &[f64]) -> f64 {
+    if usage.len() < 2 {
+        return 1.0;
+    }
+    let sum: f64 = usage.iter().filter(|&&p| p > 0.0).map(|p| -p * p.ln()).sum();
+    sum / (usage.len() as f64).ln()
+}
+
+/// Divides `total` experts among layers: `fewest` of each, or all that it has, and otherwise those of the largest values of all
+/// layers. Among equals the earlier layer and the lower expert win.
+fn shares(values: &[Vec<f64>], total: usize, fewest: usize) -> Vec<usize> {
+    let mut counts: Vec<usize> = values.iter().map(|values| values.len().min(fewest)).collect();
+    let mut others = Vec::new();
+    for (layer, values) in values.iter().enumerate() {
+        let mut order: Vec<usize> = (0..values.len()).collect();
+        order.sort_by(|&a, &b| values[b].total_cmp(&values[a]).then(a.cmp(&b)));
+        others.extend(order[counts[layer]..].iter().map(|&expert| (values[expert], layer, expert)));
+    }
+    others.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+    let left = total.saturating_sub(counts.iter().sum());
+    others.iter().take(left).for_each(|&(_, layer, _)| counts[layer] += 1);
+    counts
+}
+
+/// A layer of experts in groups, to be merged with these weights; group i has the members of all gates that are i.
+fn groups_of(labels: &[usize], weight: impl Fn(usize) -> f64) -> Vec<Vec<(usize, f64)>> {
+    let count = labels.iter().max().map_or(0, |most| most + 1);
+    let group = |group: usize| {
+        let members: Vec<usize> = (0..labels.len()).filter(|&e| labels[e] == group).collect();
+        let all: f64 = members.iter().map(|&e| weight(e)).sum();
+        let share = |e: usize| if all > 0.0 { weight(e) / all } else { 1.0 / members.len() as f64 };
+        normalised(members.iter().map(|&e| (e, share(e))).collect())
+    };
+    (0..count).map(group).collect()
+}
+
+/// Makes weights add up to 1 as nearly as f64 can.
+fn normalised(mut parts: Vec<(usize, f64)>) -> Vec<(usize, f64)> {
+    let all: f64 = parts.iter().map(|(_, weight)| weight).sum();
+    parts.iter_mut().for_each(|(_, weight)| *weight /= all);
+    parts
+}

@@ -1,0 +1,136 @@
+//! Task-specific merging after UNCURL (Sarkar et al., arXiv 2409.01483): experts whose gates agree on the text of a task become one.
+//! The paper's body was not available; the constants and the choice of gates are ours.
+//!
+//! ```text
+//! affinity   S_ab = max(0, correlation over tokens of the logits of gates a and b)
+//! groups     spectral clustering of S into r
+//! neurons    of a member in the order that is most like the most used member's
+//! merge      mean of the members by the tokens that run them; equal weights where nothing does
+//! ```
+
+use dsmoe_core::Config;
+use dsmoe_core::calibrate::ExpertStats;
+use dsmoe_core::surgery::LayerSurgery;
+use serde::{Deserialize, Serialize};
+
+use super::budget::Held;
+use super::hc_smoe::{Alignment, first_clusters, most_used_first};
+use super::{Gates, align, entropy, groups_of, made, mixture, plan, spectral, survey, write};
+use crate::error::Result;
+use crate::method::{Budget, Configured, Counts, Job, Made, Plan, Progress, Source};
+use crate::settings::{Entry, SettingValues, Settings as _, settings};
+
+/// The method `uncurl`.
+pub(crate) static UNCURL: Entry<Settings> = Entry {
+    name: "uncurl",
+    summary: "experts of a mixture merged by spectral clusters of their gates on a task's text; held parameters",
+    source: Source::Experts,
+    counts: Counts::Held,
+    ..Entry::new(configure)
+};
+
+settings! {
+    /// Settings of UNCURL.
+    pub(crate) struct Settings {
+        /// What makes two experts alike: correlation or cosine of their gates' logits, or coactivation (tokens that run both).
+        pub affinity: Affinity = Affinity::Correlation,
+        /// Order of neurons before a merge: weights (most like those of the most used member) or none (as they are).
+        pub alignment: Alignment = Alignment::Weights,
+        /// Gates of merged experts: map (all stay, and those of a group run one expert) or mean (one of each group).
+        pub router: Gates = Gates::Map,
+    }
+}
+
+/// What makes two experts alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Affinity {
+    /// The correlation of their gates' logits over tokens.
+    Correlation,
+    /// Their cosine.
+    Cosine,
+    /// Tokens that run both over the root of the product of those that run each.
+    Coactivation,
+}
+
+fn configure(settings: Settings) -> Result<Box<dyn Configured>> {
+    Ok(Box::new(Uncurl(settings)))
+}
+
+/// UNCURL with its settings.
+struct Uncurl(Settings);
+
+impl Configured for Uncurl {
+    fn needs_calibration(&self) -> bool {
+        true
+    }
+
+    fn resolved(&self) -> SettingValues {
+        self.0.values()
+    }
+
+    fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
+        let r = self.held(config)?.per_layer(budget, 1)?;
+        let rule = self.0.router.rule();
+        let layer = |&n: &usize| LayerSurgery { router: rule, ..first_clusters(n, n.min(r)) };
+        let layers: Vec<LayerSurgery> = mixture(config)?.experts.iter().map(layer).collect();
+        self.planned(config, &layers)
+    }
+
+    fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {
+        let config = Config::load(job.model)?;
+        let plan = self.plan(&config, job.budget)?;
+        let r = self.held(&config)?.per_layer(job.budget, 1)?;
+        let (mut layers, mut entropies) = (Vec::new(), Vec::new());
+        survey(job, None, false, progress, &mut |seen| {
+            let affinity = affinities(self.0.affinity, seen.stats);
+            let clusters = r.min(seen.stats.experts.len());
+            let labels = spectral::cluster(&affinity, clusters, job.seed.wrapping_add(seen.layer as u64));
+            let usage = seen.stats.usage();
+            let groups = groups_of(&labels, |e| usage[e]).into_iter();
+            let experts = groups.map(|group| most_used_first(group, &usage)).collect();
+            entropies.push(entropy(&usage));
+            layers.push(LayerSurgery { experts, router: self.0.router.rule() });
+            Ok(())
+        })?;
+        let mut moved = 0;
+        if self.0.alignment == Alignment::Weights {
+            moved = align::align(job.model, &mut layers, progress)?;
+        }
+        write(job, &layers, self.top_k(&config, &layers)?, progress)?;
+        Ok(made(plan, &entropies, vec![("experts whose neurons moved".to_owned(), moved as f64)]))
+    }
+}
+
+impl Uncurl {
+    fn held(&self, config: &Config) -> Result<Held> {
+        Held::of(config, self.0.router == Gates::Map)
+    }
+
+    fn top_k(&self, config: &Config, layers: &[LayerSurgery]) -> Result<Option<usize>> {
+        let fewest = layers.iter().map(|layer| layer.experts.len()).min().unwrap_or(1);
+        Ok(Some(mixture(config)?.top_k.min(fewest)))
+    }
+
+    fn planned(&self, config: &Config, layers: &[LayerSurgery]) -> Result<Plan> {
+        let (held, all) = (layers.iter().map(|layer| layer.experts.len()), &mixture(config)?.experts);
+        let reached_by = format!("{} of {} experts", held.sum::<usize>(), all.iter().sum::<usize>());
+        plan(config, layers, self.top_k(config, layers)?, reached_by)
+    }
+}
+
+/// Returns S `[n, n]`, with ones on the diagonal.
+pub(super) fn affinities(affinity: Affinity, stats: &ExpertStats) -> Vec<f64> {
+    let n = stats.experts.len();
+    let ratio = |values: &[f64], a: usize, b: usize| {
+        let squared = values[a * (n + 1)] * values[b * (n + 1)];
+        if squared > 0.0 { values[a * n + b] / squared.sqrt() } else { 0.0 }
+    };
+    let alike = |a: usize, b: usize| match affinity {
+        _ if a == b => 1.0,
+        Affinity::Correlation => stats.correlation(a, b),
+        Affinity::Cosine => ratio(&stats.gram, a, b),
+        Affinity::Coactivation => ratio(&stats.both, a, b),
+    };
+    (0..n * n).map(|i| alike(i / n, i % n).max(0.0)).collect()
+}

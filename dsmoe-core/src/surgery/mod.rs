@@ -1,0 +1,292 @@
+//! Expert surgery: a model whose layers keep, merge or drop the experts of a trained one.
+//!
+//! A method says what it wants layer by layer ([`LayerSurgery`]); [`operate`] checks it and writes the model, tensor by tensor.
+//!
+//! ```text
+//! new expert  W'[j] = sum over its parts of weight W_old[neurons[j]]        rows of gate and of up, columns of down
+//! router      Rows   gate i is the gate of the first part of expert i
+//!             Mean   gate i is the mean of the gates of the parts of expert i, by their weights
+//!             Map    all gates stay, and gate e runs the expert that has e among its parts
+//! ```
+//! An expert of one part is copied bit for bit, where its neurons move too.
+
+mod form;
+mod tensors;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use dsmoe_kernels::comm::{Communicator, alone};
+
+use crate::accounting::Accounting;
+use crate::checkpoint::{
+    CONFIG_FILE, Change, Meter, OutputDir, Progress, TensorInfo, TensorSource, check_llama_tensors,
+    copy_companions, open_model,
+};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::masks::Masks;
+use form::{Form, Source};
+use tensors::Experts;
+
+/// What becomes of the experts of a layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerSurgery {
+    /// The new experts, in order.
+    pub experts: Vec<NewExpert>,
+    /// What becomes of the gates.
+    pub router: RouterRule,
+}
+
+/// An expert of the new model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewExpert {
+    /// The experts that it is made of: a kept one has one part.
+    pub parts: Vec<Part>,
+}
+
+/// The part of an old expert in a new one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    /// Number of the old expert.
+    pub old: usize,
+    /// Its weight in the new one.
+    pub weight: f64,
+    /// Row j of the part is row `neurons[j]` of the old expert; none where they stay in order.
+    pub neurons: Option<Vec<u32>>,
+}
+
+/// What becomes of the gates of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouterRule {
+    /// A new expert has the gate of its first part; the others go.
+    Rows,
+    /// A new expert has the mean of the gates of its parts, by their weights.
+    Mean,
+    /// All gates stay, and run the expert that their own is a part of.
+    Map,
+}
+
+/// Summary of the result.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SurgeryReport {
+    /// Held parameters of the source.
+    pub total_before: u64,
+    /// Held parameters of the result.
+    pub total: u64,
+    /// Parameters that a token uses, where their number is fixed.
+    pub activated: f64,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+}
+
+/// Distance of an expert's weights from a sum of 1 that rounding explains.
+const ROUNDING: f64 = 1e-9;
+
+impl NewExpert {
+    /// Keeps an expert.
+    pub fn kept(old: usize) -> NewExpert {
+        NewExpert { parts: vec![Part { old, weight: 1.0, neurons: None }] }
+    }
+
+    /// Merges experts, whose neurons stay in order, by their weights.
+    pub fn merged(parts: impl IntoIterator<Item = (usize, f64)>) -> NewExpert {
+        let part = |(old, weight)| Part { old, weight, neurons: None };
+        NewExpert { parts: parts.into_iter().map(part).collect() }
+    }
+}
+
+impl LayerSurgery {
+    /// Keeps some experts and drops the others, with their gates.
+    pub fn keep(kept: impl IntoIterator<Item = usize>) -> LayerSurgery {
+        LayerSurgery { experts: kept.into_iter().map(NewExpert::kept).collect(), router: RouterRule::Rows }
+    }
+
+    /// Checks this for a layer of `held` experts of `width` neurons.
+    ///
+    /// # Errors
+    /// There is no new expert; one has no part, weights that are not shares of 1, or neurons that are no order; an old expert
+    /// is in two, or with [`RouterRule::Map`] in none.
+    pub fn check(&self, held: usize, width: usize) -> std::result::Result<(), String> {
+        if self.experts.is_empty() {
+            return Err("has no expert".to_owned());
+        }
+        let mut used = vec![false; held];
+        for (i, expert) in self.experts.iter().enumerate() {
+            let wrong = |problem: String| Err(format!("has a new expert {i} {problem}"));
+            if expert.parts.is_empty() {
+                return wrong("without parts".to_owned());
+            }
+            for Part { old, weight, neurons } in &expert.parts {
+                match used.get_mut(*old) {
+                    None => return wrong(format!("of expert {old}, and there are {held}")),
+                    Some(true) => return wrong(format!("of expert {old}, which another part has")),
+                    Some(used) => *used = true,
+                }
+                if !(weight.is_finite() && *weight >= 0.0) {
+                    return wrong(format!("with a part of weight {weight}"));
+                }
+                if neurons.as_ref().is_some_and(|order| !is_order(order, width)) {
+                    return wrong(format!("whose neurons are no order of {width}"));
+                }
+            }
+            let sum: f64 = expert.parts.iter().map(|part| part.weight).sum();
+            if (sum - 1.0).abs() > ROUNDING {
+                return wrong(format!("whose weights add up to {sum}"));
+            }
+        }
+        match used.iter().position(|used| !used) {
+            Some(expert) if self.router == RouterRule::Map => {
+                Err(format!("drops expert {expert}, whose gate stays"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn is_order(order: &[u32], len: usize) -> bool {
+    let mut seen = vec![false; len];
+    let is_new = |&i: &u32| seen.get_mut(i as usize).is_some_and(|seen| !std::mem::replace(seen, true));
+    order.len() == len && order.iter().all(is_new)
+}
+
+/// Returns the configuration of the model that `config` becomes by `layers`; `path` is that of its config.json, for messages.
+///
+/// # Errors
+/// The model has no experts that can be changed; there is not one surgery for each layer, or one does not fit its layer; k
+/// would be above the gates that are left.
+pub fn plan(path: &Path, config: &Config, layers: &[LayerSurgery], top_k: Option<usize>) -> Result<Config> {
+    let form = Form::of(path, config)?;
+    check(&form, config, layers)?;
+    form.after(path, config, layers, top_k)
+}
+
+fn check(form: &Form, config: &Config, layers: &[LayerSurgery]) -> Result<()> {
+    let refuse = |problem: String| Err(Error::argument(problem, "correct the plan of the surgery"));
+    if layers.len() != config.num_layers {
+        return refuse(format!("surgery of {} layers, and there are {}", layers.len(), config.num_layers));
+    }
+    if layers.iter().any(|layer| (layer.router == RouterRule::Map) != (layers[0].router == RouterRule::Map)) {
+        return refuse("surgery that keeps all gates of some layers only".to_owned());
+    }
+    for (i, layer) in layers.iter().enumerate() {
+        if let Err(problem) = layer.check(form.held(config, i), form.width()) {
+            return refuse(format!("surgery of layer {i} {problem}"));
+        }
+    }
+    Ok(())
+}
+
+/// Writes the model in `model` with the experts of `layers` to the new directory `out`, which appears when it is complete.
+/// `top_k` replaces the number of experts that a token runs. `force` replaces a model directory that is there.
+///
+/// # Errors
+/// Those of [`plan`]; `model` cannot be read, or has masked weights; `out` is not empty; the file system refuses.
+pub fn operate(
+    model: &Path,
+    out: &Path,
+    (layers, top_k): (&[LayerSurgery], Option<usize>),
+    force: bool,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<SurgeryReport> {
+    operate_on(alone(), [model, out], (layers, top_k), force, progress)
+}
+
+/// Does as [`operate`] from the first to the second directory on the processes of `comm`: the first one writes, and all return its
+/// outcome.
+///
+/// # Errors
+/// Those of [`operate`]; another process fails.
+pub fn operate_on(
+    comm: &Arc<dyn Communicator>,
+    [model, out]: [&Path; 2],
+    (layers, top_k): (&[LayerSurgery], Option<usize>),
+    force: bool,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<SurgeryReport> {
+    let path = model.join(CONFIG_FILE);
+    let config = Config::load(model)?;
+    let form = Form::of(&path, &config)?;
+    check(&form, &config, layers)?;
+    let after = form.after(&path, &config, layers, top_k)?;
+    let checkpoint = open_model(model, &config)?;
+    let names = check_llama_tensors(&config, &checkpoint)?;
+    if Masks::load(model)?.is_some() {
+        let problem = "has pruned weights, whose masks would not fit the experts";
+        return Err(Error::path(model, problem, "use the model before it was pruned"));
+    }
+    let mut tensors: Vec<(TensorInfo, Source)> = Vec::new();
+    for (name, shape) in crate::checkpoint::tensor_names(&after) {
+        let source = form.source(&name, layers);
+        let from = source.first(&name, layers);
+        let dtype = checkpoint.need(names.stored_name(&from))?.dtype;
+        tensors.push((TensorInfo { name, dtype, shape }, source));
+    }
+    let infos: Vec<TensorInfo> = tensors.iter().map(|(info, _)| info.clone()).collect();
+    let bytes = infos.iter().map(TensorInfo::len_bytes).sum();
+    let output = OutputDir::create_on(comm, model, out, force)?;
+    let mut meter = Meter::new(bytes, progress);
+    let mut writer = output.model_writer(&after, infos)?;
+    let mut source = TensorSource::new(&checkpoint);
+    let experts = Experts::new(&checkpoint, form.width());
+    for (info, from) in &tensors {
+        match from {
+            Source::Same => {
+                writer.begin(&info.name)?;
+                source
+                    .copy(names.stored_name(&info.name), Change::None, |bytes| writer.write_chunk(bytes))?;
+            }
+            Source::Experts { layer, experts: range, which } => {
+                experts.write(&mut writer, info, &layers[*layer].experts[range.clone()], which)?;
+            }
+            Source::Gates { layer } => experts.write_gates(&mut writer, info, &layers[*layer])?,
+        }
+        meter.add(info.len_bytes() as usize);
+    }
+    writer.finish()?;
+    output.commit_with(|dir| {
+        copy_companions(model, dir)?;
+        after.save(dir)
+    })?;
+    let counts = Accounting::of(&after);
+    Ok(SurgeryReport {
+        total_before: Accounting::of(&config).total,
+        total: counts.total,
+        activated: counts.activated(counts.num_experts),
+        bytes,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn merged(parts: &[(usize, f64)]) -> LayerSurgery {
+        LayerSurgery { experts: vec![NewExpert::merged(parts.iter().copied())], router: RouterRule::Mean }
+    }
+
+    #[test]
+    fn what_does_not_fit_a_layer_is_refused() {
+        let check = |layer: &LayerSurgery| layer.check(3, 2).expect_err("refused");
+        assert_eq!(LayerSurgery::keep([2, 0]).check(3, 2), Ok(()));
+        assert_eq!(merged(&[(0, 0.25), (2, 0.75)]).check(3, 2), Ok(()));
+        for (layer, part) in [
+            (LayerSurgery::keep([]), "has no expert"),
+            (LayerSurgery::keep([3]), "new expert 0 of expert 3, and there are 3"),
+            (LayerSurgery::keep([1, 1]), "new expert 1 of expert 1, which another part has"),
+            (merged(&[]), "without parts"),
+            (merged(&[(0, 0.5), (1, 0.25)]), "add up to 0.75"),
+            (merged(&[(0, 2.0), (1, -1.0)]), "weight -1"),
+            (merged(&[(0, f64::NAN)]), "weight NaN"),
+            (LayerSurgery { router: RouterRule::Map, ..LayerSurgery::keep([0, 1]) }, "drops expert 2"),
+        ] {
+            let problem = check(&layer);
+            assert!(problem.contains(part), "{problem}");
+        }
+        for order in [vec![0], vec![0, 0], vec![0, 2]] {
+            let mut layer = LayerSurgery::keep([0]);
+            layer.experts[0].parts[0].neurons = Some(order);
+            assert!(check(&layer).contains("no order of 2"));
+        }
+    }
+}

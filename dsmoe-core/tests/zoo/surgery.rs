@@ -1,0 +1,410 @@
+//! Mixtures whose experts are kept, merged or dropped, against transformers with the same experts, and files that are wrong.
+
+use std::fs;
+use std::path::Path;
+
+use dsmoe_core::accounting::Accounting;
+use dsmoe_core::calibrate::{ExpertSums, LayerStream};
+use dsmoe_core::checkpoint::Dtype;
+use dsmoe_core::config::Config;
+use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert, upcycle};
+use dsmoe_core::export::{ExportAs, ExportOptions, export};
+use dsmoe_core::model::{Batch, Inference, Model, StepArgs, TrainWorkspace, Workspace};
+use dsmoe_core::surgery::{LayerSurgery, NewExpert, Part, RouterRule, operate};
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::testing::{assert_close_f64, refused};
+use serde_json::{Value, json};
+
+use crate::moe::{LENGTH, MIXTURES, batch, case, changed, dense, golden, logits, options, tensors};
+use crate::{TOLERANCE, worst};
+
+fn surgery_case(name: &str) -> Value {
+    serde_json::from_slice(&fs::read(case(name).join("surgery.json")).unwrap()).unwrap()
+}
+
+fn floats(json: &Value) -> Vec<f32> {
+    serde_json::from_value(json.clone()).unwrap()
+}
+
+fn numbers(json: &Value) -> Vec<usize> {
+    serde_json::from_value(json.clone()).unwrap()
+}
+
+/// The groups of a case, merged by its weights.
+fn merged(golden: &Value) -> Vec<LayerSurgery> {
+    let layer = |json: &Value| {
+        let (map, weights): (Vec<usize>, Vec<f64>) =
+            (numbers(&json["map"]), serde_json::from_value(json["weights"].clone()).unwrap());
+        let experts = (0..=*map.iter().max().unwrap()).map(|group| {
+            let members = (0..map.len()).filter(|&e| map[e] == group);
+            let sum: f64 = members.clone().map(|e| weights[e]).sum();
+            NewExpert::merged(members.map(|e| (e, weights[e] / sum)))
+        });
+        LayerSurgery { experts: experts.collect(), router: RouterRule::Map }
+    };
+    golden["layers"].as_array().unwrap().iter().map(layer).collect()
+}
+
+fn logits_of(dir: &Path, name: &str) -> Vec<f32> {
+    logits(&Inference::load(dir, Precision::F32).unwrap(), &golden(name).rows, LENGTH)
+}
+
+fn run(from: &Path, out: &Path, layers: &[LayerSurgery]) -> dsmoe_core::surgery::SurgeryReport {
+    operate(from, out, (layers, None), false, &mut |_| {}).unwrap()
+}
+
+#[test]
+fn merged_experts_have_the_logits_of_transformers_with_copies_tied() {
+    let work = tempfile::tempdir().unwrap();
+    for name in MIXTURES {
+        let (golden, out) = (surgery_case(name), work.path().join(name));
+        let layers = merged(&golden);
+        let report = run(&case(name), &out, &layers);
+        let want = floats(&golden["logits"]);
+        let found = logits_of(&out, name);
+        let differs = worst(&found, want.iter().copied());
+        assert!(differs < TOLERANCE, "{name}: {differs}");
+        let config = Config::load(&out).unwrap();
+        assert_eq!((config.model_type(), config.num_experts()), ("dsmoe", Some(3)));
+        assert_eq!(config.family().model_type, name);
+        assert_eq!(report.total, Accounting::of(&config).total);
+        assert!(report.total < report.total_before);
+        // Trained and saved it is the same model.
+        let saved = work.path().join(format!("{name}-saved"));
+        fs::create_dir(&saved).unwrap();
+        Model::load(&out).unwrap().save(&saved, Dtype::BF16).unwrap();
+        assert!(worst(&logits_of(&saved, name), found.iter().copied()) < 1e-6, "{name}");
+        assert_eq!(Config::load(&saved).unwrap().mixture(), config.mixture(), "{name}");
+    }
+}
+
+#[test]
+fn what_tokens_say_of_experts_is_what_numpy_computes() {
+    for name in MIXTURES {
+        let golden = surgery_case(name);
+        let sequences: Vec<Vec<u32>> = serde_json::from_value(golden["calibration"].clone()).unwrap();
+        let mut stream = LayerStream::open_experts(&case(name), &sequences).unwrap();
+        for (i, want) in golden["layers"].as_array().unwrap().iter().enumerate() {
+            let (weights, experts) = (stream.layer(i).unwrap(), stream.experts(i).unwrap());
+            stream.attend(&weights).unwrap();
+            let stats = stream.expert_stats(&weights, &experts, true);
+            let n = experts.num_experts();
+            let tokens = stats.tokens as f64;
+            let list = |key: &str| -> Vec<f64> { serde_json::from_value(want[key].clone()).unwrap() };
+            let hard: Vec<f64> = stats.experts.iter().map(|sums| sums.hard).collect();
+            assert_eq!(hard, list("hard"), "{name} layer {i}");
+            let ean = |sums: &ExpertSums| sums.squares.iter().map(|square| square.sqrt()).sum();
+            let of =
+                |value: &dyn Fn(&ExpertSums) -> f64| stats.experts.iter().map(value).collect::<Vec<f64>>();
+            for (key, got) in [
+                ("soft", of(&|sums| sums.soft)),
+                ("gate_sum", of(&|sums| sums.coefficients)),
+                ("norm_sum", of(&|sums| sums.norms)),
+                ("weighted_norm", of(&|sums| sums.weighted_norms)),
+                ("ean", of(&ean)),
+            ] {
+                assert_close_f64(&format!("{name} layer {i} {key}"), &got, &list(key), 1e-5);
+            }
+            let means: Vec<Vec<f64>> = serde_json::from_value(want["mean_all"].clone()).unwrap();
+            let correlations: Vec<Vec<f64>> = serde_json::from_value(want["correlation"].clone()).unwrap();
+            for e in 0..n {
+                let got: Vec<f64> = stats.experts[e].outputs.iter().map(|sum| sum / tokens).collect();
+                assert_close_f64(&format!("{name} layer {i} mean {e}"), &got, &means[e], 1e-5);
+                let got: Vec<f64> = (0..n).map(|other| stats.correlation(e, other)).collect();
+                assert_close_f64(&format!("{name} layer {i} correlation {e}"), &got, &correlations[e], 1e-5);
+            }
+            stream.join_experts(&weights, &experts);
+        }
+    }
+}
+
+#[test]
+fn a_stream_of_experts_needs_experts() {
+    let work = tempfile::tempdir().unwrap();
+    let (from, merged_once) = (work.path().join("dense"), work.path().join("merged"));
+    dense(&from, &json!({}));
+    refused(
+        LayerStream::open_experts(&from, &[vec![1, 2]]),
+        &["of a model without experts", "use a model with"],
+    );
+    refused(LayerStream::open(&case("mixtral"), &[vec![1, 2]]), &["is of a model with experts"]);
+    run(&case("mixtral"), &merged_once, &merged(&surgery_case("mixtral")));
+    refused(LayerStream::open_experts(&merged_once, &[vec![1, 2]]), &["cannot be seen one by one"]);
+}
+
+#[test]
+fn fewer_experts_stay_in_the_format_of_the_family() {
+    let work = tempfile::tempdir().unwrap();
+    for name in MIXTURES {
+        let (golden, out) = (surgery_case(name), work.path().join(name));
+        let layers: Vec<LayerSurgery> = golden["layers"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|layer| LayerSurgery::keep(numbers(&layer["kept"])))
+            .collect();
+        run(&case(name), &out, &layers);
+        let differs = worst(&logits_of(&out, name), floats(&golden["logits_of_kept"]).into_iter());
+        assert!(differs < TOLERANCE, "{name}: {differs}");
+        let config = Config::load(&out).unwrap();
+        assert_eq!(config.model_type(), name);
+        let json: Value = serde_json::from_str(&config.to_json()).unwrap();
+        assert!(json.get("ffn").is_none(), "{name}");
+        // A kept expert has its bytes.
+        let (before, after) = (tensors(&case(name)), tensors(&out));
+        let kept = numbers(&golden["layers"][0]["kept"]);
+        let mut compared = 0;
+        for (tensor, stored) in &after {
+            let Some((start, rest)) = tensor.split_once("layers.0.") else { continue };
+            let Some((middle, number)) = rest.split_once("experts.") else { continue };
+            let (new, end) = number.split_once('.').unwrap();
+            let old = kept[new.parse::<usize>().unwrap()];
+            assert!(before[&format!("{start}layers.0.{middle}experts.{old}.{end}")] == *stored, "{tensor}");
+            compared += 1;
+        }
+        assert_eq!(compared, 3 * kept.len(), "{name}");
+    }
+}
+
+#[test]
+fn surgery_that_keeps_all_keeps_every_bit() {
+    let work = tempfile::tempdir().unwrap();
+    for name in MIXTURES {
+        let n = Config::load(&case(name)).unwrap().num_experts().unwrap();
+        let before = logits_of(&case(name), name);
+        for router in [RouterRule::Map, RouterRule::Rows, RouterRule::Mean] {
+            let out = work.path().join(format!("{name}-{router:?}"));
+            run(&case(name), &out, &vec![LayerSurgery { router, ..LayerSurgery::keep(0..n) }; 2]);
+            let of_map = router == RouterRule::Map;
+            assert_eq!(Config::load(&out).unwrap().model_type(), if of_map { "dsmoe" } else { name });
+            assert!(logits_of(&out, name) == before, "{name} {router:?}");
+            let found: Vec<_> = tensors(&out).into_values().collect();
+            let mut wanted = tensors(&case(name)).into_values().collect::<Vec<_>>();
+            // A map is of the format of this program, which has its own names and so another order.
+            let mut found = found;
+            found.sort_by(|a, b| a.1.cmp(&b.1));
+            wanted.sort_by(|a, b| a.1.cmp(&b.1));
+            assert!(found == wanted, "{name} {router:?}");
+        }
+        // Experts and neurons in another order are the same function.
+        let width = Config::load(&case(name)).unwrap().mixture().unwrap().width as u32;
+        let part = |old| Part { old, weight: 1.0, neurons: Some((0..width).rev().collect()) };
+        let experts = (0..n).rev().map(|old| NewExpert { parts: vec![part(old)] }).collect();
+        let out = work.path().join(format!("{name}-reversed"));
+        run(&case(name), &out, &vec![LayerSurgery { experts, router: RouterRule::Rows }; 2]);
+        let differs = worst(&logits_of(&out, name), before.iter().copied());
+        assert!(differs < 1e-5 && tensors(&out) != tensors(&case(name)), "{name}: {differs}");
+    }
+}
+
+#[test]
+fn equal_experts_may_be_dropped_and_merged_at_will() {
+    let work = tempfile::tempdir().unwrap();
+    let [from, moe] = ["dense", "moe"].map(|name| work.path().join(name));
+    dense(&from, &json!({}));
+    upcycle(&from, &moe, &options("mixtral", 5, 2), &mut |_| {}).unwrap();
+    let before = logits_of(&moe, "mixtral");
+    let all = |router| {
+        let merged = NewExpert::merged((0..5).map(|e| (e, 0.2)));
+        LayerSurgery { experts: vec![merged], router }
+    };
+    for (i, layers) in [
+        vec![LayerSurgery::keep([1, 2, 4]), LayerSurgery::keep([0, 3])],
+        vec![all(RouterRule::Map), all(RouterRule::Map)],
+        vec![
+            LayerSurgery {
+                experts: [0, 1].map(|e| NewExpert::merged([(e, 0.5), (e + 2, 0.5)])).to_vec(),
+                ..all(RouterRule::Mean)
+            },
+            LayerSurgery::keep(0..5),
+        ],
+    ]
+    .iter()
+    .enumerate()
+    {
+        let out = work.path().join(format!("out-{i}"));
+        let report = run(&moe, &out, layers);
+        let differs = worst(&logits_of(&out, "mixtral"), before.iter().copied());
+        assert!(differs < 1e-5, "{i}: {differs}");
+        // d 12, width 9, two layers: what is held and what runs, by hand.
+        let config = Config::load(&out).unwrap();
+        let experts: usize = layers.iter().map(|layer| layer.experts.len()).sum();
+        let gates = if layers[0].router == RouterRule::Map { 10 } else { experts };
+        let (expert, non_ffn) = (3 * 12 * 9, Accounting::of(&config).non_ffn);
+        assert_eq!(report.total, non_ffn + (experts * expert + gates * 12) as u64, "{i}");
+        let running: usize = layers.iter().map(|layer| layer.experts.len().min(2)).sum();
+        assert!((report.activated - (non_ffn as f64 + (running * expert + gates * 12) as f64)).abs() < 1e-6);
+        // It trains and counts what runs.
+        let mut model = Model::load(&out).unwrap();
+        let [inputs, targets] = batch(&golden("mixtral").rows);
+        let mut grads = Buf::zeros(model.params().len());
+        let mut workspace = TrainWorkspace::new(&model, inputs.len(), Precision::F32);
+        let batch = Batch { inputs: &inputs, targets: &targets, seq: LENGTH - 1 };
+        let step = model.train_step(&mut grads, batch, &StepArgs::default(), &mut workspace).unwrap();
+        assert!(step.loss_sum.is_finite() && grads.iter().any(|&g| g != 0.0));
+        let mut stats = model.new_stats().unwrap();
+        let inference = Inference::load(&out, Precision::F32).unwrap();
+        let mut losses = vec![0.0; inputs.len()];
+        inference.score(&mut losses, batch, Some(&mut stats), &mut Workspace::default()).unwrap();
+        let summary = stats.summary();
+        let of_layers: Vec<usize> = layers.iter().map(|layer| layer.experts.len()).collect();
+        assert!(summary.load_per_layer.iter().map(Vec::len).eq(of_layers.iter().copied()));
+        assert!(summary.active_experts > 0.0 && summary.active_experts <= running as f64 / 2.0);
+        // A step along the gradient, saved, is read again.
+        model.params_mut().iter_mut().zip(grads.iter()).for_each(|(p, g)| *p -= 1e-3 * g);
+        let saved = work.path().join(format!("saved-{i}"));
+        fs::create_dir(&saved).unwrap();
+        model.save(&saved, Dtype::F32).unwrap();
+        assert_eq!(Model::load(&saved).unwrap().params(), model.params());
+        // Copies for other programs are refused or exact.
+        let native = export(
+            &out,
+            &work.path().join(format!("native-{i}")),
+            &ExportOptions::new(ExportAs::Native),
+            &mut |_| {},
+        );
+        native.unwrap();
+        let hf = work.path().join(format!("hf-{i}"));
+        let error = export(&out, &hf, &ExportOptions::new(ExportAs::Transformers), &mut |_| {});
+        refused(error, &["ffn.type is \"mixture\""]);
+    }
+}
+
+#[test]
+fn dsmoe_loses_experts_and_keeps_its_function() {
+    let work = tempfile::tempdir().unwrap();
+    let [from, moe, reversed, fewer] =
+        ["dense", "dsmoe", "reversed", "fewer"].map(|name| work.path().join(name));
+    dense(&from, &json!({}));
+    // Nine neurons, in three experts of any order.
+    let options = ConvertOptions { partition: PartitionSpec::Random, ..ConvertOptions::new(3) };
+    convert(&from, &moe, &options, &mut |_| {}).unwrap();
+    let before = logits_of(&moe, "mixtral");
+    let part = |old| Part { old, weight: 1.0, neurons: Some(vec![2, 0, 1]) };
+    let experts = (0..3).rev().map(|old| NewExpert { parts: vec![part(old)] }).collect();
+    run(&moe, &reversed, &vec![LayerSurgery { experts, router: RouterRule::Rows }; 2]);
+    let differs = worst(&logits_of(&reversed, "mixtral"), before.iter().copied());
+    assert!(differs < 1e-5 && tensors(&reversed) != tensors(&moe), "{differs}");
+    let report = run(&moe, &fewer, &vec![LayerSurgery::keep([2, 0]); 2]);
+    let config = Config::load(&fewer).unwrap();
+    assert_eq!((config.num_experts(), config.intermediate, config.model_type()), (Some(2), 6, "dsmoe"));
+    assert_eq!(report.total, Accounting::of(&config).total);
+    assert!(logits_of(&fewer, "mixtral").iter().all(|z| z.is_finite()));
+    // Rows of gate and up, and columns of down, have their bytes.
+    let (old, new) = (tensors(&moe), tensors(&fewer));
+    for (which, cut) in [("gate", true), ("up", true), ("down", false)] {
+        let name = format!("model.layers.1.mlp.{which}_proj.weight");
+        let (old, new) = (&old[&name].1, &new[&name].1);
+        let expert = |bytes: &[u8], e: usize, n: usize| -> Vec<u8> {
+            match cut {
+                true => bytes[e * bytes.len() / n..(e + 1) * bytes.len() / n].to_vec(),
+                false => {
+                    let row = bytes.len() / 12;
+                    bytes
+                        .chunks_exact(row)
+                        .flat_map(|row_of| row_of[e * row / n..(e + 1) * row / n].to_vec())
+                        .collect()
+                }
+            }
+        };
+        assert!(expert(new, 0, 2) == expert(old, 2, 3) && expert(new, 1, 2) == expert(old, 0, 3), "{name}");
+    }
+    let out = work.path().join("no");
+    for (layers, part) in [
+        (vec![LayerSurgery::keep([0]), LayerSurgery::keep([0, 1])], "layers of different numbers of experts"),
+        (
+            vec![LayerSurgery { router: RouterRule::Map, ..LayerSurgery::keep([0, 1, 2]) }; 2],
+            "gates that share experts",
+        ),
+    ] {
+        refused(operate(&moe, &out, (&layers, None), false, &mut |_| {}), &[part, "in every layer"]);
+    }
+    let fixed = operate(&moe, &out, (&vec![LayerSurgery::keep([0, 1]); 2], Some(1)), false, &mut |_| {});
+    refused(fixed, &["a fixed number of experts for each token"]);
+    assert!(!out.exists());
+}
+
+#[test]
+fn what_surgery_cannot_do_is_refused() {
+    let work = tempfile::tempdir().unwrap();
+    let [from, out, merged_once] = ["dense", "out", "merged"].map(|name| work.path().join(name));
+    dense(&from, &json!({}));
+    let keep = |kept: &[usize]| vec![LayerSurgery::keep(kept.iter().copied()); 2];
+    let refused_by = |from: &Path, layers: &[LayerSurgery], k: Option<usize>, parts: &[&str]| {
+        refused(operate(from, &out, (layers, k), false, &mut |_| {}), parts);
+        assert!(!out.exists());
+    };
+    refused_by(&from, &keep(&[0]), None, &["model_type is \"llama\", which has no experts", "as mixtral"]);
+    refused_by(&case("mixtral"), &keep(&[0]), None, &["2 experts of a token are more than the 1 gates"]);
+    refused_by(&case("mixtral"), &keep(&[0, 1]), Some(3), &["3 experts of a token", "the 2 gates"]);
+    refused_by(&case("mixtral"), &keep(&[0, 1, 2, 3, 4]), None, &["layer 0", "expert 4, and there are 4"]);
+    refused_by(&case("mixtral"), &keep(&[0, 1])[..1], None, &["surgery of 1 layers, and there are 2"]);
+    let mixed = [merged(&surgery_case("mixtral")).remove(0), LayerSurgery::keep([0, 1])];
+    refused_by(&case("mixtral"), &mixed, None, &["all gates of some layers only"]);
+    run(&case("mixtral"), &merged_once, &merged(&surgery_case("mixtral")));
+    refused_by(
+        &merged_once,
+        &keep(&[0, 1]),
+        None,
+        &["gates share experts already", "before its experts were merged"],
+    );
+}
+
+#[test]
+fn wrong_descriptions_of_experts_are_refused_by_name() {
+    let work = tempfile::tempdir().unwrap();
+    let [dir, source] = ["m", "merged"].map(|name| work.path().join(name));
+    run(&case("mixtral"), &source, &merged(&surgery_case("mixtral")));
+    let text = fs::read_to_string(source.join("config.json")).unwrap();
+    let ffn = serde_json::from_str::<Value>(&text).unwrap()["ffn"].clone();
+    fs::create_dir(&dir).unwrap();
+    fs::copy(source.join("model.safetensors"), dir.join("model.safetensors")).unwrap();
+    for (key, value, parts) in [
+        ("num_experts", json!(4), vec!["ffn.expert_map is wrong in layer 0", "expert 3"]),
+        ("num_experts", json!(0), vec!["ffn.num_experts is 0"]),
+        ("expert_width", json!(8), vec!["experts.0.gate_proj.weight has shape [9, 12]"]),
+        ("expert_width", json!(1 << 24), vec!["ffn.expert_width is 16777216", "3 experts"]),
+        ("top_k", json!(5), vec!["ffn.top_k is 5 and a layer has 4 gates", "1 to 4"]),
+        ("top_k", json!(0), vec!["ffn.top_k is 0"]),
+        ("balance_weight", json!(-1), vec!["ffn.balance_weight is -1"]),
+        ("shared_width", json!(3), vec!["ffn.shared_width is present", "no shared expert"]),
+        (
+            "experts_per_layer",
+            json!([3]),
+            vec!["ffn.experts_per_layer has 1 entries", "num_hidden_layers is 2"],
+        ),
+        (
+            "experts_per_layer",
+            json!([3, 4]),
+            vec!["ffn.experts_per_layer is 4 for layer 1", "1 to num_experts, 3"],
+        ),
+        ("experts_per_layer", json!([2, 2]), vec!["ffn.num_experts is 3 and no entry"]),
+        ("experts_per_layer", json!([3, 2]), vec!["expert_map is wrong in layer 1"]),
+        ("expert_map", json!([[0, 1, 2, 0]]), vec!["ffn.expert_map has 1 lists"]),
+        (
+            "expert_map",
+            json!([[0, 1, 2, 0], [0, 1, 3, 0]]),
+            vec!["ffn.expert_map is wrong in layer 1", "below 3"],
+        ),
+        (
+            "expert_map",
+            json!([[0, 1, 1, 0], [0, 1, 2, 0]]),
+            vec!["ffn.expert_map is wrong in layer 0", "expert 2"],
+        ),
+        ("expert_map", json!([[0, 1, 2], [0, 1, 2]]), vec!["gate.weight has shape [4, 12]"]),
+        ("extra", json!(1), vec!["ffn is not of type mixture", "extra"]),
+        ("type", json!("topk"), vec!["base_model_type is \"mixtral\", whose FFNs are experts already"]),
+    ] {
+        let mut json: Value = serde_json::from_str(&text).unwrap();
+        json["ffn"][key] = value;
+        fs::write(dir.join("config.json"), json.to_string()).unwrap();
+        let of_file = (!parts[0].contains("has shape")).then_some("config.json");
+        let all: Vec<&str> = parts.into_iter().chain(of_file).collect();
+        refused(Inference::load(&dir, Precision::F32), &all);
+    }
+    assert!(ffn["expert_map"].is_array());
+    // The format of the family has none of this.
+    changed("mixtral", &dir, &[("ffn", ffn)]);
+    refused(Inference::load(&dir, Precision::F32), &["ffn is present but model_type is not dsmoe"]);
+}
