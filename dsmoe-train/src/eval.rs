@@ -388,6 +388,11 @@ fn measure(
             sums.add(model, ids, windows, None)?;
             progress((sums.windows * comm.size()).min(batches.windows.len()), batches.windows.len());
         }
+        // The last turn may have no batch for this process, whose part of the weights the others need.
+        let last = batches.ranges.len() % comm.size();
+        if model.is_lent() && last > 0 && comm.rank() >= last {
+            model.pass_on()?;
+        }
         Ok(())
     };
     agree(comm, EVALUATION, run())?;

@@ -2,6 +2,7 @@
 //! global gradient norm.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use dsmoe_core::params::{Entry, Layout, TensorSpec};
 use dsmoe_core::shard::{BLOCK, Shards};
@@ -180,7 +181,7 @@ pub struct AdamW {
     /// Second moments, likewise.
     pub v: Buf,
     /// The parameters that are owned, likewise, where the model is without them; empty else.
-    pub params: Buf,
+    pub params: Arc<Buf>,
     /// Their places in the arena, in order.
     owned: Vec<Range<usize>>,
 }
@@ -195,7 +196,7 @@ impl AdamW {
     pub fn of(shards: &Shards, rank: usize) -> AdamW {
         let owned = shards.owned(rank);
         let len = owned.iter().map(|range| range.len()).sum();
-        AdamW { m: Buf::zeros(len), v: Buf::zeros(len), params: Buf::zeros(0), owned }
+        AdamW { m: Buf::zeros(len), v: Buf::zeros(len), params: Arc::new(Buf::zeros(0)), owned }
     }
 
     /// Returns the places in the moments of the parameters in `range` that are owned: the parameters, and the moments.
@@ -217,7 +218,11 @@ impl AdamW {
     /// `params` or `grads` is neither as long as the layout nor as what is owned, or the moments are of another layout.
     pub fn step(&mut self, params: Option<&mut [f32]>, grads: &[f32], layout: &Layout, update: &Update<'_>) {
         let AdamW { m, v, params: own, owned } = self;
-        let params = params.unwrap_or(own);
+        let params = match params {
+            Some(params) => params,
+            // Nobody else holds them between evaluations.
+            None => &mut **Arc::make_mut(own),
+        };
         for values in [&*params, grads] {
             let fits = [layout.len(), m.len()].contains(&values.len());
             assert!(fits, "adamw: {} values for the layout", values.len());
@@ -307,8 +312,9 @@ mod tests {
             let own_grads: Vec<f32> =
                 part.places(0..layout.len()).flat_map(|(range, _)| grads[range].to_vec()).collect();
             let mut apart = AdamW::of(&Shards::new(layout, 3), rank);
-            apart.params = Buf::zeros(own_grads.len());
-            apart.params.fill(1.0);
+            let mut ones = Buf::zeros(own_grads.len());
+            ones.fill(1.0);
+            apart.params = Arc::new(ones);
             apart.step(None, &own_grads, layout, &update);
             part.step(Some(&mut got), &grads, layout, &update);
             for (range, place) in part.places(0..layout.len()) {

@@ -5,11 +5,11 @@
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 
-use super::mixture;
+use super::{Shape, shape};
 use crate::error::{Error, Result};
 use crate::method::Budget;
 
-/// What the parts of a mixture hold.
+/// What the parts of a model with experts hold.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Held {
     /// Everything but experts that are chosen from and their gates.
@@ -28,12 +28,12 @@ pub(super) struct Held {
 impl Held {
     /// Returns what `config` holds, of which all gates stay or not.
     pub(super) fn of(config: &Config, keeps_gates: bool) -> Result<Held> {
-        let spec = mixture(config)?;
+        let Shape { experts: held, sizes: [expert, gate], .. } = shape(config)?;
         let total = Accounting::of(config).total;
-        let (expert, gate) = ((3 * config.hidden * spec.width) as f64, config.hidden as f64);
-        let experts: usize = spec.experts.iter().sum();
+        let (expert, gate) = (expert as f64, gate as f64);
+        let experts: usize = held.iter().sum();
         let rest = total as f64 - experts as f64 * (expert + gate);
-        Ok(Held { rest, expert, gate, experts: spec.experts.clone(), keeps_gates, total })
+        Ok(Held { rest, expert, gate, experts: held, keeps_gates, total })
     }
 
     /// Returns the parameters that are held with `experts` experts in all layers together.

@@ -191,9 +191,9 @@ impl HcSmoe {
     }
 
     /// Returns the experts that a token runs: not more than a layer holds.
-    fn top_k(&self, config: &Config, layers: &[LayerSurgery]) -> Result<usize> {
+    fn top_k(&self, config: &Config, layers: &[LayerSurgery]) -> Result<Option<usize>> {
         let most = layers.iter().map(|layer| layer.experts.len()).max().unwrap_or(1);
-        Ok(mixture(config)?.top_k.min(most))
+        Ok(Some(mixture(config)?.top_k.min(most)))
     }
 
     fn planned(&self, config: &Config, layers: &[LayerSurgery]) -> Result<Plan> {

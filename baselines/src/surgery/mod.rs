@@ -69,6 +69,29 @@ fn mixture(config: &Config) -> Result<&MixtureSpec> {
     }
 }
 
+/// The experts of a model that each have a gate.
+struct Shape {
+    /// Experts of layers.
+    experts: Vec<usize>,
+    /// Parameters of an expert and of its gate.
+    sizes: [usize; 2],
+    /// Experts that a token runs, where their number is fixed.
+    top_k: Option<usize>,
+}
+
+/// Returns the experts of a mixture or of a DSMoE model.
+fn shape(config: &Config) -> Result<Shape> {
+    if let Some(moe) = &config.moe {
+        let n = moe.router.num_experts;
+        let expert = 3 * config.hidden * (config.intermediate / n);
+        let gate = moe.parts.router_rank.unwrap_or(config.hidden) + usize::from(moe.router_bias);
+        return Ok(Shape { experts: vec![n; config.num_layers], sizes: [expert, gate], top_k: None });
+    }
+    let spec = mixture(config)?;
+    let sizes = [3 * config.hidden * spec.width, config.hidden];
+    Ok(Shape { experts: spec.experts.clone(), sizes, top_k: Some(spec.top_k) })
+}
+
 /// What a method sees of a layer.
 struct Seen<'a> {
     layer: usize,
@@ -104,13 +127,14 @@ fn survey(
 }
 
 /// Counts what the model that `config` becomes holds and activates.
-fn plan(config: &Config, layers: &[LayerSurgery], top_k: usize, reached_by: String) -> Result<Plan> {
-    let after = surgery::plan(Path::new(CONFIG_FILE), config, layers, Some(top_k))?;
+fn plan(config: &Config, layers: &[LayerSurgery], top_k: Option<usize>, reached_by: String) -> Result<Plan> {
+    let after = surgery::plan(Path::new(CONFIG_FILE), config, layers, top_k)?;
     let counts = Accounting::of(&after);
     let mut settings = Vec::new();
-    let before = mixture(config)?;
-    if top_k < before.top_k {
-        settings.push(("experts of a token".to_owned(), format!("{top_k}, {} before", before.top_k)));
+    if let (Some(top_k), Some(before)) = (top_k, shape(config)?.top_k)
+        && top_k < before
+    {
+        settings.push(("experts of a token".to_owned(), format!("{top_k}, {before} before")));
     }
     let held: Vec<usize> = layers.iter().map(|layer| layer.experts.len()).collect();
     if held.iter().any(|&experts| experts != held[0]) {
@@ -118,7 +142,7 @@ fn plan(config: &Config, layers: &[LayerSurgery], top_k: usize, reached_by: Stri
     }
     Ok(Plan {
         total: counts.total as f64,
-        activated: counts.activated(0.0),
+        activated: counts.activated(counts.num_experts),
         reached_by,
         settings,
         ..Plan::default()
@@ -129,10 +153,10 @@ fn plan(config: &Config, layers: &[LayerSurgery], top_k: usize, reached_by: Stri
 fn write(
     job: &Job<'_>,
     layers: &[LayerSurgery],
-    top_k: usize,
+    top_k: Option<usize>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
-    let changes = (layers, Some(top_k));
+    let changes = (layers, top_k);
     surgery::operate_on(job.comm, [job.model, job.out], changes, job.force, &mut |at| {
         progress(Progress { stage: "writing", done: at.done_bytes, total: at.total_bytes });
     })?;

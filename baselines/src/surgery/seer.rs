@@ -6,7 +6,7 @@
 //! ean        sum over dimensions of sqrt(sum of squared outputs), tokens that run e
 //! reap       mean over tokens that run e of c |o| mean-norm  mean over them of |o|
 //! ```
-//! Scores are shares of a layer's sum, so that layers compare.
+//! Scores are shares of a layer's sum, so that layers compare. Of DSMoE, hard counts open gates and soft sums sigmoids.
 
 use dsmoe_core::Config;
 use dsmoe_core::calibrate::{ExpertStats, ExpertSums};
@@ -15,15 +15,15 @@ use dsmoe_kernels::rng::Rng;
 use serde::{Deserialize, Serialize};
 
 use super::budget::Held;
-use super::{Allocation, entropy, made, mixture, plan, shares, survey, write};
-use crate::error::Result;
+use super::{Allocation, Shape, entropy, made, plan, shape, shares, survey, write};
+use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Counts, Job, Made, Plan, Progress, Source};
 use crate::settings::{Entry, SettingValues, Settings as _, settings};
 
 /// The method `seer-moe`.
 pub(crate) static SEER_MOE: Entry<Settings> = Entry {
     name: "seer-moe",
-    summary: "experts of a mixture that few tokens run dropped with their gates; held parameters",
+    summary: "experts that few tokens run dropped with their gates, of mixtures and DSMoE; held parameters",
     source: Source::Experts,
     counts: Counts::Held,
     ..Entry::new(configure)
@@ -86,15 +86,15 @@ impl Configured for Seer {
     }
 
     fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
-        let experts = &mixture(config)?.experts;
-        let even: Vec<Vec<f64>> = experts.iter().map(|&n| vec![1.0; n]).collect();
+        self.check(config)?;
+        let even: Vec<Vec<f64>> = shape(config)?.experts.iter().map(|&n| vec![1.0; n]).collect();
         self.planned(config, &self.kept(config, budget, &even)?)
     }
 
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {
         let config = Config::load(job.model)?;
         self.plan(&config, job.budget)?;
-        let all: Vec<Vec<usize>> = mixture(&config)?.experts.iter().map(|&n| (0..n).collect()).collect();
+        let all: Vec<Vec<usize>> = shape(&config)?.experts.iter().map(|&n| (0..n).collect()).collect();
         let (mut kept, mut entropies) = (all.clone(), Vec::new());
         loop {
             let mut scores = Vec::new();
@@ -114,27 +114,42 @@ impl Configured for Seer {
         }
         let plan = self.planned(&config, &kept)?;
         let layers: Vec<LayerSurgery> = kept.into_iter().map(LayerSurgery::keep).collect();
-        write(job, &layers, mixture(&config)?.top_k, progress)?;
+        write(job, &layers, shape(&config)?.top_k, progress)?;
         Ok(made(plan, &entropies, Vec::new()))
     }
 }
 
 impl Seer {
+    /// Refuses what only mixtures have.
+    fn check(&self, config: &Config) -> Result<()> {
+        let is_mixture = config.mixture().is_some() || config.is_dense();
+        let wrong = |name, value: &str, help: &str| {
+            let problem = format!("cannot be {value} for experts that are parts of one FFN");
+            Err(Error::setting(name, problem, help))
+        };
+        match (self.0.allocation, self.0.rounds) {
+            _ if is_mixture => Ok(()),
+            (Allocation::Global, _) => wrong("allocation", "global", "set it to layer"),
+            (_, Rounds::Each) => wrong("rounds", "each", "set it to once"),
+            _ => Ok(()),
+        }
+    }
+
     fn needs_outputs(&self) -> bool {
         matches!(self.0.score, Score::Ean | Score::Reap | Score::MeanNorm)
     }
 
     fn planned(&self, config: &Config, kept: &[Vec<usize>]) -> Result<Plan> {
-        let spec = mixture(config)?;
+        let Shape { experts, top_k, .. } = shape(config)?;
         let layers: Vec<LayerSurgery> =
             kept.iter().map(|kept| LayerSurgery::keep(kept.iter().copied())).collect();
-        let (held, all) = (kept.iter().map(Vec::len).sum::<usize>(), spec.experts.iter().sum::<usize>());
-        plan(config, &layers, spec.top_k, format!("{held} of {all} experts"))
+        let (held, all) = (kept.iter().map(Vec::len).sum::<usize>(), experts.iter().sum::<usize>());
+        plan(config, &layers, top_k, format!("{held} of {all} experts"))
     }
 
     /// Chooses the experts that the budget has room for, by their scores.
     fn kept(&self, config: &Config, budget: Budget, scores: &[Vec<f64>]) -> Result<Vec<Vec<usize>>> {
-        let (held, fewest) = (Held::of(config, false)?, mixture(config)?.top_k.max(1));
+        let (held, fewest) = (Held::of(config, false)?, shape(config)?.top_k.unwrap_or(1));
         let counts = match self.0.allocation {
             Allocation::Layer => {
                 let r = held.per_layer(budget, fewest)?;
@@ -159,7 +174,7 @@ impl Seer {
             Rounds::Each => {
                 let (target, now) = (total(&target), total(kept));
                 let after = target.max(now.saturating_sub(kept.len()));
-                let fewest = mixture(config)?.top_k.max(1);
+                let fewest = shape(config)?.top_k.unwrap_or(1);
                 let counts = match self.0.allocation {
                     Allocation::Global => shares(scores, after.min(now), fewest),
                     Allocation::Layer => {

@@ -107,9 +107,9 @@ impl Uncurl {
         Held::of(config, self.0.router == Gates::Map)
     }
 
-    fn top_k(&self, config: &Config, layers: &[LayerSurgery]) -> Result<usize> {
+    fn top_k(&self, config: &Config, layers: &[LayerSurgery]) -> Result<Option<usize>> {
         let fewest = layers.iter().map(|layer| layer.experts.len()).min().unwrap_or(1);
-        Ok(mixture(config)?.top_k.min(fewest))
+        Ok(Some(mixture(config)?.top_k.min(fewest)))
     }
 
     fn planned(&self, config: &Config, layers: &[LayerSurgery]) -> Result<Plan> {

@@ -5,14 +5,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use dsmoe_baselines::Budget;
-use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
+use dsmoe_core::calibrate::LayerStream;
+use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::config::MixtureSpec;
+use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::surgery::{LayerSurgery, NewExpert, Part, RouterRule, operate};
+use dsmoe_core::{Config, Model};
 use dsmoe_kernels::testing::assert_close;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::common::{Run, loaded};
+use crate::common::{Run, VOCAB, loaded, made, tiny, tokens};
 
 const MIXTURES: [&str; 4] = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"];
 const TOLERANCE: f64 = 2e-4;
@@ -25,7 +28,7 @@ fn logits(dir: &Path, ids: &[u32]) -> Vec<f32> {
     crate::common::logits(&loaded(dir), ids)
 }
 
-fn json(name: &str, file: &str) -> Value {
+fn stored(name: &str, file: &str) -> Value {
     serde_json::from_slice(&fs::read(case(name).join(file)).unwrap()).unwrap()
 }
 
@@ -49,8 +52,8 @@ fn budget(name: &str, experts: usize, keeps_gates: bool) -> Budget {
 }
 
 fn of_golden(name: &str, dir: &Path, key: &str) {
-    let want: Vec<f64> = list(&json(name, "surgery.json")[key]);
-    let ids: Vec<Vec<u32>> = list(&json(name, "golden.json")["ids"]);
+    let want: Vec<f64> = list(&stored(name, "surgery.json")[key]);
+    let ids: Vec<Vec<u32>> = list(&stored(name, "golden.json")["ids"]);
     let found: Vec<f32> = ids.iter().flat_map(|ids| logits(dir, ids)).collect();
     let scale = want.iter().fold(1.0f64, |most, z| most.max(z.abs()));
     assert_close(&format!("{name} {key}"), &found, &want, TOLERANCE / scale);
@@ -61,14 +64,14 @@ fn run<'a>(method: &'a str, set: &'a [&'a str], budget: Budget, text: &'a [Vec<u
 }
 
 fn calibration(name: &str) -> Vec<Vec<u32>> {
-    list(&json(name, "surgery.json")["calibration"])
+    list(&stored(name, "surgery.json")["calibration"])
 }
 
 #[test]
 fn hc_smoe_finds_the_groups_of_scipy_and_has_the_logits_of_transformers() {
     let work = tempfile::tempdir().unwrap();
     for name in MIXTURES {
-        let (golden, text, out) = (json(name, "surgery.json"), calibration(name), work.path().join(name));
+        let (golden, text, out) = (stored(name, "surgery.json"), calibration(name), work.path().join(name));
         let made = run("hc-smoe", &[], budget(name, 3, true), &text).run(&case(name), &out).unwrap();
         let spec = mixture(&out);
         for (layer, want) in golden["layers"].as_array().unwrap().iter().enumerate() {
@@ -84,7 +87,7 @@ fn hc_smoe_finds_the_groups_of_scipy_and_has_the_logits_of_transformers() {
         let n = spec.map(0).unwrap().num_gates();
         let all = work.path().join(format!("{name}-all"));
         run("hc-smoe", &[], budget(name, n, true), &text).run(&case(name), &all).unwrap();
-        let ids: Vec<Vec<u32>> = list(&json(name, "golden.json")["ids"]);
+        let ids: Vec<Vec<u32>> = list(&stored(name, "golden.json")["ids"]);
         assert_eq!(logits(&all, &ids[0]), logits(&case(name), &ids[0]), "{name}");
         for (i, set) in [
             &["vectors=weights", "alignment=weights"][..],
@@ -138,6 +141,49 @@ fn seer_moe_drops_what_runs_least_and_has_the_logits_of_transformers() {
 }
 
 #[test]
+fn seer_moe_drops_experts_of_dsmoe_as_if_they_gave_nothing() {
+    let work = tempfile::tempdir().unwrap();
+    let [moe, zeroed, out] = ["moe", "zeroed", "out"].map(|name| work.path().join(name));
+    let text = tokens(4, 24);
+    let dense = made(&tiny(&json!({ "vocab_size": VOCAB })), work.path(), Dtype::F32);
+    convert(&dense, &moe, &ConvertOptions::new(4), &mut |_| {}).unwrap();
+    let config = Config::load(&moe).unwrap();
+    let (hidden, width) = (config.hidden, config.intermediate / 4);
+    let moe_config = config.moe.clone().unwrap();
+    let gate = hidden + usize::from(moe_config.router_bias);
+    let total = Accounting::of(&config).total as usize;
+    let fewer = Budget::Params((total - config.num_layers * (3 * hidden * width + gate)) as f64);
+    // The experts that are dropped give nothing in another copy.
+    let mut model = Model::load(&moe).unwrap();
+    let mut stream = LayerStream::open_experts(&moe, &text).unwrap();
+    for layer in 0..config.num_layers {
+        let (weights, experts) = (stream.layer(layer).unwrap(), stream.experts(layer).unwrap());
+        stream.attend(&weights).unwrap();
+        let stats = stream.expert_stats(&weights, &experts, false);
+        let hard = |e: usize| stats.experts[e].hard;
+        let least = (0..4).rev().min_by(|&a, &b| hard(a).total_cmp(&hard(b))).unwrap();
+        let down = 2 * 4 * width * hidden;
+        let (_, params) = model.ffn_mut(layer);
+        params[down + least * width * hidden..][..width * hidden].fill(0.0);
+        stream.join_experts(&weights, &experts);
+    }
+    fs::create_dir(&zeroed).unwrap();
+    model.save(&zeroed, Dtype::F32).unwrap();
+    let result = run("seer-moe", &[], fewer, &text).run(&moe, &out).unwrap();
+    let after = Config::load(&out).unwrap();
+    assert_eq!((result.plan.total, after.num_experts()), (fewer.params(0), Some(3)));
+    let [a, b] = [&zeroed, &out].map(|dir| logits(dir, &text[0]));
+    let worst = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
+    assert!(worst < 1e-5, "{worst}");
+    for (set, part) in
+        [("allocation=global", "allocation: cannot be global"), ("rounds=each", "rounds: cannot be each")]
+    {
+        run("seer-moe", &[set], fewer, &text).fails(&moe, &zeroed, &[part]);
+    }
+    run("hc-smoe", &[], fewer, &text).fails(&moe, &zeroed, &["no variants of each other"]);
+}
+
+#[test]
 fn a_merge_with_alignment_does_not_depend_on_the_order_of_neurons() {
     let work = tempfile::tempdir().unwrap();
     for name in ["mixtral", "qwen3_moe"] {
@@ -153,7 +199,7 @@ fn a_merge_with_alignment_does_not_depend_on_the_order_of_neurons() {
         };
         let layer = LayerSurgery { experts: (0..n).map(expert).collect(), router: RouterRule::Rows };
         operate(&case(name), &permuted, (&[layer.clone(), layer], None), false, &mut |_| {}).unwrap();
-        let ids: Vec<Vec<u32>> = list(&json(name, "golden.json")["ids"]);
+        let ids: Vec<Vec<u32>> = list(&stored(name, "golden.json")["ids"]);
         let of = |set: &[&str], label: &str| {
             let [a, b] = [case(name), permuted.clone()].map(|from| {
                 let out = work.path().join("out");

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use dsmoe_router::expert_map::ExpertMap;
 
 use super::{LayerSurgery, RouterRule};
-use crate::config::{Config, MixtureSpec};
+use crate::config::{Config, LayerShape, MixtureSpec, PartitionKind};
 use crate::error::{Error, Result};
 
 /// A form of experts.
@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 pub(super) enum Form {
     /// A tensor for each expert and projection.
     Mixture(MixtureSpec),
+    /// DSMoE: the experts of a layer are blocks of neurons of one FFN, all of this width.
+    Blocks { width: usize },
 }
 
 /// What a tensor of the new model is made of.
@@ -33,7 +35,9 @@ pub(super) enum Source {
 #[derive(Debug)]
 pub(super) struct Projection {
     /// Beginning and end of its name around the number of an expert.
-    pub(super) name: [String; 2],
+    name: [String; 2],
+    /// True if one tensor holds all experts, and its name has no number.
+    is_whole: bool,
     /// True if neurons are columns.
     pub(super) is_down: bool,
 }
@@ -55,7 +59,12 @@ impl Projection {
     /// Returns the name of the tensor that holds an old expert.
     pub(super) fn tensor(&self, old: usize) -> String {
         let [start, end] = &self.name;
-        format!("{start}{old}{end}")
+        if self.is_whole { format!("{start}{end}") } else { format!("{start}{old}{end}") }
+    }
+
+    /// Returns the first neuron of an old expert in its tensor.
+    pub(super) fn first_neuron(&self, old: usize, width: usize) -> usize {
+        if self.is_whole { old * width } else { 0 }
     }
 }
 
@@ -74,12 +83,19 @@ impl Form {
                 let problem = format!("is {:?}, which has no experts", config.model_type());
                 wrong(problem, "use a mixture of experts, or make one by converting this model as mixtral")
             }
-            None => {
-                let kind = config.ffn.as_ref().map_or("dsmoe", |spec| spec.kind());
-                let problem =
-                    format!("is of a model with experts of type {kind}, which cannot be changed one by one");
-                wrong(problem, "use Mixtral, Qwen-MoE or OLMoE")
-            }
+            None => match config.moe.as_ref().map(|_| blocks(config)) {
+                Some(Ok(width)) => Ok(Form::Blocks { width }),
+                Some(Err(problem)) => {
+                    wrong(problem.to_owned(), "use a DSMoE model of experts and gates alone")
+                }
+                None => {
+                    let kind = config.ffn.as_ref().map_or("dsmoe", |spec| spec.kind());
+                    let problem = format!(
+                        "is of a model with experts of type {kind}, which cannot be changed one by one"
+                    );
+                    wrong(problem, "use Mixtral, Qwen-MoE, OLMoE or DSMoE")
+                }
+            },
         }
     }
 
@@ -89,9 +105,11 @@ impl Form {
     }
 
     /// Returns the neurons of an expert.
-    pub(super) fn width(&self, _config: &Config) -> usize {
-        let Form::Mixture(spec) = self;
-        spec.width
+    pub(super) fn width(&self) -> usize {
+        match self {
+            Form::Mixture(spec) => spec.width,
+            Form::Blocks { width } => *width,
+        }
     }
 
     /// Returns what a tensor of the new model is made of.
@@ -101,6 +119,21 @@ impl Form {
             Some((layer.parse::<usize>().ok().filter(|&layer| layer < layers.len())?, rest))
         });
         let Some((layer, rest)) = of_ffn else { return Source::Same };
+        if let Form::Blocks { .. } = self {
+            return match rest {
+                "gate_proj.weight" | "up_proj.weight" | "down_proj.weight" => Source::Experts {
+                    layer,
+                    experts: 0..layers[layer].experts.len(),
+                    which: Projection {
+                        name: [name.to_owned(), String::new()],
+                        is_whole: true,
+                        is_down: rest.starts_with("down"),
+                    },
+                },
+                "router.weight" | "router.b.weight" | "router.bias" => Source::Gates { layer },
+                _ => Source::Same,
+            };
+        }
         if rest == "gate.weight" {
             return Source::Gates { layer };
         }
@@ -111,6 +144,7 @@ impl Form {
         let Some((number, end)) = expert else { return Source::Same };
         let which = Projection {
             name: [format!("model.layers.{layer}.mlp.experts."), format!(".{end}")],
+            is_whole: false,
             is_down: end.starts_with("down"),
         };
         Source::Experts { layer, experts: number..number + 1, which }
@@ -124,7 +158,7 @@ impl Form {
         layers: &[LayerSurgery],
         top_k: Option<usize>,
     ) -> Result<Config> {
-        let Form::Mixture(spec) = self;
+        let Form::Mixture(spec) = self else { return self.fewer_blocks(path, config, layers, top_k) };
         let mut spec = spec.clone();
         let is_map = layers.first().is_some_and(|layer| layer.router == RouterRule::Map);
         let maps = is_map.then(|| {
@@ -144,6 +178,68 @@ impl Form {
         after.set_mixture(spec);
         // What is written is read back the same.
         Config::from_json(path, &after.to_json())
+    }
+}
+
+impl Form {
+    /// Returns the configuration of a DSMoE model after a surgery that was checked.
+    fn fewer_blocks(
+        &self,
+        path: &Path,
+        config: &Config,
+        layers: &[LayerSurgery],
+        top_k: Option<usize>,
+    ) -> Result<Config> {
+        let counts: Vec<usize> = layers.iter().map(|layer| layer.experts.len()).collect();
+        let refusal = match layers.first().map(|layer| layer.router) {
+            _ if top_k.is_some() => Some("a DSMoE model with a fixed number of experts for each token"),
+            Some(RouterRule::Map) => Some("a DSMoE model with gates that share experts"),
+            _ if counts.iter().any(|&count| count != counts[0]) => {
+                Some("a DSMoE model with layers of different numbers of experts")
+            }
+            _ => None,
+        };
+        if let Some(what) = refusal {
+            let problem = format!("surgery to {what}, for which there is no format");
+            return Err(Error::argument(
+                problem,
+                "keep as many experts in every layer, each with a gate of its own",
+            ));
+        }
+        let mut after = config.clone();
+        let shape = |(i, &experts): (usize, &usize)| LayerShape {
+            intermediate: experts * self.width(),
+            ..config.layer(i)
+        };
+        after.set_layers(counts.iter().enumerate().map(shape).collect());
+        if let (Some(moe), Some(&count)) = (&mut after.moe, counts.first()) {
+            moe.router.num_experts = count;
+            // The share that was trained for is of other experts, and the neurons are not all of the dense model's.
+            (moe.partition, moe.active_target, moe.untrained) = (PartitionKind::Contiguous, None, false);
+        }
+        Config::from_json(path, &after.to_json())
+    }
+}
+
+/// Returns the width of the experts of a DSMoE model, or what it has that surgery does not change.
+fn blocks(config: &Config) -> std::result::Result<usize, &'static str> {
+    let Some(moe) = &config.moe else { return Err("is of no DSMoE model") };
+    let width = |layer: usize| config.layer(layer).intermediate / moe.router.num_experts;
+    let refusals = [
+        (
+            moe.parts.core.iter().any(|&core| core > 0),
+            "is of a DSMoE model with a core of experts that always run",
+        ),
+        (!moe.parts.budgets.is_empty(), "is of a DSMoE model with thresholds by budget"),
+        (config.architecture.mlp_bias, "is of a DSMoE model whose FFNs have biases"),
+        (
+            (1..config.num_layers).any(|layer| width(layer) != width(0)),
+            "is of a DSMoE model with experts of different widths",
+        ),
+    ];
+    match refusals.iter().find(|(has, _)| *has) {
+        Some((_, problem)) => Err(problem),
+        None => Ok(width(0)),
     }
 }
 

@@ -170,7 +170,7 @@ fn check(form: &Form, config: &Config, layers: &[LayerSurgery]) -> Result<()> {
         return refuse("surgery that keeps all gates of some layers only".to_owned());
     }
     for (i, layer) in layers.iter().enumerate() {
-        if let Err(problem) = layer.check(form.held(config, i), form.width(config)) {
+        if let Err(problem) = layer.check(form.held(config, i), form.width()) {
             return refuse(format!("surgery of layer {i} {problem}"));
         }
     }
@@ -228,7 +228,7 @@ pub fn operate_on(
     let mut meter = Meter::new(bytes, progress);
     let mut writer = output.model_writer(&after, infos)?;
     let mut source = TensorSource::new(&checkpoint);
-    let experts = Experts::new(&checkpoint, form.width(&config));
+    let experts = Experts::new(&checkpoint, form.width());
     for (info, from) in &tensors {
         match from {
             Source::Same => {

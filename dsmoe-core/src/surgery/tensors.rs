@@ -1,5 +1,8 @@
 //! Tensors of new experts, made of those of old ones.
 
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
 use super::form::Projection;
 use super::{LayerSurgery, NewExpert, Part, RouterRule};
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer, check_finite, decode};
@@ -18,11 +21,33 @@ struct Stored {
     cols: usize,
 }
 
+/// The part of an old expert, with its place in the tensor that holds it.
+struct Place<'a> {
+    part: &'a Part,
+    stored: Rc<Stored>,
+    /// Its first neuron there.
+    first: usize,
+}
+
 impl Stored {
-    /// Returns the bytes of `cols` in row `row`.
+    /// Returns the bytes of a row.
     fn row(&self, row: usize) -> &[u8] {
         let len = self.cols * self.dtype.size();
         &self.bytes[row * len..][..len]
+    }
+}
+
+impl Place<'_> {
+    /// Returns the row of a neuron, where neurons are rows.
+    fn neuron(&self, neuron: usize) -> &[u8] {
+        let place = self.part.neurons.as_ref().map_or(neuron, |order| order[neuron] as usize);
+        self.stored.row(self.first + place)
+    }
+
+    /// Returns the values of a row for the neurons of the expert, where neurons are columns.
+    fn of_row(&self, row: usize, width: usize) -> &[u8] {
+        let size = self.stored.dtype.size();
+        &self.stored.row(row)[self.first * size..][..width * size]
     }
 }
 
@@ -39,10 +64,11 @@ impl<'a> Experts<'a> {
         let mut values = vec![0.0; view.numel()];
         decode(&mut values, &bytes, view.dtype);
         check_finite(self.checkpoint.path(), name, &values)?;
-        Ok(Stored { bytes, dtype: view.dtype, cols: view.shape.last().copied().unwrap_or(1) })
+        let cols = if view.shape.len() > 1 { view.shape[view.shape.len() - 1] } else { 1 };
+        Ok(Stored { bytes, dtype: view.dtype, cols })
     }
 
-    /// Writes the projection of an expert.
+    /// Writes a projection of experts.
     pub(super) fn write(
         &self,
         writer: &mut Writer,
@@ -50,19 +76,60 @@ impl<'a> Experts<'a> {
         experts: &[NewExpert],
         which: &Projection,
     ) -> Result<()> {
-        writer.begin(&info.name)?;
+        // One tensor may hold several experts.
+        let mut read: BTreeMap<String, Rc<Stored>> = BTreeMap::new();
+        let mut places = Vec::with_capacity(experts.len());
         for NewExpert { parts } in experts {
-            let read = |part: &Part| self.read(&which.tensor(part.old));
-            let old: Vec<Stored> = parts.iter().map(read).collect::<Result<_>>()?;
-            let rows = if which.is_down { info.shape[0] } else { self.width };
-            for row in 0..rows {
-                match which.is_down {
-                    false => write_row(writer, info.dtype, parts, &old, row)?,
-                    true => write_columns(writer, info.dtype, parts, &old, row)?,
+            let mut of_expert = Vec::with_capacity(parts.len());
+            for part in parts {
+                let name = which.tensor(part.old);
+                if !read.contains_key(&name) {
+                    read.insert(name.clone(), Rc::new(self.read(&name)?));
                 }
+                let first = which.first_neuron(part.old, self.width);
+                of_expert.push(Place { part, stored: Rc::clone(&read[&name]), first });
             }
+            places.push(of_expert);
         }
-        Ok(())
+        writer.begin(&info.name)?;
+        if which.is_down {
+            for row in 0..info.shape[0] {
+                places.iter().try_for_each(|of| self.write_columns(writer, info.dtype, of, row))?;
+            }
+            return Ok(());
+        }
+        places.iter().try_for_each(|of| {
+            (0..self.width).try_for_each(|neuron| write_neuron(writer, info.dtype, of, neuron))
+        })
+    }
+
+    /// Writes row `row` of an expert whose neurons are columns.
+    fn write_columns(
+        &self,
+        writer: &mut Writer,
+        dtype: Dtype,
+        places: &[Place<'_>],
+        row: usize,
+    ) -> Result<()> {
+        if let [only] = places
+            && only.stored.dtype == dtype
+        {
+            let (bytes, size) = (only.of_row(row, self.width), dtype.size());
+            return match &only.part.neurons {
+                None => writer.write_chunk(bytes),
+                Some(order) => {
+                    let value = |&j: &u32| bytes[j as usize * size..][..size].iter().copied();
+                    writer.write_chunk(&order.iter().flat_map(value).collect::<Vec<u8>>())
+                }
+            };
+        }
+        let mut sums = vec![0.0; self.width];
+        for place in places {
+            let Place { part, stored, .. } = place;
+            let bytes = place.of_row(row, self.width);
+            add(&mut sums, part.weight, bytes, stored.dtype, part.neurons.as_deref());
+        }
+        writer.write_f32_chunk(&narrowed(&sums))
     }
 
     /// Writes the gates of a layer: rows, or values of a vector.
@@ -82,8 +149,8 @@ impl<'a> Experts<'a> {
                 ([first, ..], RouterRule::Rows) => writer.write_chunk(old.row(first.old))?,
                 ([only], _) => writer.write_chunk(old.row(only.old))?,
                 _ => {
-                    let rows = parts.iter().map(|part| (part.weight, old.row(part.old)));
-                    writer.write_f32_chunk(&blend(rows, old.dtype))?;
+                    let rows = parts.iter().map(|part| (part.weight, old.row(part.old), old.dtype));
+                    writer.write_f32_chunk(&blend(rows))?;
                 }
             }
         }
@@ -91,47 +158,15 @@ impl<'a> Experts<'a> {
     }
 }
 
-/// Writes row `row` of an expert whose neurons are rows.
-fn write_row(writer: &mut Writer, dtype: Dtype, parts: &[Part], old: &[Stored], row: usize) -> Result<()> {
-    let place = |part: &Part| part.neurons.as_ref().map_or(row, |order| order[row] as usize);
-    if let ([part], [stored]) = (parts, old)
-        && stored.dtype == dtype
+/// Writes a neuron of an expert whose neurons are rows.
+fn write_neuron(writer: &mut Writer, dtype: Dtype, places: &[Place<'_>], neuron: usize) -> Result<()> {
+    if let [only] = places
+        && only.stored.dtype == dtype
     {
-        return writer.write_chunk(stored.row(place(part)));
+        return writer.write_chunk(only.neuron(neuron));
     }
-    let mut sums = vec![0.0; old[0].cols];
-    for (part, stored) in parts.iter().zip(old) {
-        add(&mut sums, part.weight, stored.row(place(part)), stored.dtype, None);
-    }
-    writer.write_f32_chunk(&narrowed(&sums))
-}
-
-/// Writes row `row` of an expert whose neurons are columns.
-fn write_columns(
-    writer: &mut Writer,
-    dtype: Dtype,
-    parts: &[Part],
-    old: &[Stored],
-    row: usize,
-) -> Result<()> {
-    if let ([Part { neurons, .. }], [stored]) = (parts, old)
-        && stored.dtype == dtype
-    {
-        let (bytes, size) = (stored.row(row), dtype.size());
-        return match neurons {
-            None => writer.write_chunk(bytes),
-            Some(order) => {
-                let moved: Vec<u8> =
-                    order.iter().flat_map(|&j| bytes[j as usize * size..][..size].iter().copied()).collect();
-                writer.write_chunk(&moved)
-            }
-        };
-    }
-    let mut sums = vec![0.0; old[0].cols];
-    for (part, stored) in parts.iter().zip(old) {
-        add(&mut sums, part.weight, stored.row(row), stored.dtype, part.neurons.as_deref());
-    }
-    writer.write_f32_chunk(&narrowed(&sums))
+    let rows = places.iter().map(|place| (place.part.weight, place.neuron(neuron), place.stored.dtype));
+    writer.write_f32_chunk(&blend(rows))
 }
 
 /// Adds to `sums` the values of `bytes`, in an order, times `weight`.
@@ -147,9 +182,9 @@ fn add(sums: &mut [f64], weight: f64, bytes: &[u8], dtype: Dtype, order: Option<
 }
 
 /// Returns the sum of rows times their weights.
-fn blend<'a>(rows: impl Iterator<Item = (f64, &'a [u8])>, dtype: Dtype) -> Vec<f32> {
+fn blend<'a>(rows: impl Iterator<Item = (f64, &'a [u8], Dtype)>) -> Vec<f32> {
     let mut sums = Vec::new();
-    for (weight, row) in rows {
+    for (weight, row, dtype) in rows {
         sums.resize(row.len() / dtype.size(), 0.0);
         add(&mut sums, weight, row, dtype, None);
     }

@@ -7,7 +7,7 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::calibrate::{ExpertSums, LayerStream};
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::config::Config;
-use dsmoe_core::convert::upcycle;
+use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert, upcycle};
 use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::model::{Batch, Inference, Model, StepArgs, TrainWorkspace, Workspace};
 use dsmoe_core::surgery::{LayerSurgery, NewExpert, Part, RouterRule, operate};
@@ -269,6 +269,60 @@ fn equal_experts_may_be_dropped_and_merged_at_will() {
         let error = export(&out, &hf, &ExportOptions::new(ExportAs::Transformers), &mut |_| {});
         refused(error, &["ffn.type is \"mixture\""]);
     }
+}
+
+#[test]
+fn dsmoe_loses_experts_and_keeps_its_function() {
+    let work = tempfile::tempdir().unwrap();
+    let [from, moe, reversed, fewer] =
+        ["dense", "dsmoe", "reversed", "fewer"].map(|name| work.path().join(name));
+    dense(&from, &json!({}));
+    // Nine neurons, in three experts of any order.
+    let options = ConvertOptions { partition: PartitionSpec::Random, ..ConvertOptions::new(3) };
+    convert(&from, &moe, &options, &mut |_| {}).unwrap();
+    let before = logits_of(&moe, "mixtral");
+    let part = |old| Part { old, weight: 1.0, neurons: Some(vec![2, 0, 1]) };
+    let experts = (0..3).rev().map(|old| NewExpert { parts: vec![part(old)] }).collect();
+    run(&moe, &reversed, &vec![LayerSurgery { experts, router: RouterRule::Rows }; 2]);
+    let differs = worst(&logits_of(&reversed, "mixtral"), before.iter().copied());
+    assert!(differs < 1e-5 && tensors(&reversed) != tensors(&moe), "{differs}");
+    let report = run(&moe, &fewer, &vec![LayerSurgery::keep([2, 0]); 2]);
+    let config = Config::load(&fewer).unwrap();
+    assert_eq!((config.num_experts(), config.intermediate, config.model_type()), (Some(2), 6, "dsmoe"));
+    assert_eq!(report.total, Accounting::of(&config).total);
+    assert!(logits_of(&fewer, "mixtral").iter().all(|z| z.is_finite()));
+    // Rows of gate and up, and columns of down, have their bytes.
+    let (old, new) = (tensors(&moe), tensors(&fewer));
+    for (which, cut) in [("gate", true), ("up", true), ("down", false)] {
+        let name = format!("model.layers.1.mlp.{which}_proj.weight");
+        let (old, new) = (&old[&name].1, &new[&name].1);
+        let expert = |bytes: &[u8], e: usize, n: usize| -> Vec<u8> {
+            match cut {
+                true => bytes[e * bytes.len() / n..(e + 1) * bytes.len() / n].to_vec(),
+                false => {
+                    let row = bytes.len() / 12;
+                    bytes
+                        .chunks_exact(row)
+                        .flat_map(|row_of| row_of[e * row / n..(e + 1) * row / n].to_vec())
+                        .collect()
+                }
+            }
+        };
+        assert!(expert(new, 0, 2) == expert(old, 2, 3) && expert(new, 1, 2) == expert(old, 0, 3), "{name}");
+    }
+    let out = work.path().join("no");
+    for (layers, part) in [
+        (vec![LayerSurgery::keep([0]), LayerSurgery::keep([0, 1])], "layers of different numbers of experts"),
+        (
+            vec![LayerSurgery { router: RouterRule::Map, ..LayerSurgery::keep([0, 1, 2]) }; 2],
+            "gates that share experts",
+        ),
+    ] {
+        refused(operate(&moe, &out, (&layers, None), false, &mut |_| {}), &[part, "in every layer"]);
+    }
+    let fixed = operate(&moe, &out, (&vec![LayerSurgery::keep([0, 1]); 2], Some(1)), false, &mut |_| {});
+    refused(fixed, &["a fixed number of experts for each token"]);
+    assert!(!out.exists());
 }
 
 #[test]

@@ -9,16 +9,20 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use super::cache::Cache;
+use super::lent::{Lent, OfUnits};
 use super::pack::{Embedding, Layer, Parts, Source, fill, optional, pack, vector};
 use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
 use crate::error::{Error, Result};
 use crate::ffn::{Ffn, FfnInference, FfnScratch, Record, RouterBound};
+use crate::model::arena::Model;
 use crate::model::block::Block;
 use crate::model::ropes::{Ropes, Turn};
 use crate::model::tensors::{
-    Batch, LayerRanges, attention_dims, in_pool, logits_of, set_active, set_threshold, set_thresholds,
+    Batch, LayerRanges, Ranges, attention_dims, ffns_of, in_pool, logits_of, set_active, set_threshold,
+    set_thresholds,
 };
+use crate::model::weights::Weights;
 
 /// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
@@ -28,7 +32,9 @@ pub(crate) struct CpuInference {
     pub(crate) accounting: Accounting,
     pub(crate) precision: Precision,
     pub(crate) embedding: Embedding,
+    /// All layers, or none where they are lent.
     pub(crate) layers: Vec<Layer>,
+    pub(crate) lent: Option<Lent>,
     pub(crate) norm: Buf,
     pub(crate) head: Packed,
     pub(crate) ropes: Ropes,
@@ -98,7 +104,24 @@ impl CpuInference {
         }
         let norm = vector(source.part(&ranges.norm)?);
         let ropes = Ropes::new(&config);
-        Ok(CpuInference { config, accounting, precision, embedding, layers, norm, head, ropes })
+        let lent = None;
+        Ok(CpuInference { config, accounting, precision, embedding, layers, lent, norm, head, ropes })
+    }
+
+    /// Packs all but the layers of `model`, an outline, whose `weights` are lent.
+    pub(crate) fn lend(
+        model: &Model,
+        weights: Box<dyn Weights>,
+        precision: Precision,
+    ) -> Result<CpuInference> {
+        let (config, accounting, ffns) = (model.config.clone(), model.accounting(), ffns_of(&model.config));
+        let (ranges, mut weights) = (model.ranges.clone(), weights);
+        let source = &mut OfUnits { weights: &mut *weights, ranges: &ranges };
+        let outer = Ranges { layers: Vec::new(), ..ranges.clone() };
+        let parts = Parts { config, accounting, ffns: &[], ranges: &outer, source };
+        let mut packed = CpuInference::build(parts, precision)?;
+        packed.lent = Some(Lent::new(weights, ffns, ranges, precision));
+        Ok(packed)
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -108,7 +131,10 @@ impl CpuInference {
 
     /// Returns the number of experts of every layer; none without routers.
     pub(crate) fn layer_experts(&self) -> Option<Vec<usize>> {
-        self.layers.iter().map(|layer| layer.ffn.num_experts()).collect()
+        match &self.lent {
+            Some(lent) => lent.ffns.iter().map(|ffn| ffn.num_experts()).collect(),
+            None => self.layers.iter().map(|layer| layer.ffn.num_experts()).collect(),
+        }
     }
 
     pub(crate) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
@@ -143,7 +169,7 @@ impl CpuInference {
         batch: Batch<'_>,
         stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
-    ) {
+    ) -> Result<()> {
         let Batch { inputs, targets, seq } = batch;
         in_pool(|| {
             self.hidden_states(inputs, seq, None, stats, workspace);
@@ -158,6 +184,7 @@ impl CpuInference {
             }
             .run();
         });
+        self.lent.as_ref().map_or(Ok(()), Lent::outcome)
     }
 
     /// Sets `workspace.h` to the normed hidden states `[ids.len(), hidden]` of sequences of `seq` tokens.
@@ -243,7 +270,19 @@ impl CpuInference {
         workspace.prepare(&self.config, tokens);
         self.embedding.rows(&mut workspace.x, ids, &self.head);
         scale(&mut workspace.x, self.config.architecture.embed_scale);
-        for (i, layer) in self.layers.iter().enumerate() {
+        for i in 0..self.config.num_layers {
+            let lent;
+            let layer = match &self.lent {
+                None => &self.layers[i],
+                Some(source) => match source.layer(&self.config, i) {
+                    Some(layer) => {
+                        lent = layer;
+                        &lent
+                    }
+                    // The caller asks for the error.
+                    None => return,
+                },
+            };
             let LayerShape { num_heads, num_kv_heads, .. } = self.config.layer(i);
             workspace.prepare_heads(num_heads, num_kv_heads, self.config.head_dim, tokens);
             let Workspace { x, h, q, k, v, a, y, lse, rstd, ffn: scratch, .. } = &mut *workspace;
@@ -265,7 +304,7 @@ impl CpuInference {
 }
 
 impl Layer {
-    fn build(
+    pub(super) fn build(
         source: &mut dyn Source,
         config: &Config,
         i: usize,

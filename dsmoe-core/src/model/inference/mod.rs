@@ -4,6 +4,7 @@ mod cache;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod lent;
 pub(crate) mod pack;
 mod ragged;
 pub(crate) mod segments;
@@ -22,6 +23,7 @@ use segments::{Alone, places};
 
 use super::arena::Model;
 use super::tensors::{Batch, check_input};
+use super::weights::Weights;
 use crate::accounting::Accounting;
 use crate::config::Config;
 use crate::device::Device;
@@ -85,6 +87,37 @@ impl Inference {
     /// Those of [`Inference::load`] and [`Inference::new_on`].
     pub fn load_on(dir: &Path, precision: Precision, device: Device) -> Result<Inference> {
         pack::of_directory(dir, |parts| Inference::build(parts, precision, device))
+    }
+
+    /// Makes a model for [`Inference::score`] alone, on the host, of `model`, an outline: `weights` lends one unit at a time. The
+    /// embedding and the head are packed here, a layer in every pass that comes to it.
+    ///
+    /// # Errors
+    /// Those of `weights`.
+    pub fn lend(model: &Model, weights: Box<dyn Weights>, precision: Precision) -> Result<Inference> {
+        let backend = Backend::Cpu(Box::new(CpuInference::lend(model, weights, precision)?));
+        Ok(Inference { backend })
+    }
+
+    /// Returns whether layers are lent: processes that lend them to each other run their passes at the same time.
+    pub fn is_lent(&self) -> bool {
+        match &self.backend {
+            Backend::Cpu(model) => model.lent.is_some(),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => false,
+        }
+    }
+
+    /// Takes part in a pass of the others without one of its own, where layers are lent.
+    ///
+    /// # Errors
+    /// Those of the weights that are lent.
+    pub fn pass_on(&self) -> Result<()> {
+        match &self.backend {
+            Backend::Cpu(model) => model.lent.as_ref().map_or(Ok(()), |lent| lent.pass_on()),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => Ok(()),
+        }
     }
 
     fn build(parts: Parts<'_>, precision: Precision, device: Device) -> Result<Inference> {
@@ -198,7 +231,7 @@ impl Inference {
         assert_eq!(losses.len(), batch.inputs.len(), "score: losses and inputs");
         batch.check(self.config())?;
         match &self.backend {
-            Backend::Cpu(model) => model.score(losses, batch, stats, workspace),
+            Backend::Cpu(model) => model.score(losses, batch, stats, workspace)?,
             #[cfg(feature = "cuda")]
             Backend::Cuda(model) => model.score(losses, batch, stats, workspace)?,
         }
