@@ -7,6 +7,8 @@ use dsmoe_kernels::expert_ffn;
 use dsmoe_router::{Pull, Routed, Routing, RoutingStats, SparsityGrad};
 use ndarray::Array2;
 
+use crate::kept::KeptScratch;
+
 /// The memory an FFN works in. One serves all layers; no value in it but `pull` outlives a call.
 #[derive(Debug, Default)]
 pub struct FfnScratch {
@@ -28,6 +30,8 @@ pub struct FfnScratch {
     pub routed: Routed,
     /// To which a backward over gates with thresholds adds, in units of the weight that a layer where all experts have gates gets.
     pub pull: Pull,
+    /// Memory of layers with thresholds of inputs.
+    pub kept: KeptScratch,
 }
 
 /// Statistics to which the routing of one layer is added.

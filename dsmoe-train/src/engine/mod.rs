@@ -20,10 +20,10 @@ use std::borrow::Cow;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use dsmoe_core::model::{Batch, StepArgs};
+use dsmoe_core::model::{Batch, StepArgs, Weights};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::comm::Communicator;
+use dsmoe_kernels::comm::{Communicator, neighbours};
 use dsmoe_router::{LogitCounts, Pull, RoutingStats};
 
 use self::cpu::CpuEngine;
@@ -211,6 +211,11 @@ pub trait Engine: Debug + Send {
         Vec::new()
     }
 
+    /// Lends the parameters for an evaluation, where every process holds its part of them alone.
+    fn lend(&self) -> Option<Box<dyn Weights>> {
+        None
+    }
+
     /// Frees the host memory of the gradients until the next step, for what measures the model meanwhile.
     fn release(&mut self) {}
 }
@@ -227,11 +232,18 @@ pub fn new(
     comm: Arc<dyn Communicator>,
 ) -> Result<Box<dyn Engine>> {
     Ok(match options.device {
-        Device::Cpu => Box::new(CpuEngine::new(model, optimizer, options, comm)),
+        Device::Cpu => {
+            let neighbours = neighbours(&*comm)?;
+            Box::new(CpuEngine::new(model, optimizer, options, (comm, neighbours)))
+        }
         #[cfg(feature = "cuda")]
         Device::Cuda(_) if comm.size() > 1 => {
             let found = format!("a GPU with {} processes", comm.size());
             return Err(Error::field("device", found, "cpu, or one process"));
+        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) if optimizer.freezes() => {
+            return Err(Error::field("train_layers", "set for a GPU", "it with {device} cpu only"));
         }
         #[cfg(feature = "cuda")]
         Device::Cuda(_) if options.lanes > 1 => {

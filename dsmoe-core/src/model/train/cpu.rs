@@ -5,7 +5,7 @@ use std::ops::Range;
 use dsmoe_kernels::{Precision, add, attention, cross_entropy, embedding, linear, rms_norm};
 use dsmoe_router::{Pull, RoutingStats, SparsityGrad};
 
-use super::units::{Grads, Params, Units, Whole};
+use super::units::{Grads, Units, Whole};
 use super::workspace::{LayerActs, NormActs, TrainWorkspace, is_not_finite};
 use super::{StepArgs, StepOutput, Teacher, Teaching, TopRows};
 use crate::error::Result;
@@ -14,6 +14,7 @@ use crate::model::arena::Model;
 use crate::model::block::Block;
 use crate::model::ropes::Turn;
 use crate::model::tensors::{Batch, LayerRanges, attention_dims, in_pool, logits_of};
+use crate::model::weights::Params;
 
 impl Model {
     /// Runs forward and backward over `batch`. Adds to `grads` (laid out as

@@ -9,7 +9,7 @@ mod workspace;
 use dsmoe_kernels::cross_entropy;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::{Pull, SparsityOver};
-pub use units::{Grads, Params, Units, Whole};
+pub use units::{Grads, Units, Whole};
 pub use workspace::TrainWorkspace;
 
 use crate::config::Config;
