@@ -371,7 +371,7 @@ fn an_error_of_one_process_ends_all_with_its_rank() {
 #[test]
 fn a_process_that_exits_or_is_asked_to_end_ends_all() {
     models();
-    let more = "--active-target 0.5 --steps 100000 --deadline 4 --quiet";
+    let more = "--active-target 0.5 --steps 100000 --quiet";
     for launcher in mpi_launchers("a_process_that_exits_or_is_asked_to_end_ends_all") {
         let out = "leaving-rank";
         // One that exits before it joins the others.
@@ -387,7 +387,8 @@ fn a_process_that_exits_or_is_asked_to_end_ends_all() {
         assert!(Command::new("kill").args(["-TERM", &process_of(out, 2)]).status().unwrap().success());
         let began = Instant::now();
         while child.try_wait().unwrap().is_none() {
-            assert!(began.elapsed() < SOON, "{}: they go on", launcher.name);
+            // They save and end; a loaded machine takes its time.
+            assert!(began.elapsed() < 3 * SOON, "{}: they go on", launcher.name);
             std::thread::sleep(Duration::from_millis(20));
         }
         let checkpoints: Vec<String> = checkpoints(out);

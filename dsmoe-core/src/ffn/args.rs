@@ -7,6 +7,8 @@ use dsmoe_kernels::expert_ffn;
 use dsmoe_router::{Routed, Routing, RoutingStats, SparsityGrad};
 use ndarray::Array2;
 
+use crate::kept::KeptScratch;
+
 /// The memory an FFN works in. One serves all layers; no value in it outlives a call.
 #[derive(Debug, Default)]
 pub struct FfnScratch {
@@ -26,6 +28,8 @@ pub struct FfnScratch {
     pub shared: Buf,
     /// Routing of an inference pass.
     pub routed: Routed,
+    /// Memory of layers with thresholds of inputs.
+    pub kept: KeptScratch,
 }
 
 /// Statistics to which the routing of one layer is added.

@@ -189,6 +189,7 @@ impl Engine for CpuEngine {
             if let Some(masks) = model.masks() {
                 masks.apply(&mut self.grads, &self.layout);
             }
+            self.optimizer.drop_frozen(&mut self.grads, &self.layout);
             self.reduce(step)?;
             self.squares.compute(&self.grads);
         } else {

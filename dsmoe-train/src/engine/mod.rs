@@ -237,6 +237,10 @@ pub fn new(
             return Err(Error::field("device", found, "cpu, or one process"));
         }
         #[cfg(feature = "cuda")]
+        Device::Cuda(_) if optimizer.freezes() => {
+            return Err(Error::field("train_layers", "set for a GPU", "it with {device} cpu only"));
+        }
+        #[cfg(feature = "cuda")]
         Device::Cuda(_) if options.lanes > 1 => {
             return Err(Error::field("lanes", options.lanes, "1 on a GPU, and a larger {accumulate}"));
         }
