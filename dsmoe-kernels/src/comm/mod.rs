@@ -14,6 +14,7 @@ mod error;
 mod launch;
 #[cfg(all(feature = "mpi", unix, target_endian = "little", target_pointer_width = "64"))]
 mod mpi;
+mod settings;
 mod start;
 mod tcp;
 pub mod threads;
@@ -25,6 +26,7 @@ pub use alone::{Alone, alone};
 pub use communicator::{Communicator, Place};
 pub use error::{CommError, Result};
 pub use launch::{Launch, Launcher};
-pub use start::{Engine, MpiLibrary, Settings, find_mpi, start};
+pub use settings::Settings;
+pub use start::{Engine, MpiLibrary, find_mpi, start};
 pub use tree::Tree;
 pub use what::What;

@@ -1,13 +1,13 @@
 //! The start of an engine.
 
-use std::time::Duration;
-
 use super::alone::Alone;
 use super::communicator::Communicator;
-use super::error::{CommError, Result};
+#[cfg(not(all(feature = "mpi", unix, target_endian = "little", target_pointer_width = "64")))]
+use super::error::CommError;
+use super::error::Result;
 use super::launch::{Launch, Launcher};
+use super::settings::Settings;
 use super::tcp::Tcp;
-use super::what::What;
 
 /// The engine that moves bytes between processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,30 +21,6 @@ pub enum Engine {
     Mpi,
     /// TCP, by the variables of `torchrun`.
     Tcp,
-}
-
-/// Settings of an engine.
-#[derive(Clone, Copy, Debug)]
-pub struct Settings {
-    /// How long a call of a step may take. Calls outside of steps, where processes load models and write files, may take
-    /// [`Settings::OUTSIDE`] times as long.
-    pub deadline: Duration,
-    /// Reports an error after which the engine may still use memory of the failed call, so that it ends all processes
-    /// instead of returning.
-    pub last_words: fn(&CommError),
-}
-
-impl Settings {
-    /// The deadline that suits most runs.
-    pub const DEADLINE: Duration = Duration::from_secs(600);
-
-    /// The factor of the deadline of calls outside of steps.
-    pub const OUTSIDE: u32 = 3;
-
-    /// Returns how long a call that moves `of` may take.
-    pub fn deadline_of(&self, of: What) -> Duration {
-        self.deadline.saturating_mul(if of.step.is_some() { 1 } else { Settings::OUTSIDE })
-    }
 }
 
 /// Starts `engine`. Call it once, before threads are started, and drop the communicator in the same thread.

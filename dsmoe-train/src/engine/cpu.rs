@@ -9,7 +9,7 @@ use dsmoe_core::params::{Entry, Layout};
 use dsmoe_core::shard::{Shards, Staging};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::comm::{Communicator, Tree, What};
-use dsmoe_router::{LogitCounts, RoutingStats};
+use dsmoe_router::{LogitCounts, Pull, RoutingStats};
 
 use super::parts::{Gathered, Lent, Parts};
 use super::report::{All, Exchange, Own, Record};
@@ -43,6 +43,8 @@ pub(super) struct CpuEngine {
     step: u64,
     /// The micro-batches of this process so far.
     records: Vec<Record>,
+    /// That of the last micro-batch.
+    pull: Pull,
     non_finite: Option<String>,
     /// The micro-batches of the step, in all processes.
     micro_batches: u64,
@@ -81,6 +83,7 @@ impl CpuEngine {
             lane_done: 0,
             step: 0,
             records: Vec::new(),
+            pull: Pull::default(),
             non_finite: None,
             micro_batches: 1,
             squares: Squares::new(&layout, &shards, comm.rank()),
@@ -160,6 +163,7 @@ impl Engine for CpuEngine {
         if let (Some(sum), Some(part)) = (&mut self.stats, self.workspace.stats()) {
             sum.merge(part);
         }
+        self.pull = output.pull;
         self.non_finite = output.non_finite;
         Ok(output.went_back)
     }
@@ -189,6 +193,7 @@ impl Engine for CpuEngine {
             if let Some(masks) = model.masks() {
                 masks.apply(&mut self.grads, &self.layout);
             }
+            self.optimizer.drop_frozen(&mut self.grads, &self.layout);
             self.reduce(step)?;
             self.squares.compute(&self.grads);
         } else {
@@ -279,6 +284,10 @@ impl Engine for CpuEngine {
 
     fn logits(&self) -> Option<&LogitCounts> {
         self.workspace.stats().and_then(RoutingStats::logits)
+    }
+
+    fn pull(&self) -> Pull {
+        self.pull
     }
 
     fn set_teacher(&mut self, lessons: Lessons) -> Result<()> {

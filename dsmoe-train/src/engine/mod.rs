@@ -24,7 +24,7 @@ use dsmoe_core::model::{Batch, StepArgs, Weights};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::comm::{Communicator, neighbours};
-use dsmoe_router::{LogitCounts, RoutingStats};
+use dsmoe_router::{LogitCounts, Pull, RoutingStats};
 
 use self::cpu::CpuEngine;
 #[cfg(feature = "cuda")]
@@ -193,6 +193,11 @@ pub trait Engine: Debug + Send {
     /// Returns the router logits of the last micro-batch; none unless they are counted.
     fn logits(&self) -> Option<&LogitCounts>;
 
+    /// Returns what the last micro-batch did to the gates as a whole; 0 where the device does not tell.
+    fn pull(&self) -> Pull {
+        Pull::default()
+    }
+
     /// Makes all further steps learn from a teacher too.
     ///
     /// # Errors
@@ -235,6 +240,10 @@ pub fn new(
         Device::Cuda(_) if comm.size() > 1 => {
             let found = format!("a GPU with {} processes", comm.size());
             return Err(Error::field("device", found, "cpu, or one process"));
+        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) if optimizer.freezes() => {
+            return Err(Error::field("train_layers", "set for a GPU", "it with {device} cpu only"));
         }
         #[cfg(feature = "cuda")]
         Device::Cuda(_) if options.lanes > 1 => {

@@ -10,11 +10,12 @@ use half::slice::HalfFloatSliceExt;
 
 use super::cache::Cache;
 use super::lent::{Lent, OfUnits};
-use super::pack::{Embedding, Layer, Parts, Source, fill, optional, pack, vector};
+use super::pack::{Embedding, Layer, Parts, Source, fill, linears, optional, pack, vector};
 use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
 use crate::error::{Error, Result};
-use crate::ffn::{Ffn, FfnInference, FfnScratch, Record, RouterBound};
+use crate::ffn::{Ffn, FfnInference, FfnScratch, Gated, Record, RouterBound, kept};
+use crate::kept::{KeptScratch, LinearsForward, UsedWeights};
 use crate::model::arena::Model;
 use crate::model::block::Block;
 use crate::model::ropes::{Ropes, Turn};
@@ -59,6 +60,11 @@ pub struct Workspace {
 }
 
 impl Workspace {
+    /// Returns the weights that tokens have used in a model with thresholds, and forgets them.
+    pub fn take_used(&mut self) -> UsedWeights {
+        std::mem::take(&mut self.ffn.kept.used)
+    }
+
     fn prepare(&mut self, config: &Config, tokens: usize) {
         for buf in [&mut self.x, &mut self.h, &mut self.y] {
             buf.resize(tokens * config.hidden);
@@ -268,6 +274,9 @@ impl CpuInference {
     ) {
         let (tokens, block) = (ids.len(), Block::of(&self.config));
         workspace.prepare(&self.config, tokens);
+        if let Some(layers) = &self.config.thresholds {
+            workspace.ffn.kept.used.begin(layers.len(), tokens);
+        }
         self.embedding.rows(&mut workspace.x, ids, &self.head);
         scale(&mut workspace.x, self.config.architecture.embed_scale);
         for i in 0..self.config.num_layers {
@@ -287,11 +296,10 @@ impl CpuInference {
             workspace.prepare_heads(num_heads, num_kv_heads, self.config.head_dim, tokens);
             let Workspace { x, h, q, k, v, a, y, lse, rstd, ffn: scratch, .. } = &mut *workspace;
             let input = block.input(layer.before_attention.as_deref(), h, rstd, x);
-            layer.project([&mut *q, &mut *k, &mut *v], input, tokens);
+            layer.project([&mut *q, &mut *k, &mut *v], input, tokens, &mut scratch.kept);
             layer.norm_heads(block, [&mut *q, &mut *k], lse);
             attend(i, Heads { a, lse, q, k, v });
-            let bias = layer.o_bias.as_deref();
-            linear::ForwardPacked { y, x: a, w: &layer.o, bias, rows: tokens }.run();
+            layer.output(y, a, tokens, &mut scratch.kept);
             block.join(x, y, layer.after_attention.as_deref(), h, rstd);
             let input = block.input(layer.before_ffn.as_deref(), h, rstd, x);
             let record = stats.as_deref_mut().map(|stats| Record { stats, layer: i });
@@ -312,6 +320,7 @@ impl Layer {
         precision: Precision,
     ) -> Result<Layer> {
         let hidden = config.hidden;
+        let thresholds = config.thresholds.as_ref().map(|layers| &layers[i]);
         let [q_width, kv_width] = config.attention_widths(i);
         let qkv_bias = match &ranges.qkv_bias {
             Some(range) => {
@@ -327,30 +336,42 @@ impl Layer {
         };
         Ok(Layer {
             before_attention: optional(source, ranges.before_attention.as_ref())?,
-            q: pack(source, &ranges.q, hidden, precision)?,
-            k: pack(source, &ranges.k, hidden, precision)?,
-            v: pack(source, &ranges.v, hidden, precision)?,
-            o: pack(source, &ranges.o, q_width, precision)?,
+            qkv: linears(source, [&ranges.q, &ranges.k, &ranges.v], hidden, precision, (0, i, thresholds))?,
+            o: linears(source, [&ranges.o], q_width, precision, (1, i, thresholds))?,
             qkv_bias,
             o_bias: optional(source, ranges.o_bias.as_ref())?,
             qk_norm,
             after_attention: optional(source, ranges.after_attention.as_ref())?,
             before_ffn: optional(source, ranges.before_ffn.as_ref())?,
-            ffn: ffn.pack(source.part(&ranges.ffn)?, precision),
+            ffn: match thresholds {
+                None => ffn.pack(source.part(&ranges.ffn)?, precision),
+                Some(thresholds) => {
+                    let (gated, params) = (Gated::of_layer(config, i), source.part(&ranges.ffn)?);
+                    kept::pack(gated, (i, thresholds), params, precision)
+                }
+            },
             after_ffn: optional(source, ranges.after_ffn.as_ref())?,
         })
     }
 
     /// Sets queries, keys and values from attention's input.
-    fn project(&self, outputs: [&mut Buf; 3], x: &[f32], rows: usize) {
+    fn project(&self, outputs: [&mut Buf; 3], x: &[f32], rows: usize, scratch: &mut KeptScratch) {
         let bias = |i: usize| self.qkv_bias.as_ref().map(|biases| &biases[i][..]);
-        let (ys, ws) = (outputs.map(|y| &mut **y), [&self.q, &self.k, &self.v]);
-        linear::ForwardPackedEach { ys, x, ws, biases: [bias(0), bias(1), bias(2)], rows }.run();
+        let (ys, biases) = (outputs.map(|y| &mut **y), [bias(0), bias(1), bias(2)]);
+        let KeptScratch { ops, used, .. } = scratch;
+        self.qkv.forward(LinearsForward { ys, x, biases, rows, ops, used });
+    }
+
+    /// Sets attention's output from the heads'.
+    fn output(&self, y: &mut [f32], x: &[f32], rows: usize, scratch: &mut KeptScratch) {
+        let KeptScratch { ops, used, .. } = scratch;
+        let biases = [self.o_bias.as_deref()];
+        self.o.forward(LinearsForward { ys: [y], x, biases, rows, ops, used });
     }
 
     /// Norms queries and keys, where the family does.
     fn norm_heads(&self, block: Block, rows: [&mut Buf; 2], scratch: &mut Buf) {
-        let widths = [self.q.outputs(), self.k.outputs()];
+        let widths = [self.qkv.outputs(0), self.qkv.outputs(1)];
         for ((x, weight), width) in rows.into_iter().zip(self.qk_norm.iter().flatten()).zip(widths) {
             block.norm_heads(x, width, weight, scratch);
         }

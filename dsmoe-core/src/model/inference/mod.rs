@@ -29,6 +29,7 @@ use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ffn::RouterBound;
+use crate::kept::LayerThresholds;
 
 /// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
@@ -59,6 +60,26 @@ impl Inference {
     /// Packs the weights of `model` for the host, rounded where the precision is bf16.
     pub fn new(model: &Model, precision: Precision) -> Inference {
         let packed = pack::of_model(model, |parts| Inference::build(parts, precision, Device::Cpu));
+        packed.expect("reading an arena does not fail")
+    }
+
+    /// Packs the weights of `model` for the host, skipping inputs that do not exceed `thresholds`, one entry for each layer.
+    ///
+    /// # Panics
+    /// There are not as many entries as layers, or the model has experts.
+    pub fn with_thresholds(
+        model: &Model,
+        thresholds: Vec<LayerThresholds>,
+        precision: Precision,
+    ) -> Inference {
+        assert!(model.config().is_dense(), "inference: thresholds of a model with experts");
+        assert_eq!(thresholds.len(), model.config().num_layers, "inference: thresholds and layers");
+        let packed = pack::of_model(model, |parts| {
+            let mut config = parts.config;
+            config.thresholds = Some(thresholds);
+            let accounting = Accounting::of(&config);
+            Inference::build(Parts { config, accounting, ..parts }, precision, Device::Cpu)
+        });
         packed.expect("reading an arena does not fail")
     }
 

@@ -5,7 +5,6 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use super::super::communicator::Place;
-use super::hash;
 
 /// The first bytes of every connection.
 const MAGIC: [u8; 8] = *b"dsmoe 1\n";
@@ -260,6 +259,13 @@ fn machine() -> u64 {
     let files = ["/proc/sys/kernel/random/boot_id", "/proc/sys/kernel/hostname", "/etc/hostname"];
     let text = files.iter().find_map(|file| std::fs::read(file).ok());
     hash(&text.unwrap_or_default())
+}
+
+/// FNV-1a.
+pub(super) fn hash(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// The place of `rank`; machines are numbered in the order of their first processes.

@@ -10,10 +10,10 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use self::meet::Start;
+use self::meet::{Start, hash};
 use super::communicator::{Communicator, Place, check_all_gather, check_all_to_all};
 use super::error::{CommError, Result};
-use super::start::Settings;
+use super::settings::Settings;
 use super::what::What;
 
 /// How long a call asks again and again before its thread sleeps between questions.
@@ -198,15 +198,9 @@ impl Tcp {
     }
 }
 
-/// A number that tells calls apart (FNV-1a).
+/// A number that tells calls apart.
 fn call_of(call: &str, of: What) -> u64 {
     hash(format!("{call} {of}").as_bytes())
-}
-
-fn hash(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 impl Communicator for Tcp {
