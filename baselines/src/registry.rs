@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::method::Method;
 use crate::{
     cmoe, controls, depth, dsmoe, llama_moe, llm_pruner, moefication, neurons, random_k, sparse, surgery,
+    thresholds,
 };
 
 /// Lists all methods.
@@ -18,6 +19,7 @@ pub fn methods() -> &'static [&'static dyn Method] {
         &sparse::SPARSEGPT,
         &sparse::WANDA,
         &sparse::MAGNITUDE,
+        &thresholds::THRESHOLDS,
         &llama_moe::LLAMA_MOE,
         &moefication::MOEFICATION,
         &cmoe::CMOE,

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_kernels::comm::{Alone, Communicator};
-use dsmoe_train::eval::{Domain, DomainReport, EvalOptions, EvalReport, evaluate_domains_on};
+use dsmoe_train::eval::{Domain, DomainReport, EvalOptions, EvalReport, UsedShares, evaluate_domains_on};
 
 use crate::format::{self, Table};
 use crate::progress::{Progress, Unit};
@@ -47,4 +47,11 @@ pub(crate) fn domain_table(domains: &[DomainReport]) -> String {
         ]);
     }
     table.show()
+}
+
+/// Words the shares of weights that a token uses.
+pub(crate) fn used_weights(used: &UsedShares) -> String {
+    let UsedShares { attention, heads, ffn, neurons, all } = *used;
+    let [attention, heads, ffn, neurons, all] = [attention, heads, ffn, neurons, all].map(format::percent);
+    format!("{all} of the linears'; q, k, v {attention}, o {heads}, gate and up {ffn}, down {neurons}")
 }

@@ -25,6 +25,9 @@ use crate::interrupts::STOP;
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
+/// Memory of a tokenizer per token of its vocabulary, as measured; most of it while its file is read.
+const TOKENIZER_BYTES: u64 = 1700;
+
 /// One use of memory.
 #[derive(Debug, Serialize)]
 pub(crate) struct MemoryUse {
@@ -157,6 +160,7 @@ pub(crate) fn memory_plan(
     let mut uses: Vec<MemoryUse> = parts.collect();
     // A token of text is about four bytes, and four bytes as a number.
     uses.push(memory("  text", data_bytes));
+    uses.push(memory("  tokenizer", TOKENIZER_BYTES * model.vocab_size as u64));
     let packed = Accounting::of(model).total * if config.dtype == Precision::F32 { 4 } else { 2 };
     if config.valid_fraction > 0.0 && packed > gradients {
         uses.push(memory("  evaluation", packed - gradients));

@@ -5,7 +5,7 @@
 //! embedding  = vocab d (twice when untied)                      norms = those of the layers, of heads, and the last
 //! total      = attention + ffn + router + embedding + norms + biases (of q, k, v, o and down)
 //! activated  = attention + embedding + norms + biases + (ffn - shared) k / n + shared + router, of masked matrices the
-//!              kept weights; shared are experts that every token runs beside those that it is routed to
+//!              kept weights, of those with thresholds the used ones; shared are experts that every token runs beside those that it is routed to
 //! flops      = 2 (activated matrix weights, head included, embedding excluded) + sum over layers of 4 H hd context
 //! ```
 //!
@@ -16,6 +16,7 @@
 
 use crate::config::{Config, Norms};
 use crate::ffn;
+use crate::kept::LINEARS;
 use crate::masks::Masks;
 
 /// Parameter counts of a model.
@@ -55,7 +56,7 @@ pub struct Accounting {
     windowed: (u64, u64),
     /// Weights of experts that every token runs beside those that it is routed to, which are in `ffn`.
     shared: u64,
-    /// Masked weights of attention and of FFNs.
+    /// Weights of attention and of FFNs that are masked, or that a token skips by thresholds, mean over tokens.
     pruned_attention: u64,
     pruned_ffn: u64,
 }
@@ -100,7 +101,7 @@ impl Accounting {
         let head = wide(config.vocab_size) * hidden;
         let embedding = if config.tie_word_embeddings { head } else { 2 * head };
         let non_ffn = attention + embedding + norms + biases;
-        Accounting {
+        let counts = Accounting {
             num_layers: wide(config.num_layers),
             num_experts: mean_experts(config),
             fixed_active: config.fixed_active(),
@@ -120,7 +121,30 @@ impl Accounting {
             shared,
             pruned_attention: 0,
             pruned_ffn: 0,
+        };
+        match &config.thresholds {
+            None => counts,
+            Some(layers) => {
+                let used: Vec<_> = layers.iter().map(|layer| layer.used).collect();
+                counts.with_used(config, &used)
+            }
         }
+    }
+
+    /// Returns the counts with shares of the weights of every layer's linears used by a token: q, k, v, o, gate, up and down.
+    ///
+    /// # Panics
+    /// There are not as many layers.
+    pub fn with_used(self, config: &Config, used: &[[f64; LINEARS]]) -> Accounting {
+        assert_eq!(used.len(), config.num_layers, "accounting: layers of shares");
+        let mut skipped = [0.0; 2];
+        for (layer, used) in used.iter().enumerate() {
+            for (i, (weights, used)) in config.linear_weights(layer).into_iter().zip(used).enumerate() {
+                skipped[usize::from(i > 3)] += weights as f64 * (1.0 - used);
+            }
+        }
+        let [pruned_attention, pruned_ffn] = skipped.map(|weights| weights.round() as u64);
+        Accounting { pruned_attention, pruned_ffn, ..self }
     }
 
     /// Returns the counts with linears masked: pruned weights are stored, but neither activated nor multiplied.

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::comm::{Communicator, What, alone};
 use dsmoe_kernels::matmul::{Mat, Packed};
-use dsmoe_kernels::{Precision, add, attention, linear, swiglu};
+use dsmoe_kernels::{Precision, add, attention, kept, linear, swiglu};
 
 use crate::checkpoint::{
     Checkpoint, EMBEDDING, LayerNorm, LlamaTensors, WeightReader, attention_name, check_llama_tensors,
@@ -31,6 +31,7 @@ use crate::checkpoint::{
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result};
 use crate::ffn::OUTPUT_BIAS;
+use crate::kept::LayerThresholds;
 use crate::model::block::Block;
 use crate::model::ropes::{Ropes, Turn};
 use crate::model::tensors::{attention_dims, check_input, in_pool};
@@ -127,6 +128,8 @@ pub struct LayerWeights {
     pub qk_norms: Option<[Buf; 2]>,
     /// q, k, v, o, gate, up, down.
     pub linears: [Linear; 7],
+    /// What the inputs of the linears have to exceed; none multiplies all.
+    pub thresholds: Option<LayerThresholds>,
 }
 
 /// Activations of one sequence.
@@ -215,7 +218,7 @@ impl LayerStream {
             return Err(Error::field(
                 &dir.join(CONFIG_FILE),
                 "model_type",
-                "is of a model with experts",
+                "is of a model with experts or thresholds",
                 help,
             ));
         }
@@ -344,7 +347,7 @@ impl LayerStream {
             linears.push(Linear { name, outputs, inputs, input, weight, bias });
         }
         let linears = linears.try_into().expect("seven projections");
-        Ok(LayerWeights { layer: i, norms, qk_norms, linears })
+        Ok(LayerWeights { layer: i, norms, qk_norms, linears, thresholds: None })
     }
 
     /// Runs all sequences through a layer of these weights and shows `tap` what its linears read, sequence by sequence
@@ -383,6 +386,28 @@ impl LayerStream {
     /// The weights are not of this model.
     pub fn advance(&mut self, weights: &LayerWeights) -> Result<()> {
         self.run(weights, None, true)
+    }
+
+    /// Shows `see` the outputs `[seq, hidden]` of a layer of these weights for the sequences that `is_seen` names. The states
+    /// stay.
+    ///
+    /// # Panics
+    /// The weights are not of this model.
+    pub fn outputs_of(
+        &mut self,
+        weights: &LayerWeights,
+        is_seen: &(dyn Fn(usize) -> bool + Sync),
+        see: &mut (dyn FnMut(usize, &[f32]) + Send),
+    ) {
+        let LayerStream { config, ropes, precision, seq, states, scratch, .. } = self;
+        let len = (*seq * config.hidden).max(1);
+        in_pool(|| {
+            let layer = Ready::new(weights, 0..7, *precision);
+            for (sequence, states) in states.chunks_exact(len).enumerate().filter(|(i, _)| is_seen(*i)) {
+                scratch.layer(states, &layer, config, ropes, &mut |_, _, _| {});
+                see(sequence, &scratch.x);
+            }
+        });
     }
 
     /// Adds the attention of a layer to the states. The FFN of the layer is then due: [`LayerStream::see_ffn`] and
@@ -720,7 +745,14 @@ impl<'a> Ready<'a> {
         let Some(w) = &self.packed[i] else { unreachable!("calibrate: linear {i} is not packed") };
         let rows = x.len() / inputs;
         y.resize(rows * outputs);
-        linear::ForwardPacked { y, x, w, bias: bias.as_deref(), rows }.run();
+        let threshold = self.weights.thresholds.map_or(0.0, |thresholds| thresholds.inputs[i]);
+        if threshold > 0.0 {
+            let mut masked = Buf::zeros(x.len());
+            kept::mask(&mut masked, x, threshold);
+            linear::ForwardPacked { y, x: &masked, w, bias: bias.as_deref(), rows }.run();
+        } else {
+            linear::ForwardPacked { y, x, w, bias: bias.as_deref(), rows }.run();
+        }
     }
 }
 
@@ -809,6 +841,15 @@ impl Scratch {
         neurons.resize(gate.len());
         let activation = config.architecture.activation;
         swiglu::Forward { c: neurons, a: gate, b: up, activation }.run();
+        let threshold = layer.weights.thresholds.map_or(0.0, |thresholds| thresholds.gate);
+        if threshold > 0.0 {
+            // The gate by itself: times 1.
+            let mut values = Buf::zeros(gate.len());
+            up.fill(1.0);
+            swiglu::Forward { c: &mut values, a: gate, b: up, activation }.run();
+            let skipped = neurons.iter_mut().zip(&values[..]).filter(|(_, gate)| gate.abs() <= threshold);
+            skipped.for_each(|(neuron, _)| *neuron = 0.0);
+        }
     }
 
     /// Sets `self.x` to one sequence of `states` `[seq, hidden]` and the layer's attention to it.

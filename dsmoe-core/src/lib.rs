@@ -21,6 +21,7 @@ pub mod gguf;
 pub mod gram;
 pub mod init;
 mod json;
+pub mod kept;
 pub mod masks;
 pub mod model;
 pub mod params;

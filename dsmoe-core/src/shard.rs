@@ -27,6 +27,8 @@ pub struct Shards {
     units: Vec<Range<usize>>,
     size: usize,
     bucket: usize,
+    /// So many processes with neighbouring ranks add up first.
+    neighbours: usize,
 }
 
 /// Memory of what is sent and received.
@@ -57,7 +59,18 @@ impl Shards {
             unit.end = end;
             end = unit.start;
         }
-        Shards { units, size, bucket: BUCKET }
+        Shards { units, size, bucket: BUCKET, neighbours: 1 }
+    }
+
+    /// Makes sums in two stages: first of `neighbours` processes with neighbouring ranks, as of one machine, then of such
+    /// groups. The bits are those of one stage, and each process sends to others than its neighbours what one of them would.
+    ///
+    /// # Panics
+    /// The number is no power of two or does not divide that of the processes: groups would be no nodes of the tree.
+    pub fn in_two_stages(self, neighbours: usize) -> Shards {
+        let fits = neighbours.is_power_of_two() && self.size.is_multiple_of(neighbours);
+        assert!(fits, "shards: groups of {neighbours} of {} processes", self.size);
+        Shards { neighbours, ..self }
     }
 
     /// Returns the ranges of the units, in arena order.
@@ -128,27 +141,56 @@ impl Shards {
         if let (1, Some(own)) = (self.size, &mut own) {
             own.copy_from_slice(grads);
         }
-        let Staging { send, recv } = staging;
+        let stages = self.stages(comm.rank());
         self.buckets(comm, unit, |cut, part| {
-            let mut filled = 0;
-            send.resize(cut.iter().map(|piece| piece.len()).sum());
-            for piece in cut {
-                send[filled..filled + piece.len()].copy_from_slice(&grads[piece.clone()]);
-                filled += piece.len();
+            for (number, stage) in stages.iter().enumerate() {
+                // What was summed up before lies in the order of the owners that it is for.
+                let owners = stage.iter().flat_map(|(_, owners)| owners);
+                let Staging { send, recv } = &mut *staging;
+                send.resize(owners.clone().map(|&owner| cut[owner].len()).sum());
+                let mut filled = 0;
+                for &owner in owners {
+                    let to = &mut send[filled..filled + cut[owner].len()];
+                    match number {
+                        0 => to.copy_from_slice(&grads[cut[owner].clone()]),
+                        _ => to.copy_from_slice(&recv[filled..filled + cut[owner].len()]),
+                    }
+                    filled += cut[owner].len();
+                }
+                let len = |owners: &[usize]| owners.iter().map(|&owner| cut[owner].len()).sum::<usize>();
+                let own = stage.iter().find(|(rank, _)| *rank == comm.rank());
+                let own = own.map_or(0, |(_, owners)| len(owners));
+                let [mut sent, mut received] = [(); 2].map(|()| vec![0; self.size]);
+                for (rank, owners) in stage {
+                    (sent[*rank], received[*rank]) = (size_of::<f32>() * len(owners), size_of::<f32>() * own);
+                }
+                recv.resize(own * stage.len());
+                let (from, to) = (bytemuck::cast_slice(send), bytemuck::cast_slice_mut(recv));
+                comm.all_to_all(of.unit(unit), from, &sent, to, &received)?;
+                sum_parts(recv, own);
             }
-            recv.resize(part.len() * self.size);
-            let sent: Vec<usize> = cut.iter().map(|piece| size_of::<f32>() * piece.len()).collect();
-            let received = vec![size_of::<f32>() * part.len(); self.size];
-            let (from, to) = (bytemuck::cast_slice(send), bytemuck::cast_slice_mut(recv));
-            comm.all_to_all(of.unit(unit), from, &sent, to, &received)?;
-            sum_parts(recv, part.len());
             let to = match &mut own {
                 Some(own) => &mut own[part.start - piece.start..part.end - piece.start],
                 None => &mut grads[part.clone()],
             };
-            to.copy_from_slice(&recv[..part.len()]);
+            to.copy_from_slice(&staging.recv[..part.len()]);
             Ok(())
         })
+    }
+
+    /// Returns the stages of a sum in process `rank`: the processes that take part, this one among them, in order of ranks, and
+    /// for each the owners that it gets this process's sums for, in order too.
+    fn stages(&self, rank: usize) -> Vec<Vec<(usize, Vec<usize>)>> {
+        let each = |ranks: Vec<usize>| ranks.into_iter().map(|rank| (rank, vec![rank])).collect();
+        if self.neighbours == 1 || self.neighbours == self.size {
+            return vec![each((0..self.size).collect())];
+        }
+        // The processes of the same place in all groups.
+        let alike = |place: usize| (place..self.size).step_by(self.neighbours).collect::<Vec<_>>();
+        let first = rank - rank % self.neighbours;
+        let group = first..first + self.neighbours;
+        let in_group = group.map(|other| (other, alike(other - first))).collect();
+        vec![in_group, each(alike(rank - first))]
     }
 
     /// Sets `values` to unit `unit`, all pieces of which come from their owners: `own`, or without it the own piece of
@@ -300,13 +342,16 @@ mod tests {
     fn reduced_and_gathered_is_the_sum_along_the_tree() {
         let layout = layout(&[200_000, 70_000]);
         let leaf = |rank: usize| normals(layout.len(), rank as u64 + 1);
-        for (size, bucket) in [(1, BUCKET), (2, BUCKET), (3, 50_000), (4, BUCKET), (4, 10_001)] {
+        let one_stage = [(1, BUCKET, 1), (2, BUCKET, 1), (3, 50_000, 1), (4, BUCKET, 1), (4, 10_001, 1)];
+        let two_stages =
+            [(4, BUCKET, 2), (4, 10_001, 2), (4, BUCKET, 4), (6, BUCKET, 2), (8, 30_000, 4), (8, 30_000, 2)];
+        for (size, bucket, neighbours) in one_stage.into_iter().chain(two_stages) {
             let mut want: Vec<f32> = (0..size).flat_map(leaf).collect();
             sum_parts(&mut want, layout.len());
             want.truncate(layout.len());
             for apart in [false, true] {
                 let results = on_threads(size, |comm| {
-                    let shards = Shards { bucket, ..Shards::new(&layout, size) };
+                    let shards = Shards { bucket, ..Shards::new(&layout, size).in_two_stages(neighbours) };
                     let (mut values, mut staging) = (leaf(comm.rank()), Staging::default());
                     let mut own = vec![0.0; shards.owned(comm.rank()).iter().map(|range| range.len()).sum()];
                     for (number, unit) in shards.units().iter().enumerate() {
@@ -329,10 +374,8 @@ mod tests {
                     }
                     values
                 });
-                assert!(
-                    results.iter().all(|values| values == &want),
-                    "{size} processes, buckets of {bucket}"
-                );
+                let case = format!("{size} processes in groups of {neighbours}, buckets of {bucket}");
+                assert!(results.iter().all(|values| values == &want), "{case}");
             }
         }
     }

@@ -59,10 +59,36 @@ impl Routed {
         logits: ArrayView2<'_, f32>,
     ) {
         let centre = if config.gate_value == GateValue::Binary { centre } else { 0.0 };
+        self.set_gates(centre, logits);
+        self.open(config, bar, logits);
+    }
+
+    /// Does as [`Routed::rebuild_above`] for a pass without a backward: binary gates, which only that needs, are not computed.
+    ///
+    /// # Panics
+    /// Those of [`route`].
+    pub fn rebuild_for_inference(
+        &mut self,
+        config: &RouterConfig,
+        bar: Option<f32>,
+        logits: ArrayView2<'_, f32>,
+    ) {
+        match config.gate_value {
+            GateValue::Sigmoid => self.set_gates(0.0, logits),
+            GateValue::Binary => assign(&mut self.gates, std::iter::empty(), (0, 0)),
+        }
+        self.open(config, bar, logits);
+    }
+
+    fn set_gates(&mut self, centre: f32, logits: ArrayView2<'_, f32>) {
+        assign(&mut self.gates, logits.iter().map(|&z| 1.0 / (1.0 + (centre - z).exp())), logits.dim());
+    }
+
+    /// Sets all but the gates.
+    fn open(&mut self, config: &RouterConfig, bar: Option<f32>, logits: ArrayView2<'_, f32>) {
         let Routed { logits: z, gates, mask, routing } = self;
         assert_eq!(logits.ncols(), config.num_experts, "route: logits {:?} for {config:?}", logits.dim());
         assign(z, logits.iter().copied(), logits.dim());
-        assign(gates, logits.iter().map(|&z| 1.0 / (1.0 + (centre - z).exp())), logits.dim());
         assign(mask, logits.iter().map(|&z| bar.is_none_or(|bar| z > bar)), logits.dim());
         if config.zero_active == ZeroActive::ForceArgmax {
             let shut = z.outer_iter().zip(mask.outer_iter_mut()).filter(|(_, mask)| !mask.iter().any(|m| *m));

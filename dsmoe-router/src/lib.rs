@@ -27,6 +27,6 @@ pub use error::{Error, Result};
 pub use gate::{Routed, route};
 pub use init::{RouterInit, RouterValues, router_weights};
 pub use routing::Routing;
-pub use sparsity::{SparsityGrad, SparsityOver};
+pub use sparsity::{Pull, SparsityGrad, SparsityOver};
 pub use stats::{RoutingStats, RoutingSummary};
 pub use thresholds::{Knot, ThresholdController};

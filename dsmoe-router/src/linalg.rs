@@ -1,20 +1,92 @@
-//! The factorisations behind ridge regression and second-order pruning: Cholesky factors, and their triangular inverses.
+//! The factorisations behind ridge regression and second-order pruning: Cholesky factors, and their triangular inverses; and
+//! eigenvectors of symmetric matrices.
 //!
 //! ```text
 //! J H J = C C^T            J reverses the order of rows or columns
 //! R = J C^-1 J             upper triangular, R^T R = (J C C^T J)^-1 = H^-1
+//! H = U diag(s) U^T        s descending; the largest entry of every column of U is positive
 //! ```
 
+use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
 use faer::linalg::cholesky::llt::solve::{solve_in_place, solve_in_place_scratch};
+use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_scratch};
+use faer::linalg::matmul::matmul;
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::prelude::{Reborrow, ReborrowMut};
-use faer::{MatMut, Par};
+use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 /// A matrix has no Cholesky factor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotPositiveDefinite;
+
+/// A matrix has no eigenvectors: it holds values that are not finite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoEigenvectors;
+
+/// Eigenvalues of a symmetric matrix, descending, and its eigenvectors.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Eigen {
+    /// `[n]`
+    pub values: Vec<f64>,
+    /// U `[n, n]`, row-major: column i belongs to value i.
+    pub vectors: Vec<f64>,
+}
+
+/// Computes the eigenvectors of a symmetric `h` `[n, n]`. Of a column and its opposite the one whose largest entry, the first of
+/// equal ones, is positive is taken.
+///
+/// # Errors
+/// `h` holds values that are not finite.
+///
+/// # Panics
+/// `h` does not hold `n * n` values.
+pub fn symmetric_eigen(h: &[f64], n: usize) -> Result<Eigen, NoEigenvectors> {
+    assert_eq!(h.len(), n * n, "symmetric_eigen: values of an [{n}, {n}] matrix");
+    if !h.iter().all(|x| x.is_finite()) {
+        return Err(NoEigenvectors);
+    }
+    // One thread: the same bits on any number of them.
+    let par = Par::Seq;
+    let (mut u, mut s) = (Mat::<f64>::zeros(n, n), Diag::<f64>::zeros(n));
+    let scratch = self_adjoint_evd_scratch::<f64>(n, ComputeEigenvectors::Yes, par, Default::default());
+    let mut memory = MemBuffer::new(scratch);
+    let stack = MemStack::new(&mut memory);
+    let h = MatRef::from_row_major_slice(h, n, n);
+    self_adjoint_evd(h, s.as_mut(), Some(u.as_mut()), par, stack, Default::default())
+        .map_err(|_| NoEigenvectors)?;
+    // They are found in ascending order.
+    let values = (0..n).rev().map(|i| s.column_vector()[i]).collect();
+    let mut vectors = vec![0.0; n * n];
+    for column in 0..n {
+        let found = u.col(n - 1 - column);
+        let largest =
+            (0..n).fold(0.0f64, |most, i| if found[i].abs() > most.abs() { found[i] } else { most });
+        let sign = if largest < 0.0 { -1.0 } else { 1.0 };
+        for row in 0..n {
+            vectors[row * n + column] = sign * found[row];
+        }
+    }
+    Ok(Eigen { values, vectors })
+}
+
+/// Sets `c` `[m, n]` to `a b`, or adds it, for a `[m, k]` and b `[k, n]`, both row-major. The work is cut by shape.
+///
+/// # Panics
+/// Lengths do not fit.
+pub fn product(c: &mut [f64], a: &[f64], b: &[f64], [m, k, n]: [usize; 3], add: bool) {
+    assert_eq!([c.len(), a.len(), b.len()], [m * n, m * k, k * n], "product: values for {m} x {k} x {n}");
+    if c.is_empty() || k == 0 {
+        if !add {
+            c.fill(0.0);
+        }
+        return;
+    }
+    let (a, b) = (MatRef::from_row_major_slice(a, m, k), MatRef::from_row_major_slice(b, k, n));
+    let c = MatMut::from_row_major_slice_mut(c, m, n);
+    matmul(c, if add { Accum::Add } else { Accum::Replace }, a, b, 1.0, Par::rayon(0));
+}
 
 /// Computes L `[n, n]`, lower triangular and row-major, with `H^-1 = L L^T`, for a symmetric `h` `[n, n]`. R of
 /// `H^-1 = R^T R` is its transpose.
@@ -136,12 +208,44 @@ mod tests {
     }
 
     #[test]
+    fn eigenvectors_of_a_small_matrix_and_of_large_ones() {
+        // [[2, 1], [1, 2]] has 3 with (1, 1) / sqrt 2 and 1 with (1, -1) / sqrt 2.
+        let Eigen { values, vectors } = symmetric_eigen(&[2.0, 1.0, 1.0, 2.0], 2).unwrap();
+        let root = 0.5f64.sqrt();
+        let close = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-12);
+        assert!(close(&values, &[3.0, 1.0]), "{values:?}");
+        assert!(close(&[vectors[0], vectors[2]], &[root, root]), "{vectors:?}");
+        assert!((vectors[1] + vectors[3]).abs() < 1e-12 && vectors[1].abs() - root < 1e-12, "{vectors:?}");
+        assert_eq!(symmetric_eigen(&[f64::NAN], 1), Err(NoEigenvectors));
+        assert_eq!(symmetric_eigen(&[], 0).unwrap(), Eigen { values: vec![], vectors: vec![] });
+        for n in [7, 150] {
+            let h = f64s(&positive(n, 3));
+            let Eigen { values, vectors } = symmetric_eigen(&h, n).unwrap();
+            assert!(values.is_sorted_by(|a, b| a >= b));
+            // U diag(s) U^T
+            let scaled: Vec<f64> = (0..n * n).map(|at| vectors[at] * values[at % n]).collect();
+            let transposed: Vec<f64> = (0..n * n).map(|at| vectors[at % n * n + at / n]).collect();
+            let mut back = vec![1.0; n * n];
+            product(&mut back, &scaled, &transposed, [n; 3], false);
+            assert!(h.iter().zip(&back).all(|(a, b)| (a - b).abs() < 1e-10), "{n}");
+            product(&mut back, &scaled, &transposed, [n; 3], true);
+            assert!(h.iter().zip(&back).all(|(a, b)| (2.0 * a - b).abs() < 1e-10), "{n} added");
+        }
+    }
+
+    #[test]
     fn threads_do_not_show() {
         let (h, right) = (positive(333, 5), normals(333 * 70, 6));
         assert_same_on_threads("solve_positive", || {
             let mut x = right.clone();
             solve_positive(h.clone(), 333, &mut x).unwrap();
             x
+        });
+        let (a, b) = (f64s(&normals(333 * 200, 7)), f64s(&normals(200 * 150, 8)));
+        assert_same_on_threads("product", || {
+            let mut c = vec![0.0; 333 * 150];
+            product(&mut c, &a, &b, [333, 200, 150], false);
+            c
         });
         assert_same_on_threads("inverse_factor", || inverse_factor(h.clone(), 333).unwrap());
     }

@@ -112,6 +112,12 @@ pub fn backward(
     dlogits
 }
 
+/// Returns the sum of the logits' gradients without a sparsity loss, and what each unit of a weight of all gates adds to it.
+pub fn pull(config: &RouterConfig, routed: &RoutedF64, dcoef: &[f64]) -> [f64; 2] {
+    let force = backward(config, routed, dcoef, 0.0, SparsityOver::All).iter().sum();
+    [force, routed.gates.iter().map(|q| q * (1.0 - q)).sum()]
+}
+
 /// Computes the sparsity loss of the layer: mean over tokens and experts of G (`Active`) or q (`All`); 0 without
 /// tokens.
 pub fn sparsity(routed: &RoutedF64, over: SparsityOver) -> f64 {

@@ -70,11 +70,12 @@ impl Routing {
         self.token_offsets.push(0);
         self.offsets.clear();
         self.offsets.resize(num_experts + 1, 0);
+        // Loops over all pairs have no branches: which gates are open cannot be predicted.
         let mut total = 0;
         for row in mask.outer_iter() {
-            for (count, _) in self.offsets[1..].iter_mut().zip(row).filter(|(_, active)| **active) {
-                *count += 1;
-                total += 1;
+            for (count, &active) in self.offsets[1..].iter_mut().zip(row) {
+                *count += usize::from(active);
+                total += usize::from(active);
             }
             self.token_offsets.push(total);
         }
@@ -88,19 +89,29 @@ impl Routing {
         // Room for all pairs: a token with more active experts than any before it allocates nothing.
         self.tokens.reserve(mask.len());
         self.coefficients.reserve(mask.len());
-        self.slots.reserve(mask.len());
+        self.slots.reserve(mask.len() + 1);
         self.tokens.resize(total, 0);
         self.coefficients.resize(total, 0.0);
+        // The place behind the last is written and not used.
+        self.slots.resize(total + 1, 0);
         // `offsets[i]` serves as the next free slot of expert i; afterwards it is the start of expert i + 1.
+        let mut end = 0;
         for (token, row) in mask.outer_iter().enumerate() {
-            for (expert, _) in row.iter().enumerate().filter(|(_, active)| **active) {
+            let start = end;
+            for (expert, &active) in row.iter().enumerate() {
+                self.slots[end] = expert as u32;
+                end += usize::from(active);
+            }
+            for place in &mut self.slots[start..end] {
+                let expert = *place as usize;
                 let slot = self.offsets[expert];
                 self.offsets[expert] += 1;
                 self.tokens[slot] = token as u32;
                 self.coefficients[slot] = coefficient(token, expert);
-                self.slots.push(slot as u32);
+                *place = slot as u32;
             }
         }
+        self.slots.truncate(total);
         self.offsets.copy_within(0..num_experts, 1);
         self.offsets[0] = 0;
         debug_assert!(self.is_consistent());

@@ -4,9 +4,9 @@
 //! Active   L = 1/(T n) sum over tokens and experts of q m      the paper's: G stands in eq. 19, not q
 //! All      L = 1/(T n) sum over tokens and experts of q        the mean gate, which also moves shut gates
 //! ```
-//! [`SparsityOver::Held`] is the gradient of `All` with a weight of the layer's own in addition: the one at which its gates as
-//! a whole are neither opened nor closed. It is for gates whose thresholds hold the share, which a common shift of all logits
-//! would only make move.
+//! Gates whose thresholds hold the share need a further weight of `All`, at which they are neither opened nor closed as a whole:
+//! a common shift of all logits would only make the thresholds move. [`SparsityOver::Held`] adds the weight at which this is true
+//! of one layer; a [`Pull`] over all layers gives one weight for all of them.
 //!
 //! The value is that of the sigmoid gate also where gates are binary. Sums are in f64 and in one order.
 
@@ -30,6 +30,29 @@ pub struct SparsityGrad {
     pub weight: f32,
     /// The gates counted.
     pub over: SparsityOver,
+}
+
+/// What the rest of the loss does to gates that thresholds hold, summed over tokens and gates.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Pull {
+    /// The logits' gradients without that of the sparsity loss.
+    pub force: f64,
+    /// What the sparsity loss over all gates adds to them, for each unit of its weight.
+    pub slope: f64,
+}
+
+impl Pull {
+    /// Adds the sums of another layer, whose gates get `factor` times the weight.
+    pub fn add(&mut self, layer: Pull, factor: f64) {
+        self.force += layer.force;
+        self.slope += factor * layer.slope;
+    }
+
+    /// Returns the weight of the sparsity loss at which the gradients sum to 0: the multiplier of the constraint that the
+    /// thresholds enforce. It is none where no gate has a slope.
+    pub fn multiplier(self) -> Option<f64> {
+        Some(-self.force / self.slope).filter(|multiplier| self.slope > 0.0 && multiplier.is_finite())
+    }
 }
 
 /// Computes the sparsity loss of the layer, in 0..=1; 0 without tokens. [`crate::ste::backward`] holds its gradient.

@@ -3,10 +3,11 @@
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 use crate::gate::scale;
-use crate::sparsity::{SparsityGrad, SparsityOver};
+use crate::sparsity::{Pull, SparsityGrad, SparsityOver};
 use crate::{GateValue, Routed, RouterConfig};
 
-/// Sets `dlogits` `[T, n]`, the gradient of the loss by the router logits.
+/// Sets `dlogits` `[T, n]`, the gradient of the loss by the router logits. Returns what its sum is without the sparsity loss, and
+/// what each unit of [`SparsityGrad::weight`] over all gates adds to it.
 ///
 /// `dcoefficients` `[T, n]` is the gradient by the coefficient of *every* pair, `<dy_t, o_i(x_t)>`, inactive ones
 /// included: an inactive expert's output counts in the router's gradient although it does not in the forward pass.
@@ -30,11 +31,11 @@ pub fn backward(
     dcoefficients: ArrayView2<'_, f32>,
     sparsity: SparsityGrad,
     mut dlogits: ArrayViewMut2<'_, f32>,
-) {
+) -> Pull {
     let shape = routed.gates.dim();
     let dims = [dcoefficients.dim(), dlogits.dim()];
     assert_eq!(dims, [shape; 2], "ste::backward: dcoefficients and dlogits of gates {shape:?}");
-    let (mut sum, mut slopes) = (0.0, 0.0);
+    let mut pull = Pull::default();
     for (t, mut dz) in dlogits.outer_iter_mut().enumerate() {
         let mask = routed.mask.row(t);
         let scale = scale(config, mask);
@@ -42,16 +43,17 @@ pub fn backward(
             let (q, active) = (routed.gates[[t, i]], mask[i]);
             let passes = config.ste || (active && config.gate_value == GateValue::Sigmoid);
             let mut dq = if passes { scale * dcoefficients[[t, i]] } else { 0.0 };
+            pull.force += f64::from(dq * q * (1.0 - q));
+            pull.slope += f64::from(q * (1.0 - q));
             if active && sparsity.over == SparsityOver::Active || sparsity.over == SparsityOver::All {
                 dq += sparsity.weight;
             }
             *dz = dq * q * (1.0 - q);
-            sum += f64::from(*dz);
-            slopes += f64::from(q * (1.0 - q));
         }
     }
-    if sparsity.over == SparsityOver::Held && slopes > 0.0 {
-        let dq = (f64::from(sparsity.weight) - sum / slopes) as f32;
+    if sparsity.over == SparsityOver::Held && pull.slope > 0.0 {
+        let dq = (f64::from(sparsity.weight) - pull.force / pull.slope) as f32;
         dlogits.zip_mut_with(&routed.gates, |dz, &q| *dz += dq * q * (1.0 - q));
     }
+    pull
 }

@@ -9,16 +9,21 @@
 //!   shift       = what has to be added to the knot's thresholds for the batch to open `wanted`
 //!   thresholds <- thresholds + w shift / 4
 //! ```
-//! A quarter of a shift filters the text's own variation. It suffices where the gradient leaves a layer's gates as a whole as
-//! they are ([`crate::SparsityOver::Held`]): logits then move against each other, and little together.
+//! A quarter of a shift filters the text's own variation. It suffices where the gradient leaves the gates as a whole as they
+//! are: logits then move against each other, and little together. The weight of the sparsity loss at which it does is the
+//! mean of the last micro-batches' [`Pull::multiplier`], for every knot; before there is one,
+//! [`crate::SparsityOver::Held`] serves.
 
 use serde::{Deserialize, Serialize};
 
+use crate::Pull;
 use crate::counts::LogitCounts;
 use crate::{Error, Result};
 
 /// Part of a shift that is made at once.
 const RATE: f64 = 0.25;
+/// Part of a new multiplier in the mean: that of about five micro-batches.
+const NEWEST: f64 = 0.2;
 /// A start this close to the target is not ramped.
 const CLOSE: f64 = 0.1;
 /// Thresholds stay within this; logits far beyond it are those of a broken router.
@@ -47,6 +52,9 @@ pub struct ThresholdController {
     updates: u64,
     /// The first measured share.
     from: Option<f64>,
+    /// The weight of the sparsity loss that leaves the gates as a whole as they are, for each knot that was measured.
+    #[serde(default)]
+    multipliers: Vec<Option<f64>>,
 }
 
 impl ThresholdController {
@@ -69,7 +77,8 @@ impl ThresholdController {
             let allowed = "ascending shares from 0 to 1, each with a threshold for every layer";
             return Err(Error::range("budgets", found, allowed));
         }
-        let mut controller = ThresholdController { knots, ramp, updates: 0, from: None };
+        let multipliers = vec![None; knots.len()];
+        let mut controller = ThresholdController { knots, ramp, updates: 0, from: None, multipliers };
         controller.clamp();
         Ok(controller)
     }
@@ -128,6 +137,26 @@ impl ThresholdController {
         }
         self.updates += 1;
         self.clamp();
+    }
+
+    /// Returns the weight of the sparsity loss that leaves the gates of all layers together as they are, at the mean budget
+    /// `active`; none before a micro-batch near it was measured.
+    pub fn multiplier(&self, active: f64) -> Option<f64> {
+        let known = |(at, weight): (usize, f64)| Some((weight, self.multipliers.get(at).copied()??));
+        let known = self.beside(active).into_iter().filter_map(known);
+        let (weights, sum) =
+            known.fold((0.0, 0.0), |(all, sum), (weight, known)| (all + weight, sum + weight * known));
+        (weights > 0.0).then(|| sum / weights)
+    }
+
+    /// Takes what a micro-batch that ran at the mean budget `active` did to the gates.
+    pub fn pulled(&mut self, active: f64, pull: Pull) {
+        let Some(multiplier) = pull.multiplier() else { return };
+        self.multipliers.resize(self.knots.len(), None);
+        for (at, weight) in self.beside(active).into_iter().filter(|&(_, weight)| weight > 0.0) {
+            let mean = &mut self.multipliers[at];
+            *mean = Some(mean.map_or(multiplier, |mean| mean + NEWEST * weight * (multiplier - mean)));
+        }
     }
 
     /// Returns the share to open next.

@@ -3,7 +3,7 @@
 use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, finite_differences, normals};
 use dsmoe_router::reference::{self, RoutedF64};
 use dsmoe_router::{
-    GateValue, Rescale, RouterConfig, SparsityGrad, SparsityOver, ZeroActive, route, sparsity, ste,
+    GateValue, Pull, Rescale, RouterConfig, SparsityGrad, SparsityOver, ZeroActive, route, sparsity, ste,
 };
 use ndarray::{Array2, array};
 
@@ -151,9 +151,11 @@ fn f32_agrees_with_the_reference() {
                 assert_close_f64(&name("sparsity"), &[value], &[reference::sparsity(&want, over)], 2e-7);
                 let mut dlogits = Array2::from_elem(shape, f32::NAN);
                 let sparsity = SparsityGrad { weight: 0.25, over };
-                ste::backward(&config, &got, dcoef.view(), sparsity, dlogits.view_mut());
+                let pull = ste::backward(&config, &got, dcoef.view(), sparsity, dlogits.view_mut());
                 let dcoef = f64s(dcoef.as_slice().unwrap());
                 let dwant = reference::backward(&config, &want, &dcoef, 0.25, over);
+                let [force, slope] = reference::pull(&config, &want, &dcoef);
+                assert_close_f64(&name("pull"), &[pull.force, pull.slope], &[force, slope], 2e-6);
                 assert_close(&name("dlogits"), dlogits.as_slice().unwrap(), &dwant, 1e-6);
             }
         }
@@ -196,6 +198,30 @@ fn held_gates_move_against_each_other_alone() {
     assert!(dlogits.iter().all(|&dz| dz == 0.0));
 }
 
+/// One weight for two layers leaves their gates together as they are, and lets one open as the other closes.
+#[test]
+fn one_multiplier_moves_shares_between_layers() {
+    let (tokens, n) = (37, 5);
+    let shaped =
+        |seed, scale: f32| Array2::from_shape_vec((tokens, n), normals(tokens * n, seed)).unwrap() * scale;
+    let layers = [(shaped(3, 2.0), shaped(4, 1.0) - 3.0, 1.0), (shaped(5, 2.0), shaped(6, 1.0) - 1.0, 1.5)];
+    for config in configs(n).into_iter().filter(|config| config.ste) {
+        let backward = |(logits, dcoef, factor): &(Array2<f32>, Array2<f32>, f32), weight: f32| {
+            let mut dlogits = Array2::zeros((tokens, n));
+            let sparsity = SparsityGrad { weight: weight * factor, over: SparsityOver::All };
+            let routed = route(&config, logits.view());
+            let pull = ste::backward(&config, &routed, dcoef.view(), sparsity, dlogits.view_mut());
+            (pull, dlogits.sum())
+        };
+        let mut pull = Pull::default();
+        layers.iter().for_each(|layer| pull.add(backward(layer, 0.0).0, f64::from(layer.2)));
+        let multiplier = pull.multiplier().unwrap() as f32;
+        let [a, b] = layers.each_ref().map(|layer| backward(layer, multiplier).1);
+        assert!((a + b).abs() < 1e-3 && a < -1.0 && b > 1.0, "{config:?}: {a} {b}");
+    }
+    assert_eq!(Pull::default().multiplier(), None);
+}
+
 #[test]
 fn other_bars_and_centres_are_those_of_the_reference() {
     let (tokens, n) = (37, 5);
@@ -215,6 +241,22 @@ fn other_bars_and_centres_are_those_of_the_reference() {
             let dcoef = f64s(dcoef.as_slice().unwrap());
             let dwant = reference::backward(&config, &want, &dcoef, 0.0, SparsityOver::Active);
             assert_close(&name("dlogits"), dlogits.as_slice().unwrap(), &dwant, 1e-6);
+        }
+    }
+}
+
+#[test]
+fn inference_routes_as_training_does() {
+    let (tokens, n) = (37, 5);
+    let logits = Array2::from_shape_vec((tokens, n), normals(tokens * n, 3)).unwrap();
+    for config in configs(n) {
+        let mut got = route(&config, logits.view());
+        for bar in [None, Some(0.4), Some(9.0)] {
+            let mut want = route(&config, logits.view());
+            want.rebuild_above(&config, bar, 0.0, logits.view());
+            got.rebuild_for_inference(&config, bar, logits.view());
+            assert!(got.routing.is_consistent());
+            assert_eq!((&got.mask, &got.routing), (&want.mask, &want.routing), "{config:?} above {bar:?}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The controller of thresholds on simulated training.
 
 use dsmoe_kernels::rng::Rng;
-use dsmoe_router::{Knot, LogitCounts, ThresholdController};
+use dsmoe_router::{Knot, LogitCounts, Pull, ThresholdController};
 use ndarray::Array2;
 
 const LAYERS: usize = 3;
@@ -129,6 +129,31 @@ fn several_budgets_are_held_at_once_and_mixed_between() {
     let bars = controller.bars(&[0.375, 1.0, 0.1]);
     let of = |knot: usize, layer: usize| controller.knots()[knot].bars[layer];
     assert_eq!(bars, [(0.5 * of(0, 0) + 0.5 * of(1, 0)) as f32, f32::NEG_INFINITY, of(0, 2) as f32]);
+}
+
+#[test]
+fn multipliers_are_means_of_their_budgets() {
+    let knots = [0.25, 0.5, 0.75].map(|active| Knot { active, bars: vec![0.0; LAYERS] }).to_vec();
+    let mut controller = ThresholdController::new(knots, 1).unwrap();
+    let pull = |multiplier: f64| Pull { force: -2.0 * multiplier, slope: 2.0 };
+    controller.pulled(0.5, Pull { force: 1.0, slope: 0.0 });
+    assert_eq!(controller.multiplier(0.5), None, "gates without a slope tell nothing");
+    controller.pulled(0.5, pull(4.0));
+    assert_eq!([0.5, 0.25, 0.6].map(|at| controller.multiplier(at)), [Some(4.0), None, Some(4.0)]);
+    controller.pulled(0.5, pull(5.0));
+    assert_eq!(controller.multiplier(0.5), Some(4.2));
+    controller.pulled(0.25, pull(8.2));
+    let between = controller.multiplier(0.375).unwrap();
+    assert!((between - 6.2).abs() < 1e-12, "{between}");
+    let text = serde_json::to_string(&controller).unwrap();
+    assert_eq!(serde_json::from_str::<ThresholdController>(&text).unwrap(), controller);
+    // One that was stored before there were multipliers.
+    let (start, rest) = text.split_once(",\"multipliers\":").unwrap();
+    let old = [start, &rest[rest.find(']').unwrap() + 1..]].concat();
+    let mut old: ThresholdController = serde_json::from_str(&old).unwrap();
+    assert_eq!(old.multiplier(0.5), None);
+    old.pulled(0.5, pull(3.0));
+    assert_eq!(old.multiplier(0.5), Some(3.0));
 }
 
 #[test]

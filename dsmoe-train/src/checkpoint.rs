@@ -14,6 +14,7 @@ use std::borrow::Cow;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer};
 use dsmoe_core::files::write_synced;
@@ -171,7 +172,7 @@ fn read_tensors(
         }
         Ok(())
     })?;
-    optimizer.params = params;
+    optimizer.params = Arc::new(params);
     Ok(())
 }
 

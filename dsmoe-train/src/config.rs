@@ -93,6 +93,8 @@ dsmoe_core::with_defaults! {
         pub teacher_top: Option<usize> = None,
         /// Learning rate of the routers over that of the rest; default 1.
         pub router_lr_scale: f64 = 1.0,
+        /// Numbers of the decoder layers that are trained, all other parameters stay as they are; default everything.
+        pub train_layers: Option<Vec<usize>> = None,
         /// Seed of the order of the windows; default 0.
         pub seed: u64 = 0,
         /// Steps between checkpoints, apart from the one at the end; default none.

@@ -3,8 +3,9 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use dsmoe_core::Inference;
+use dsmoe_core::kept::{LINEARS, UsedWeights};
 use dsmoe_core::model::{Batch, Cache, Workspace};
+use dsmoe_core::{Config, Inference};
 use dsmoe_datasets::{EvalWindow, eval_windows};
 use dsmoe_kernels::comm::{self, Alone, Communicator, What};
 use dsmoe_router::RoutingStats;
@@ -51,6 +52,9 @@ pub struct EvalReport {
     pub active_ratio_per_layer: Option<Vec<f64>>,
     /// Share of (token, layer) pairs without an active expert.
     pub zero_active_share: Option<f64>,
+    /// Shares of the weights that a token used in a model with thresholds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub used_weights: Option<UsedShares>,
     /// Parameters of the model.
     pub params_total: u64,
     /// Parameters a token uses, mean.
@@ -64,6 +68,60 @@ pub struct EvalReport {
     /// The same by source, when there are several; the rest is then the mean by their shares.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub domains: Vec<DomainReport>,
+}
+
+/// Mean shares of the weights of all layers' linears that a token used, by what they read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct UsedShares {
+    /// q, k and v.
+    pub attention: f64,
+    /// o.
+    pub heads: f64,
+    /// gate and up.
+    pub ffn: f64,
+    /// down.
+    pub neurons: f64,
+    /// All of them.
+    pub all: f64,
+}
+
+impl UsedShares {
+    fn mean(parts: impl Iterator<Item = (f64, Option<UsedShares>)>) -> Option<UsedShares> {
+        let mut sum = UsedShares::default();
+        for (share, part) in parts {
+            let part = part?;
+            sum.attention += share * part.attention;
+            sum.heads += share * part.heads;
+            sum.ffn += share * part.ffn;
+            sum.neurons += share * part.neurons;
+            sum.all += share * part.all;
+        }
+        Some(sum)
+    }
+}
+
+impl UsedShares {
+    /// Takes the means over the layers of a model of `config`.
+    pub fn of(config: &Config, used: &[[f64; LINEARS]]) -> UsedShares {
+        let mean = |linears: Range<usize>| {
+            let (mut sum, mut all) = (0.0, 0.0);
+            for (layer, used) in used.iter().enumerate() {
+                let weights = config.linear_weights(layer);
+                for i in linears.clone() {
+                    sum += used[i] * weights[i] as f64;
+                    all += weights[i] as f64;
+                }
+            }
+            sum / all
+        };
+        UsedShares {
+            attention: mean(0..3),
+            heads: mean(3..4),
+            ffn: mean(4..6),
+            neurons: mean(6..7),
+            all: mean(0..LINEARS),
+        }
+    }
 }
 
 /// The result of an evaluation on one of several sources.
@@ -207,6 +265,7 @@ pub fn evaluate_domains_on(
         active_ratio: mean_of(&|report| report.active_ratio),
         active_ratio_per_layer: layers.and_then(|layers| (0..layers).map(layer).collect()),
         zero_active_share: mean_of(&|report| report.zero_active_share),
+        used_weights: UsedShares::mean(reports.iter().map(|(share, report)| (*share, report.used_weights))),
         params_total: reports[0].1.params_total,
         params_activated: mean(&|report| report.params_activated),
         flops_per_token: mean(&|report| report.flops_per_token),
@@ -253,7 +312,8 @@ pub fn evaluate_detailed(
         detail.mean_coefficients = sums.stats.as_ref().and_then(RoutingStats::mean_coefficients);
     }
     let nll_sum = sums.nll.iter().sum();
-    Ok((batches.report(model, nll_sum, sums.stats, started), detail))
+    let used = sums.workspace.take_used();
+    Ok((batches.report(model, nll_sum, (sums.stats, &used), started), detail))
 }
 
 /// Logits of a forward pass of [`agreement`] at the most.
@@ -388,11 +448,28 @@ fn measure(
             sums.add(model, ids, windows, None)?;
             progress((sums.windows * comm.size()).min(batches.windows.len()), batches.windows.len());
         }
+        // The last turn may have no batch for this process, whose part of the weights the others need.
+        let last = batches.ranges.len() % comm.size();
+        if model.is_lent() && last > 0 && comm.rank() >= last {
+            model.pass_on()?;
+        }
         Ok(())
     };
     agree(comm, EVALUATION, run())?;
+    let used = used_by_all(comm, &sums.workspace.take_used())?;
     let (nll_sum, stats) = sums.join(comm)?;
-    Ok(batches.report(model, nll_sum, stats, started))
+    Ok(batches.report(model, nll_sum, (stats, &used), started))
+}
+
+/// Returns the weights that the tokens of all processes have used.
+fn used_by_all(comm: &dyn Communicator, own: &UsedWeights) -> Result<UsedWeights> {
+    let message: Vec<u8> = own.words().into_iter().flat_map(u64::to_le_bytes).collect();
+    let mut sum = UsedWeights::default();
+    for message in comm::gather(comm, EVALUATION, &message)? {
+        let words = message.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word));
+        sum.add_words(&words.collect::<Vec<u64>>());
+    }
+    Ok(sum)
 }
 
 const EVALUATION: What = What::of("an evaluation");
@@ -430,13 +507,15 @@ impl<'a> Batches<'a> {
         &self,
         model: &Inference,
         nll_sum: f64,
-        stats: Option<RoutingStats>,
+        (stats, used): (Option<RoutingStats>, &UsedWeights),
         started: Instant,
     ) -> EvalReport {
         let predicted = self.windows.iter().map(|window| window.end - window.first_target).sum();
         let run: usize = self.windows.iter().map(inputs_of).sum();
         let routing = stats.map(|stats| stats.summary());
-        let accounting = model.accounting();
+        let used = model.config().used_shares(used);
+        let measured = used.as_ref().map(|used| (*model.accounting()).with_used(model.config(), used));
+        let accounting = measured.as_ref().unwrap_or_else(|| model.accounting());
         let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
         let nll = nll_sum / predicted as f64;
         let seconds = started.elapsed().as_secs_f64();
@@ -448,6 +527,7 @@ impl<'a> Batches<'a> {
             active_ratio: routing.as_ref().map(|routing| routing.active_ratio),
             active_ratio_per_layer: routing.as_ref().map(|routing| routing.active_ratio_per_layer.clone()),
             zero_active_share: routing.as_ref().map(|routing| routing.zero_active_share),
+            used_weights: used.as_ref().map(|used| UsedShares::of(model.config(), used)),
             params_total: accounting.total,
             params_activated: accounting.activated(active),
             flops_per_token: accounting.mean_flops_per_token(active, self.options.seq),

@@ -2,6 +2,7 @@
 //! global gradient norm.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use dsmoe_core::params::{Entry, Layout, TensorSpec};
 use dsmoe_core::shard::{BLOCK, Shards};
@@ -122,14 +123,21 @@ impl Squares {
     }
 }
 
-/// Joins neighbours in the layout that are updated alike: the first of them, and their range. The padding between them
-/// is zero in every arena.
-fn runs(layout: &Layout) -> impl Iterator<Item = (&TensorSpec, Range<usize>)> {
-    let alike = |a: &Entry, b: &Entry| (a.spec.decay, a.spec.router) == (b.spec.decay, b.spec.router);
-    layout
-        .entries()
-        .chunk_by(alike)
-        .map(|run| (&run[0].spec, run[0].range.start..run[run.len() - 1].range.end))
+/// Returns whether a tensor stays as it is where the layers `trained` are trained alone.
+fn is_frozen(trained: Option<&[usize]>, entry: &Entry) -> bool {
+    trained.is_some_and(|layers| entry.layer.is_none_or(|layer| !layers.contains(&layer)))
+}
+
+/// Joins neighbours in the layout that are updated alike, without those that stay as they are: the first of them, and their
+/// range. The padding between them is zero in every arena.
+fn runs<'l>(
+    layout: &'l Layout,
+    trained: Option<&'l [usize]>,
+) -> impl Iterator<Item = (&'l TensorSpec, Range<usize>)> {
+    let kind = move |entry: &Entry| (entry.spec.decay, entry.spec.router, is_frozen(trained, entry));
+    let runs = layout.entries().chunk_by(move |a, b| kind(a) == kind(b));
+    let runs = runs.filter(move |run| !is_frozen(trained, &run[0]));
+    runs.map(|run| (&run[0].spec, run[0].range.start..run[run.len() - 1].range.end))
 }
 
 /// Returns the factor that scales a gradient of norm `norm` to a norm of at most `clip`; 1 when `clip` is 0.
@@ -180,9 +188,11 @@ pub struct AdamW {
     /// Second moments, likewise.
     pub v: Buf,
     /// The parameters that are owned, likewise, where the model is without them; empty else.
-    pub params: Buf,
+    pub params: Arc<Buf>,
     /// Their places in the arena, in order.
     owned: Vec<Range<usize>>,
+    /// The decoder layers that are trained; none trains everything.
+    trained: Option<Vec<usize>>,
 }
 
 impl AdamW {
@@ -195,7 +205,31 @@ impl AdamW {
     pub fn of(shards: &Shards, rank: usize) -> AdamW {
         let owned = shards.owned(rank);
         let len = owned.iter().map(|range| range.len()).sum();
-        AdamW { m: Buf::zeros(len), v: Buf::zeros(len), params: Buf::zeros(0), owned }
+        AdamW {
+            m: Buf::zeros(len),
+            v: Buf::zeros(len),
+            params: Arc::new(Buf::zeros(0)),
+            owned,
+            trained: None,
+        }
+    }
+
+    /// Trains the decoder layers of these numbers and nothing else from now on; none trains everything.
+    pub fn train_layers(&mut self, layers: Option<Vec<usize>>) {
+        self.trained = layers;
+    }
+
+    /// Returns whether some tensors stay as they are.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn freezes(&self) -> bool {
+        self.trained.is_some()
+    }
+
+    /// Sets the gradients of tensors that stay as they are to 0, so that they are in no norm.
+    pub(crate) fn drop_frozen(&self, grads: &mut [f32], layout: &Layout) {
+        for entry in layout.entries().iter().filter(|entry| is_frozen(self.trained.as_deref(), entry)) {
+            grads[entry.range.clone()].fill(0.0);
+        }
     }
 
     /// Returns the places in the moments of the parameters in `range` that are owned: the parameters, and the moments.
@@ -216,14 +250,18 @@ impl AdamW {
     /// # Panics
     /// `params` or `grads` is neither as long as the layout nor as what is owned, or the moments are of another layout.
     pub fn step(&mut self, params: Option<&mut [f32]>, grads: &[f32], layout: &Layout, update: &Update<'_>) {
-        let AdamW { m, v, params: own, owned } = self;
-        let params = params.unwrap_or(own);
+        let AdamW { m, v, params: own, owned, trained } = self;
+        let params = match params {
+            Some(params) => params,
+            // Nobody else holds them between evaluations.
+            None => &mut **Arc::make_mut(own),
+        };
         for values in [&*params, grads] {
             let fits = [layout.len(), m.len()].contains(&values.len());
             assert!(fits, "adamw: {} values for the layout", values.len());
         }
         let [params_apart, grads_apart] = [params.len(), grads.len()].map(|len| len == m.len());
-        for (spec, range) in runs(layout) {
+        for (spec, range) in runs(layout, trained.as_deref()) {
             let hyper = update.hyper(spec.decay, spec.router);
             for (range, place) in places(owned, range) {
                 let at = |apart| if apart { place.clone() } else { range.clone() };
@@ -292,6 +330,31 @@ mod tests {
     }
 
     #[test]
+    fn frozen_layers_keep_their_bits_and_are_in_no_norm() {
+        let model = dsmoe_core::Model::new(dsmoe_core::init::preset("tiny").unwrap());
+        let layout = model.layout();
+        let config = TrainConfig::default();
+        let update = Update { config: &config, lr: 0.1, scale: 1.0, step: 1 };
+        let mut grads = vec![0.0; layout.len()];
+        Rng::new(1, 0).fill_normal(&mut grads, 1.0);
+        let (mut all, mut some) = (AdamW::new(layout), AdamW::new(layout));
+        some.train_layers(Some(vec![1]));
+        let (mut with_all, mut with_some) = (vec![1.0; layout.len()], vec![1.0; layout.len()]);
+        all.step(Some(&mut with_all), &grads, layout, &update);
+        some.step(Some(&mut with_some), &grads, layout, &update);
+        some.drop_frozen(&mut grads, layout);
+        for entry in layout.entries() {
+            let range = entry.range.clone();
+            let of = |params: &[f32]| params[range.clone()].to_vec();
+            let name = &entry.spec.name;
+            let is_trained = name.starts_with("model.layers.1.");
+            assert_eq!(of(&with_some) == of(&with_all), is_trained, "{name}");
+            assert_eq!(of(&with_some).iter().all(|&x| x == 1.0), !is_trained, "{name}");
+            assert_eq!(grads[range].iter().all(|&x| x == 0.0), !is_trained, "{name}");
+        }
+    }
+
+    #[test]
     fn owners_take_the_step_of_one_process() {
         let layout = &Layout::of(vec![TensorSpec::matrix("a", 5, 40_000), TensorSpec::norm("b", 70_000)]);
         let config = TrainConfig::default();
@@ -307,8 +370,9 @@ mod tests {
             let own_grads: Vec<f32> =
                 part.places(0..layout.len()).flat_map(|(range, _)| grads[range].to_vec()).collect();
             let mut apart = AdamW::of(&Shards::new(layout, 3), rank);
-            apart.params = Buf::zeros(own_grads.len());
-            apart.params.fill(1.0);
+            let mut ones = Buf::zeros(own_grads.len());
+            ones.fill(1.0);
+            apart.params = Arc::new(ones);
             apart.step(None, &own_grads, layout, &update);
             part.step(Some(&mut got), &grads, layout, &update);
             for (range, place) in part.places(0..layout.len()) {

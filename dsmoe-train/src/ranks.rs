@@ -41,25 +41,30 @@ impl Zero {
     }
 }
 
+/// Checks that so many processes can share the lanes of a step in a stage.
+pub(crate) fn check_lanes(lanes: usize, size: usize, zero: Zero) -> Result<()> {
+    let fits = if zero.on(size) > Zero::Moments { fits_strided } else { fits };
+    if fits(lanes, size) {
+        return Ok(());
+    }
+    let allowed: Vec<String> =
+        (1..=lanes).filter(|&size| fits(lanes, size)).map(|size| size.to_string()).collect();
+    let last = allowed.len() - 1;
+    let allowed = match &allowed[..last] {
+        [] => allowed[last].clone(),
+        most => format!("{} or {}", most.join(", "), allowed[last]),
+    };
+    let allowed = format!("{allowed} processes, or another number of {{lanes}}");
+    Err(Error::field("lanes", format!("{lanes} on {size} processes"), allowed))
+}
+
 /// Returns the lanes of this process, in the order in which it computes them: neighbours, or with gradients that lie at their
 /// owners every `size`-th, since lanes that are computed at the same time are then added up first.
 pub(crate) fn own_lanes(lanes: usize, comm: &dyn Communicator, zero: Zero) -> Result<Vec<u64>> {
     let (rank, size) = (comm.rank() as u64, comm.size());
-    let strided = zero.on(size) > Zero::Moments;
-    let fits = if strided { fits_strided } else { fits };
-    if !fits(lanes, size) {
-        let allowed: Vec<String> =
-            (1..=lanes).filter(|&size| fits(lanes, size)).map(|size| size.to_string()).collect();
-        let last = allowed.len() - 1;
-        let allowed = match &allowed[..last] {
-            [] => allowed[last].clone(),
-            most => format!("{} or {}", most.join(", "), allowed[last]),
-        };
-        let allowed = format!("{allowed} processes, or another number of {{lanes}}");
-        return Err(Error::field("lanes", format!("{lanes} on {size} processes"), allowed));
-    }
+    check_lanes(lanes, size, zero)?;
     let each = (lanes / size) as u64;
-    Ok(match strided {
+    Ok(match zero.on(size) > Zero::Moments {
         true => (0..each).map(|turn| turn * size as u64 + rank).collect(),
         false => (rank * each..(rank + 1) * each).collect(),
     })

@@ -136,7 +136,8 @@ impl Trainer {
             false => (model, None),
         };
         let saved = optimizer.as_ref().map(|_| state.step);
-        let optimizer = optimizer.unwrap_or(owned);
+        let mut optimizer = optimizer.unwrap_or(owned);
+        optimizer.train_layers(state.config.train_layers.clone());
 
         let origin = made_for.map_or("", |_| "# active_target is the model's own.\n");
         let header = header(&model, &mixture, &state);
@@ -385,7 +386,11 @@ impl Trainer {
         // A window of `seq` predicted tokens, as in training.
         let seq = (self.state.config.seq + 1).max(2);
         self.stepper.engine.release();
-        let model = Inference::new_on(&self.model, self.state.config.dtype, self.options.device)?;
+        let (dtype, device) = (self.state.config.dtype, self.options.device);
+        let model = match self.stepper.engine.lend() {
+            Some(weights) => Inference::lend(&self.model, weights, dtype)?,
+            None => Inference::new_on(&self.model, dtype, device)?,
+        };
         let (comm, options) = (&*self.options.comm, EvalOptions::new(seq));
         let report = evaluate_domains_on(comm, &model, &domains, options, &mut |_, _| {})?;
         let step = self.state.step;
@@ -403,6 +408,10 @@ impl Trainer {
         }
         self.stepper.engine.fetch(&mut self.model)?;
         self.store_thresholds()?;
+        if self.model.is_outline() {
+            // The first process gets the tensors one by one, in place of the units of a pass.
+            self.stepper.engine.release();
+        }
         let layout = self.model.layout();
         let comm = &*self.options.comm;
         let optimizer = self.stepper.engine.optimizer();
@@ -477,7 +486,7 @@ impl Prepared {
         let pool = config.threads.map(thread_pool).transpose()?;
         let Held { controller, thresholds, weight: sparsity_weight } =
             held(model, &mut config, options.device)?;
-        check_stage(model, &mixture, options)?;
+        check_stage(model, &config, options)?;
         let mut owned = AdamW::of(&Shards::new(model.layout(), options.comm.size()), options.comm.rank());
         let model_sha256 = match model.is_outline() {
             true => checkpoint::read_owned(model, &options.source, &mut owned)?,
@@ -541,15 +550,14 @@ fn processes_note(comm: &dyn Communicator, config: &TrainConfig, zero: Zero) -> 
 }
 
 /// Checks that a model without its parameters is not needed whole.
-fn check_stage(model: &Model, mixture: &Mixture, options: &RunOptions) -> Result<()> {
+fn check_stage(model: &Model, config: &TrainConfig, options: &RunOptions) -> Result<()> {
     let outline = options.zero.on(options.comm.size()) == Zero::Parameters;
     if outline != model.is_outline() {
         let found = if outline { "3 for a whole model" } else { "below 3 for a model without parameters" };
         return Err(Error::field("zero", found, "Model::load_outline for 3, Model::load otherwise"));
     }
-    if outline && mixture.parts().iter().any(|part| part.split.valid_tokens().len() > 1) {
-        let found = "above 0 where every process holds its part of the parameters alone";
-        return Err(Error::field("valid_fraction", found, "0, or {zero} 2, which evaluates held-out text"));
+    if options.zero.on(options.comm.size()) != Zero::Moments && config.train_layers.is_some() {
+        return Err(Error::field("train_layers", "set with gradients in parts", "it with {zero} 1 only"));
     }
     Ok(())
 }
@@ -564,6 +572,12 @@ fn check_fit(model: &Model, data: &TrainData, config: &TrainConfig) -> Result<()
     if config.seq > of.max_position {
         let allowed = format!("at most the model's max_position_embeddings {}", of.max_position);
         return Err(Error::field("seq", config.seq, allowed));
+    }
+    if let Some(layers) = &config.train_layers
+        && (layers.is_empty() || layers.iter().any(|&layer| layer >= of.num_layers))
+    {
+        let allowed = format!("a list of layers from 0 to {}", of.num_layers - 1);
+        return Err(Error::field("train_layers", format!("{layers:?}"), allowed));
     }
     let largest = data.sources.iter().map(|source| source.tokens.max_id()).max().unwrap_or(0);
     if largest as usize >= of.vocab_size {

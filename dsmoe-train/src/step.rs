@@ -108,7 +108,7 @@ impl Stepper {
                     return Ok(None);
                 }
                 let index = step * micro_batches + micro;
-                let args = step_args(config, &gates, index);
+                let mut args = step_args(config, &gates, index);
                 let active = match &held {
                     None => Vec::new(),
                     Some(held) => {
@@ -117,6 +117,11 @@ impl Stepper {
                         active
                     }
                 };
+                let mean = budgets::mean(&active);
+                if let Some(multiplier) = held.as_ref().and_then(|held| held.multiplier(mean)) {
+                    args.sparsity_weight += multiplier as f32;
+                    args.sparsity_over = SparsityOver::All;
+                }
                 self.gather(&mut of, micro)?;
                 let batch = Batch { inputs: &self.inputs, targets: &self.targets, seq: config.seq };
                 if !self.engine.micro_batch(model, batch, &args)? {
@@ -124,9 +129,9 @@ impl Stepper {
                     break 'lanes;
                 }
                 if let (Some(held), Some(counts)) = (&mut held, self.engine.logits()) {
-                    let active = budgets::mean(&active);
-                    budgets += active / micro_batches as f64;
-                    held.update(active, counts);
+                    budgets += mean / micro_batches as f64;
+                    held.update(mean, counts);
+                    held.pulled(mean, self.engine.pull());
                 }
             }
             self.engine.end_lane()?;

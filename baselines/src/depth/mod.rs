@@ -89,7 +89,7 @@ impl Depth {
         let layers = config.num_layers;
         if !config.is_dense() {
             let help = "use a dense model, or export this one as a dense model first";
-            return Err(Error::model("has experts", help));
+            return Err(Error::model("has experts or thresholds", help));
         }
         if let Some(count) = self.0.layers {
             return match (1..=layers).contains(&count) {

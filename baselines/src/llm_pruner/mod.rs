@@ -184,7 +184,7 @@ impl ChannelSettings {
 
 fn check_dense(config: &Config) -> Result<()> {
     let help = "use a dense model, or export this one as a dense model first";
-    if config.is_dense() { Ok(()) } else { Err(Error::model("has experts", help)) }
+    if config.is_dense() { Ok(()) } else { Err(Error::model("has experts or thresholds", help)) }
 }
 
 /// Checks that the residual stream of a model can be narrowed: nothing in its family is a function of the width.

@@ -34,7 +34,7 @@ const TOLERANCE: f64 = 0.01;
 fn neurons_left(config: &Config, budget: Budget, bias: bool) -> Result<usize> {
     if !config.is_dense() {
         let help = "use a dense model, or export this one as a dense model first";
-        return Err(Error::model("has experts", help));
+        return Err(Error::model("has experts or thresholds", help));
     }
     let (dense, layers) = (Accounting::of(config).total, config.num_layers);
     let all: usize = config.layers().map(|shape| shape.intermediate).sum();
@@ -88,7 +88,7 @@ fn plan(pruned: &Config, reached_by: String) -> Plan {
 }
 
 /// Checks that the source is not pruned by masks.
-fn check_masks(job: &Job<'_>) -> Result<()> {
+pub(crate) fn check_masks(job: &Job<'_>) -> Result<()> {
     match Masks::load(job.model)? {
         None => Ok(()),
         Some(_) => {
@@ -153,7 +153,7 @@ fn add_bias(weights: &mut LayerWeights, bias: &[f32]) {
 }
 
 /// A pruned model being written layer by layer.
-struct Output<'a> {
+pub(crate) struct Output<'a> {
     job: &'a Job<'a>,
     pruned: &'a Config,
     dir: OutputDir,
@@ -164,7 +164,7 @@ struct Output<'a> {
 
 impl<'a> Output<'a> {
     /// Starts the model of `pruned`, made of the model of `stream`.
-    fn create(job: &'a Job<'a>, stream: &LayerStream, pruned: &'a Config) -> Result<Output<'a>> {
+    pub(crate) fn create(job: &'a Job<'a>, stream: &LayerStream, pruned: &'a Config) -> Result<Output<'a>> {
         let dir = OutputDir::create_on(job.comm, job.model, job.out, job.force)?;
         let info = |(name, shape): (String, Vec<usize>)| {
             let name = stream.tensors().stored_name(&name).to_owned();
@@ -212,7 +212,7 @@ impl<'a> Output<'a> {
     }
 
     /// Writes the tensors after the layers, and commits the directory.
-    fn finish(mut self, stream: &LayerStream) -> Result<()> {
+    pub(crate) fn finish(mut self, stream: &LayerStream) -> Result<()> {
         for info in self.names {
             self.writer.write(&info.name, &stream.checkpoint().bytes(&info.name)?)?;
         }
@@ -240,6 +240,6 @@ fn changed<'a>(weights: &'a LayerWeights, name: &str) -> Option<&'a [f32]> {
 }
 
 /// Reports the progress of a pass over layers.
-fn at(progress: &mut dyn FnMut(Progress), stage: &'static str, layer: usize, layers: usize) {
+pub(crate) fn at(progress: &mut dyn FnMut(Progress), stage: &'static str, layer: usize, layers: usize) {
     progress(Progress { stage, done: layer as u64, total: layers as u64 });
 }

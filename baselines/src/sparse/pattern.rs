@@ -126,7 +126,7 @@ impl Target {
     ) -> Result<Target> {
         if !config.is_dense() {
             let help = "use a dense model, or export this one as a dense model first";
-            return Err(CoreError::argument("the model has experts already", help).into());
+            return Err(CoreError::argument("the model has experts or thresholds already", help).into());
         }
         if let Pattern::Group { of, .. } = pattern
             && let Some((name, _, cols)) = matrices(config).find(|(.., cols)| cols % of != 0)

@@ -36,7 +36,7 @@ pub(crate) fn open_dense(dir: &Path) -> Result<(Config, Checkpoint)> {
         Error::Core(dsmoe_core::Error::field(&dir.join(CONFIG_FILE), field, problem, "use a dense model"))
     };
     if !config.is_dense() {
-        return Err(wrong("model_type", "says that the FFNs are experts already"));
+        return Err(wrong("model_type", "says that the model has experts or thresholds already"));
     }
     let checkpoint = open_model(dir, &config)?;
     check_llama_tensors(&config, &checkpoint)?;

@@ -7,5 +7,6 @@ mod neurons;
 mod sparse;
 mod start;
 mod surgery;
+mod thresholds;
 mod topk;
 mod trained_router;

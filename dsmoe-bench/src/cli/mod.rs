@@ -6,6 +6,7 @@ pub(crate) mod doctor;
 pub(crate) mod eval;
 pub(crate) mod gates;
 pub(crate) mod generate;
+pub(crate) mod grow;
 pub(crate) mod model;
 pub(crate) mod processes;
 pub(crate) mod prune;
@@ -22,6 +23,7 @@ use self::data::Data;
 use self::doctor::Doctor;
 use self::eval::Eval;
 use self::generate::Generate;
+use self::grow::Grow;
 use self::model::{Convert, Export, Import, Init, Inspect};
 use self::processes::ProcessArgs;
 use self::prune::Prune;
@@ -67,6 +69,8 @@ pub(crate) enum Command {
     Convert(Convert),
     /// Make a model with fewer activated parameters by DSMoE or one of the methods that it is compared with
     Prune(Prune),
+    /// Make a dense model deeper, by layers between its own
+    Grow(Grow),
     /// Train the FFNs of a converted model, layer by layer, to give what the dense ones give
     Reconstruct(Reconstruct),
     /// List these methods with their settings

@@ -7,9 +7,9 @@ use super::values::words;
 
 #[derive(Debug, Args)]
 pub(crate) struct ProcessArgs {
-    /// Engine between the processes that share the work: mpi for those that mpirun or srun started, none for a single process,
-    /// auto to decide by the launcher's variables
-    #[arg(long, default_value = "auto", value_parser = words::<EngineWord>(&["auto", "none", "mpi"]))]
+    /// Engine between the processes that share the work: mpi for those that mpirun or srun started, tcp for those of torchrun,
+    /// none for a single process, auto to decide by the launcher's variables
+    #[arg(long, default_value = "auto", value_parser = words::<EngineWord>(&["auto", "none", "mpi", "tcp"]))]
     pub(crate) dist: EngineWord,
     /// Seconds that one exchange between processes may take within a step; three times that outside of steps
     #[arg(long, value_name = "SECONDS", default_value_t = Settings::DEADLINE.as_secs(),
@@ -29,6 +29,7 @@ impl std::str::FromStr for EngineWord {
             "auto" => Ok(EngineWord(Engine::Auto)),
             "none" => Ok(EngineWord(Engine::None)),
             "mpi" => Ok(EngineWord(Engine::Mpi)),
+            "tcp" => Ok(EngineWord(Engine::Tcp)),
             _ => Err(format!("no engine `{word}`")),
         }
     }

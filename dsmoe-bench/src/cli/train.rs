@@ -145,4 +145,7 @@ pub(crate) struct Train {
     /// Print the plan (steps, tokens, parameters, memory) and stop
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// Processes that the plan of --dry-run is for, without starting them [default: those that there are]
+    #[arg(long, value_name = "N", requires = "dry_run", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=65_536))]
+    pub(crate) plan_for: Option<usize>,
 }

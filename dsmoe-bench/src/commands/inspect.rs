@@ -7,10 +7,12 @@ use dsmoe_core::Masks;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Checkpoint, TensorView, check_llama_tensors, is_router, open_model};
 use dsmoe_core::config::{Config, LayerShape};
+use dsmoe_train::eval::UsedShares;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::cli::model::Inspect;
+use crate::evaluation::used_weights;
 use crate::files::lossy;
 use crate::format::{self, Table};
 use crate::ui::Ui;
@@ -47,6 +49,9 @@ struct InspectReport {
     /// An FFN that is neither dense nor DSMoE's.
     ffn: Option<OtherFfn>,
     masks: Option<Masked>,
+    /// Shares of the weights that a token used on calibration text, in a model with thresholds of inputs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    used_weights: Option<UsedShares>,
     dtype: String,
     shards: usize,
     tensors: usize,
@@ -173,6 +178,10 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
             linears: masks.iter().len(),
             weights: masks.kept() + masks.pruned(),
             kept: masks.kept(),
+        }),
+        used_weights: config.thresholds.as_ref().map(|layers| {
+            let used: Vec<_> = layers.iter().map(|layer| layer.used).collect();
+            UsedShares::of(&config, &used)
         }),
         dtype: dtypes(
             checkpoint
@@ -399,6 +408,9 @@ fn show(report: &InspectReport) -> String {
             "masks",
             format!("{kept} of {weights} weights of {} linears kept ({density})", masks.linears),
         ));
+    }
+    if let Some(used) = &report.used_weights {
+        fields.push(("used weights", used_weights(used)));
     }
     fields.push((
         "files",

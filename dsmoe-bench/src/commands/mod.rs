@@ -8,6 +8,7 @@ mod doctor;
 mod eval;
 mod export;
 mod generate;
+mod grow;
 mod import;
 mod init;
 mod inspect;
@@ -53,6 +54,7 @@ fn run_on(comm: &Arc<dyn Communicator>, cli: Cli, ui: &mut Ui) -> Result<ExitCod
         Command::Inspect(args) => inspect::run(args, ui)?,
         Command::Convert(args) => convert::run(args, comm, ui)?,
         Command::Prune(args) => prune::run(args, comm, ui)?,
+        Command::Grow(args) => grow::run(args, ui)?,
         Command::Reconstruct(args) => return reconstruct::run(args, ui),
         Command::Methods => methods::run(ui)?,
         Command::Export(args) => export::run(args, ui)?,

@@ -119,7 +119,8 @@ fn prepare(
     ui: &mut Ui,
 ) -> Result<Option<(TrainConfig, Vec<Text>)>> {
     let mut config = settings(args, threads)?;
-    config.lanes.get_or_insert(comm.size());
+    let processes = args.plan_for.unwrap_or(comm.size());
+    config.lanes.get_or_insert(processes);
     keep_apart(&args.model, &args.out)?;
     let options = CorpusOptions {
         doc_separator: config.doc_separator.clone(),
@@ -127,7 +128,7 @@ fn prepare(
         ..CorpusOptions::default()
     };
     let texts = open(&args.data, &options)?;
-    let plan = plan(args, config.clone(), &texts, comm.size())?;
+    let plan = plan(args, config.clone(), &texts, processes)?;
     if args.dry_run {
         ui.result(&plan, show_plan)?;
         return Ok(None);
@@ -212,8 +213,7 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> 
     let text = if args.data.cache.is_some() { 0 } else { total_bytes(texts) };
     let mut memory = match args.device {
         Device::Cpu => {
-            let (lanes, zero) = (config.lanes() / processes, Zero::of(args.zero).unwrap_or_default());
-            let share = Share { processes, lanes, accumulate: config.accumulate, zero };
+            let share = Share::of(&config, processes, Zero::of(args.zero).unwrap_or_default())?;
             memory_plan(&model, &config, text, (share, args.recompute))
         }
         #[cfg(feature = "cuda")]

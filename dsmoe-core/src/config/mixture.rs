@@ -170,7 +170,7 @@ impl Config {
             return Err(Error::argument(problem, "use mixtral, qwen3_moe or olmoe"));
         };
         if !self.is_dense() {
-            let problem = format!("is {:?}, which has experts already", self.model_type());
+            let problem = format!("is {:?}, which has experts or thresholds already", self.model_type());
             return wrong("model_type", problem, "use a dense model");
         }
         if !self.is_even() {

@@ -8,6 +8,7 @@ mod moe;
 mod own;
 pub(crate) mod rope;
 pub(crate) mod rope_keys;
+mod thresholds;
 mod transformers;
 mod wrapped;
 
@@ -27,6 +28,7 @@ use crate::ffn::{self, FfnSpec};
 use crate::files::{check_exists, write_synced};
 use crate::gguf;
 use crate::json::{parse_object, read_json};
+use crate::kept::LayerThresholds;
 use crate::partition;
 pub use arch::{Architecture, LayerAttention, Norms, QkNorm};
 pub use dsmoe_kernels::Activation;
@@ -49,6 +51,8 @@ const LARGEST_MODEL: u128 = 1 << 42;
 const BASE_KEY: &str = "base_model_type";
 /// The key of [`Architecture::output_bias`].
 const OUTPUT_BIAS_KEY: &str = "output_bias";
+/// The key of [`Config::thresholds`].
+const THRESHOLDS_KEY: &str = "activation_thresholds";
 
 /// Configuration of a decoder, dense or with experts.
 ///
@@ -88,6 +92,8 @@ pub struct Config {
     pub moe: Option<MoeConfig>,
     /// An FFN of another kind; none for a dense model and for DSMoE.
     pub ffn: Option<Arc<dyn FfnSpec>>,
+    /// What the inputs of every layer's linears have to exceed, in a model without experts; none skips nothing.
+    pub thresholds: Option<Vec<LayerThresholds>>,
     /// The family of the dense model.
     family: &'static Family,
     /// True if the weights are a part of a model that reads images, too.
@@ -210,6 +216,7 @@ impl Config {
             initializer_range: fields.positive("initializer_range")?.unwrap_or(0.02),
             moe,
             ffn: None,
+            thresholds: None,
             family,
             is_part: false,
             notices,
@@ -234,7 +241,9 @@ impl Config {
                 fields.ffn()?.map(read).transpose()?
             }
         };
-        Ok(Config { ffn, raw: raw.clone(), ..config })
+        let config = Config { ffn, raw: raw.clone(), ..config };
+        let thresholds = fields.thresholds(&config)?;
+        Ok(Config { thresholds, ..config })
     }
 
     /// Returns the sizes of layer `i`.
@@ -316,7 +325,7 @@ impl Config {
         let path = Path::new(CONFIG_FILE);
         let mut raw = parse_object(path, &self.to_json()).ok()?;
         raw.insert("num_hidden_layers".to_owned(), json!(kept.len()));
-        for key in ["layer_types", "no_rope_layers", "layer_shapes"] {
+        for key in ["layer_types", "no_rope_layers", "layer_shapes", THRESHOLDS_KEY] {
             if let Some(Value::Array(list)) = raw.get(key) {
                 let left: Vec<&Value> = kept.iter().filter_map(|&i| list.get(i)).collect();
                 let left = json!(left);
@@ -375,16 +384,17 @@ impl Config {
         self.ffn.as_ref().and_then(|spec| spec.active_experts())
     }
 
-    /// Returns whether every FFN is dense.
+    /// Returns whether every FFN is dense, and no input of a linear is skipped.
     pub fn is_dense(&self) -> bool {
-        self.moe.is_none() && self.ffn.is_none()
+        self.moe.is_none() && self.ffn.is_none() && self.thresholds.is_none()
     }
 
     /// Returns `model_type` of config.json: the family's for a model that transformers loads directly.
     pub fn model_type(&self) -> &'static str {
         let of_family = self.moe.is_none() && self.ffn.is_some() == self.family.has_experts();
         let fits = self.mixture().is_none_or(MixtureSpec::fits_family);
-        let plain = of_family && fits && self.is_even() && !self.architecture.output_bias;
+        let changed = self.architecture.output_bias || self.thresholds.is_some();
+        let plain = of_family && fits && self.is_even() && !changed;
         if plain { self.family.model_type } else { "dsmoe" }
     }
 
@@ -423,8 +433,8 @@ impl Config {
         Ok(())
     }
 
-    /// Returns the JSON of the source with `model_type`, `architectures`, `dsmoe`, `ffn`, `layer_shapes` and `output_bias` set by
-    /// the fields, and with the rotation in the spellings of transformers 4 and 5, without `auto_map`.
+    /// Returns the JSON of the source with `model_type`, `architectures`, `dsmoe`, `ffn`, `layer_shapes`, `output_bias` and
+    /// `activation_thresholds` set by the fields, and with the rotation in the spellings of transformers 4 and 5, without `auto_map`.
     pub fn to_json(&self) -> String {
         let mut raw = self.raw.clone();
         let model_type = self.model_type();
@@ -450,6 +460,7 @@ impl Config {
             ("ffn", ffn),
             ("layer_shapes", self.layers.as_ref().map(|layers| json!(layers))),
             (OUTPUT_BIAS_KEY, self.architecture.output_bias.then(|| json!(true))),
+            (THRESHOLDS_KEY, self.thresholds.as_ref().map(|layers| json!(layers))),
         ] {
             match value {
                 None => raw.shift_remove(key),

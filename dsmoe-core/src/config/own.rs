@@ -4,14 +4,14 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::fields::{Fields, LARGEST_DIMENSION};
-use super::{Architecture, Config, LayerShape, OUTPUT_BIAS_KEY, largest};
+use super::{Architecture, Config, LayerShape, OUTPUT_BIAS_KEY, THRESHOLDS_KEY, largest};
 use crate::error::{Result, shown};
 use crate::remedy::Remedy;
 
 impl<'a> Fields<'a> {
     /// Checks that `model_type` and the keys that only this program reads go together.
     pub(super) fn check_kind(&self) -> Result<()> {
-        let keys = ["dsmoe", "ffn", "layer_shapes", OUTPUT_BIAS_KEY];
+        let keys = ["dsmoe", "ffn", "layer_shapes", OUTPUT_BIAS_KEY, THRESHOLDS_KEY];
         let own = keys.into_iter().find(|key| self.get(key).is_some());
         match (self.text("model_type")?, own) {
             (Some("dsmoe"), None) => {

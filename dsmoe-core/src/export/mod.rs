@@ -149,6 +149,12 @@ pub fn export(
     if let Some(active) = active {
         choose_budget(&mut config, active, form)?;
     }
+    if config.thresholds.is_some() && form != ExportAs::Native {
+        let problem = "is present: the weights are those of the dense model that it was made from, and only this program \
+                       skips inputs";
+        let help = "use that model, or export it {as} native";
+        return Err(Error::field(&model.join(CONFIG_FILE), "activation_thresholds", problem, help));
+    }
     if form == ExportAs::Transformers {
         check_longrope(model, &config)?;
         check_mixture(model, &config)?;

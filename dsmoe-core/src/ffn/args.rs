@@ -4,10 +4,12 @@ use std::any::Any;
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn;
-use dsmoe_router::{Routed, Routing, RoutingStats, SparsityGrad};
+use dsmoe_router::{Pull, Routed, Routing, RoutingStats, SparsityGrad};
 use ndarray::Array2;
 
-/// The memory an FFN works in. One serves all layers; no value in it outlives a call.
+use crate::kept::KeptScratch;
+
+/// The memory an FFN works in. One serves all layers; no value in it but `pull` outlives a call.
 #[derive(Debug, Default)]
 pub struct FfnScratch {
     /// Memory of the expert kernels.
@@ -26,6 +28,10 @@ pub struct FfnScratch {
     pub shared: Buf,
     /// Routing of an inference pass.
     pub routed: Routed,
+    /// To which a backward over gates with thresholds adds, in units of the weight that a layer where all experts have gates gets.
+    pub pull: Pull,
+    /// Memory of layers with thresholds of inputs.
+    pub kept: KeptScratch,
 }
 
 /// Statistics to which the routing of one layer is added.

@@ -103,10 +103,11 @@ impl DsmoeFfn {
     /// Returns the derivative of the loss by one gate of this layer, from that of a layer without a core: the layer's
     /// loss is a mean over the gates that it has.
     fn sparsity(&self, of_all: SparsityGrad) -> SparsityGrad {
-        if self.form.core == 0 {
-            return of_all;
-        }
-        SparsityGrad { weight: of_all.weight * self.form.sparsity_factor(), ..of_all }
+        SparsityGrad { weight: of_all.weight * self.sparsity_factor(), ..of_all }
+    }
+
+    fn sparsity_factor(&self) -> f32 {
+        if self.form.core == 0 { 1.0 } else { self.form.sparsity_factor() }
     }
 }
 
@@ -169,7 +170,10 @@ impl PackedFfn for PackedDsmoe {
         let FfnScratch { experts, logits, low, routed, .. } = scratch;
         let gating = self.ffn.gating();
         let weights = gating.weights(&self.gating);
-        self.ffn.route(routed, [logits, low], x, weights);
+        gating.forward(logits, low, x, weights);
+        let (tokens, gates) = (x.len() / self.ffn.gated.hidden, &self.ffn.gates);
+        let logits = matrix(logits, tokens, self.ffn.form.routed());
+        routed.rebuild_for_inference(gates, self.ffn.bar, logits);
         if let Some(bound) = self.bound {
             let scores = match bound {
                 RouterBound::Oracle => self.contributions(x, experts),
@@ -320,7 +324,7 @@ impl Ffn for DsmoeFfn {
         self.gated.add_output_bias_grad(grads, dy);
         let (grads, of_gating) = grads.split_at_mut(self.gated.len());
         let (dims, routed_experts) = (self.dims(x.len() / self.gated.hidden), self.form.routed());
-        let FfnScratch { experts, dcoefficients, dlogits, dlow, .. } = scratch;
+        let FfnScratch { experts, dcoefficients, dlogits, dlow, pull, .. } = scratch;
         dcoefficients.resize(dims.tokens * routed_experts);
         dlogits.resize(dims.tokens * routed_experts);
         expert_ffn::Backward {
@@ -338,13 +342,14 @@ impl Ffn for DsmoeFfn {
         .run();
         let shape = (dims.tokens, routed_experts);
         let of_logits = "tokens * experts values";
-        ste::backward(
+        let of_layer = ste::backward(
             &self.gates,
             routed,
             matrix(dcoefficients, dims.tokens, routed_experts),
             self.sparsity(sparsity),
             ArrayViewMut2::from_shape(shape, dlogits).expect(of_logits),
         );
+        pull.add(of_layer, f64::from(self.sparsity_factor()));
         separability::backward(
             routed.logits.view(),
             self.bar,

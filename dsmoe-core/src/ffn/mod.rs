@@ -14,6 +14,7 @@ mod dsmoe;
 mod form;
 mod gated;
 mod gating;
+pub(crate) mod kept;
 mod mixture;
 
 use std::any::Any;

@@ -188,6 +188,10 @@ fn check(model: &Path, config: &Config) -> Result<&'static Arch> {
         let problem = format!("is {:?}, which is not written as GGUF", spec.kind());
         return fail("ffn.type", problem, "export it as native");
     }
+    if config.thresholds.is_some() {
+        let problem = "is present: llama.cpp skips no inputs".to_owned();
+        return fail("activation_thresholds", problem, "export it as native");
+    }
     if !config.is_even() {
         let problem = "differs from layer to layer, for which GGUF has no keys".to_owned();
         return fail("layer_shapes", problem, "export it as native");

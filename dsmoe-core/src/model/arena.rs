@@ -12,7 +12,7 @@ use crate::accounting::Accounting;
 use crate::checkpoint::{
     DEFAULT_SHARD_BYTES, Dtype, TensorInfo, WeightReader, model_writer, open_model, partition_name,
 };
-use crate::config::{Budget, Config, PartitionKind};
+use crate::config::{Budget, CONFIG_FILE, Config, PartitionKind};
 use crate::error::{Error, Result};
 use crate::ffn::{DsmoeForm, Ffn, FfnKind};
 use crate::masks::Masks;
@@ -93,6 +93,11 @@ impl Model {
     /// Those of [`Model::load`] but for the values of weights.
     pub fn load_outline(dir: &Path) -> Result<Model> {
         let config = Config::load(dir)?;
+        if config.thresholds.is_some() {
+            let problem = "is present, and only inference skips inputs";
+            let help = "train the dense model that it was made from, then find thresholds";
+            return Err(Error::field(&dir.join(CONFIG_FILE), "activation_thresholds", problem, help));
+        }
         let checkpoint = open_model(dir, &config)?;
         let masks = Masks::read(dir, &config)?;
         // Before anything of the sizes in the file is allocated.

@@ -17,6 +17,7 @@ pub(crate) mod memory;
 pub(crate) mod ropes;
 pub(crate) mod tensors;
 pub(crate) mod train;
+pub(crate) mod weights;
 
 /// Models on a GPU. [`CudaTrainer`](cuda::CudaTrainer) trains; [`Inference`] chooses its device.
 #[cfg(feature = "cuda")]
@@ -28,6 +29,5 @@ pub use arena::Model;
 pub use inference::{After, Cache, Inference, Likelihood, Segment, Workspace};
 pub use memory::MemoryUse;
 pub use tensors::Batch;
-pub use train::{
-    Grads, Params, StepArgs, StepOutput, Teacher, Teaching, TopRows, TrainWorkspace, Units, Whole,
-};
+pub use train::{Grads, StepArgs, StepOutput, Teacher, Teaching, TopRows, TrainWorkspace, Units, Whole};
+pub use weights::{Params, Weights};

@@ -51,11 +51,27 @@ pub fn agree<T>(comm: &dyn Communicator, of: What, outcome: std::result::Result<
     }
 }
 
+/// Returns the largest power of two of processes that have neighbouring ranks on one machine, in groups from the first on: what
+/// can be added up on machines before it leaves them.
+///
+/// # Errors
+/// Communication fails.
+pub fn neighbours(comm: &dyn Communicator) -> Result<usize> {
+    let own = (comm.place().machine as u64).to_le_bytes();
+    let machines = gather(comm, What::of("machines"), &own)?;
+    let groups = (0..usize::BITS).map(|power| 1 << power).take_while(|group| *group <= machines.len());
+    let on_one = |group: usize| {
+        machines.len().is_multiple_of(group)
+            && machines.chunks(group).all(|group| group.iter().all(|other| *other == group[0]))
+    };
+    Ok(groups.filter(|&group| on_one(group)).last().unwrap_or(1))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{agree, gather};
-    use crate::comm::What;
+    use super::{agree, gather, neighbours};
     use crate::comm::threads::on_threads;
+    use crate::comm::{Communicator, Place, Result, What};
 
     const OF: What = What::of("outcomes");
 
@@ -64,6 +80,60 @@ mod tests {
         for got in on_threads(4, |comm| gather(comm, OF, &vec![comm.rank() as u8; 3 * comm.rank()]).unwrap())
         {
             assert_eq!(got, [vec![], vec![1; 3], vec![2; 6], vec![3; 9]]);
+        }
+    }
+
+    /// A member on a machine of its own number.
+    #[derive(Debug)]
+    struct On<'a>(&'a dyn Communicator, usize);
+
+    impl Communicator for On<'_> {
+        fn rank(&self) -> usize {
+            self.0.rank()
+        }
+        fn size(&self) -> usize {
+            self.0.size()
+        }
+        fn place(&self) -> Place {
+            Place { machine: self.1, ..self.0.place() }
+        }
+        fn all_to_all(
+            &self,
+            of: What,
+            send: &[u8],
+            sent: &[usize],
+            recv: &mut [u8],
+            received: &[usize],
+        ) -> Result<()> {
+            self.0.all_to_all(of, send, sent, recv, received)
+        }
+        fn all_gather(&self, of: What, send: &[u8], recv: &mut [u8], lens: &[usize]) -> Result<()> {
+            self.0.all_gather(of, send, recv, lens)
+        }
+        fn broadcast(&self, of: What, from: usize, bytes: &mut [u8]) -> Result<()> {
+            self.0.broadcast(of, from, bytes)
+        }
+        fn barrier(&self, of: What) -> Result<()> {
+            self.0.barrier(of)
+        }
+        fn abort(&self, status: i32) -> ! {
+            self.0.abort(status)
+        }
+    }
+
+    #[test]
+    fn neighbours_are_whole_groups_of_one_machine() {
+        for (machines, want) in [
+            (&[0][..], 1),
+            (&[0, 0, 0, 0], 4),
+            (&[0, 0, 1, 1], 2),
+            (&[0, 1, 0, 1], 1),
+            (&[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1], 2),
+            (&[0, 0, 0], 1),
+        ] {
+            let found =
+                on_threads(machines.len(), |comm| neighbours(&On(comm, machines[comm.rank()])).unwrap());
+            assert!(found.iter().all(|found| *found == want), "{machines:?}: {found:?}");
         }
     }
 

@@ -1,47 +1,26 @@
 //! The start of an engine.
 
-use std::time::Duration;
-
 use super::alone::Alone;
 use super::communicator::Communicator;
-use super::error::{CommError, Result};
+#[cfg(not(all(feature = "mpi", unix, target_endian = "little", target_pointer_width = "64")))]
+use super::error::CommError;
+use super::error::Result;
 use super::launch::{Launch, Launcher};
-use super::what::What;
+use super::settings::Settings;
+use super::tcp::Tcp;
 
 /// The engine that moves bytes between processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Engine {
-    /// MPI if a launcher started several processes, else none.
+    /// That of the launcher which started several processes, else none.
     #[default]
     Auto,
     /// None: a single process.
     None,
     /// MPI.
     Mpi,
-}
-
-/// Settings of an engine.
-#[derive(Clone, Copy, Debug)]
-pub struct Settings {
-    /// How long a call of a step may take. Calls outside of steps, where processes load models and write files, may take
-    /// [`Settings::OUTSIDE`] times as long.
-    pub deadline: Duration,
-    /// Reports an error after which the engine may still use memory of the failed call, so that it ends all processes
-    /// instead of returning.
-    pub last_words: fn(&CommError),
-}
-
-impl Settings {
-    /// The deadline that suits most runs.
-    pub const DEADLINE: Duration = Duration::from_secs(600);
-
-    /// The factor of the deadline of calls outside of steps.
-    pub const OUTSIDE: u32 = 3;
-
-    /// Returns how long a call that moves `of` may take.
-    pub fn deadline_of(&self, of: What) -> Duration {
-        self.deadline.saturating_mul(if of.step.is_some() { 1 } else { Settings::OUTSIDE })
-    }
+    /// TCP, by the variables of `torchrun`.
+    Tcp,
 }
 
 /// Starts `engine`. Call it once, before threads are started, and drop the communicator in the same thread.
@@ -49,23 +28,21 @@ impl Settings {
 /// # Errors
 /// No library is found, the library is another one than the launcher's, or it fails its self-test.
 pub fn start(engine: Engine, settings: Settings) -> Result<Box<dyn Communicator>> {
-    match chosen(engine, Launch::this())? {
+    match chosen(engine, Launch::this()) {
         Engine::Mpi => start_mpi(settings),
+        Engine::Tcp => Ok(Box::new(Tcp::start(settings)?)),
         Engine::Auto | Engine::None => Ok(Box::new(Alone)),
     }
 }
 
 /// Decides for an engine.
-fn chosen(engine: Engine, launch: Option<Launch>) -> Result<Engine> {
+fn chosen(engine: Engine, launch: Option<Launch>) -> Engine {
     let Some(launch) = launch.filter(|launch| engine == Engine::Auto && launch.size != Some(1)) else {
-        return Ok(engine);
+        return engine;
     };
     match launch.by {
-        Launcher::OpenMpi | Launcher::Pmi | Launcher::Pmix => Ok(Engine::Mpi),
-        Launcher::Torchrun => Err(CommError::Start(format!(
-            "started by {launch}, but processes are connected by MPI alone; start them by mpirun or srun, or unset RANK and \
-             WORLD_SIZE to run a single process"
-        ))),
+        Launcher::OpenMpi | Launcher::Pmi | Launcher::Pmix => Engine::Mpi,
+        Launcher::Torchrun => Engine::Tcp,
     }
 }
 
@@ -116,18 +93,17 @@ mod tests {
     #[test]
     fn the_engine_follows_the_launcher_unless_it_is_given() {
         let by = |by, size| Some(Launch { by, size });
-        let auto = |launch| chosen(Engine::Auto, launch).unwrap();
+        let auto = |launch| chosen(Engine::Auto, launch);
         assert_eq!(auto(None), Engine::Auto);
         assert_eq!(auto(by(Launcher::OpenMpi, Some(1))), Engine::Auto);
         assert_eq!(auto(by(Launcher::Torchrun, Some(1))), Engine::Auto);
         assert_eq!(auto(by(Launcher::OpenMpi, Some(2))), Engine::Mpi);
         assert_eq!(auto(by(Launcher::Pmi, Some(2))), Engine::Mpi);
         assert_eq!(auto(by(Launcher::Pmix, None)), Engine::Mpi);
-        for given in [Engine::None, Engine::Mpi] {
-            assert_eq!(chosen(given, by(Launcher::Torchrun, Some(2))).unwrap(), given);
-            assert_eq!(chosen(given, None).unwrap(), given);
+        assert_eq!(auto(by(Launcher::Torchrun, Some(8))), Engine::Tcp);
+        for given in [Engine::None, Engine::Mpi, Engine::Tcp] {
+            assert_eq!(chosen(given, by(Launcher::Torchrun, Some(2))), given);
+            assert_eq!(chosen(given, None), given);
         }
-        let error = chosen(Engine::Auto, by(Launcher::Torchrun, Some(8))).unwrap_err().to_string();
-        assert!(error.starts_with("started by torchrun (RANK and WORLD_SIZE), 8 processes, but"), "{error}");
     }
 }

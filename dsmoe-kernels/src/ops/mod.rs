@@ -25,6 +25,7 @@ pub(crate) mod blocks;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod expert_ffn;
+pub mod kept;
 pub mod linear;
 pub mod matmul;
 pub mod rms_norm;

@@ -4,14 +4,14 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use dsmoe_core::Model;
-use dsmoe_core::model::{Batch, StepArgs, StepOutput, Teaching, TrainWorkspace, Units, Whole};
+use dsmoe_core::model::{Batch, StepArgs, StepOutput, Teaching, TrainWorkspace, Units, Weights, Whole};
 use dsmoe_core::params::{Entry, Layout};
 use dsmoe_core::shard::{Shards, Staging};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::comm::{Communicator, Tree, What};
-use dsmoe_router::{LogitCounts, RoutingStats};
+use dsmoe_router::{LogitCounts, Pull, RoutingStats};
 
-use super::parts::{Lent, Parts};
+use super::parts::{Gathered, Lent, Parts};
 use super::report::{All, Exchange, Own, Record};
 use super::{Engine, EngineOptions, StepResult};
 use crate::error::Result;
@@ -43,6 +43,8 @@ pub(super) struct CpuEngine {
     step: u64,
     /// The micro-batches of this process so far.
     records: Vec<Record>,
+    /// That of the last micro-batch.
+    pull: Pull,
     non_finite: Option<String>,
     /// The micro-batches of the step, in all processes.
     micro_batches: u64,
@@ -60,10 +62,10 @@ impl CpuEngine {
         model: &Model,
         optimizer: AdamW,
         options: EngineOptions,
-        comm: Arc<dyn Communicator>,
+        (comm, neighbours): (Arc<dyn Communicator>, usize),
     ) -> CpuEngine {
         let layout = model.layout().clone();
-        let shards = Shards::new(&layout, comm.size());
+        let shards = Shards::new(&layout, comm.size()).in_two_stages(neighbours);
         let make = if options.recompute { TrainWorkspace::recomputing } else { TrainWorkspace::new };
         let workspace = make(model, options.tokens, options.precision);
         CpuEngine {
@@ -81,6 +83,7 @@ impl CpuEngine {
             lane_done: 0,
             step: 0,
             records: Vec::new(),
+            pull: Pull::default(),
             non_finite: None,
             micro_batches: 1,
             squares: Squares::new(&layout, &shards, comm.rank()),
@@ -160,6 +163,7 @@ impl Engine for CpuEngine {
         if let (Some(sum), Some(part)) = (&mut self.stats, self.workspace.stats()) {
             sum.merge(part);
         }
+        self.pull = output.pull;
         self.non_finite = output.non_finite;
         Ok(output.went_back)
     }
@@ -189,6 +193,7 @@ impl Engine for CpuEngine {
             if let Some(masks) = model.masks() {
                 masks.apply(&mut self.grads, &self.layout);
             }
+            self.optimizer.drop_frozen(&mut self.grads, &self.layout);
             self.reduce(step)?;
             self.squares.compute(&self.grads);
         } else {
@@ -281,6 +286,10 @@ impl Engine for CpuEngine {
         self.workspace.stats().and_then(RoutingStats::logits)
     }
 
+    fn pull(&self) -> Pull {
+        self.pull
+    }
+
     fn set_teacher(&mut self, lessons: Lessons) -> Result<()> {
         self.lessons = Some(Box::new(lessons));
         Ok(())
@@ -288,6 +297,12 @@ impl Engine for CpuEngine {
 
     fn notes(&mut self) -> Vec<String> {
         self.lessons.as_mut().map_or_else(Vec::new, |lessons| lessons.notes())
+    }
+
+    fn lend(&self) -> Option<Box<dyn Weights>> {
+        let (own, shards, comm) = (self.optimizer.params.clone(), self.shards.clone(), self.comm.clone());
+        (self.zero == Zero::Parameters)
+            .then(|| -> Box<dyn Weights> { Box::new(Gathered::new(own, shards, comm)) })
     }
 
     fn release(&mut self) {

@@ -5,7 +5,9 @@ use dsmoe_core::config::Config;
 use dsmoe_core::model::MemoryUse;
 use dsmoe_core::shard::{Shards, Staging};
 
-use crate::ranks::Zero;
+use crate::config::TrainConfig;
+use crate::error::Result;
+use crate::ranks::{Zero, check_lanes};
 
 /// How processes share a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +23,16 @@ pub struct Share {
 }
 
 impl Share {
+    /// Returns how `processes` share the steps of `config`, resolved.
+    ///
+    /// # Errors
+    /// They cannot share its lanes.
+    pub fn of(config: &TrainConfig, processes: usize, zero: Zero) -> Result<Share> {
+        check_lanes(config.lanes(), processes, zero)?;
+        let (lanes, accumulate) = (config.lanes() / processes, config.accumulate);
+        Ok(Share { processes, lanes, accumulate, zero })
+    }
+
     /// Returns the memory of parameters, gradients and moments of a model of `config` on hosts, in the process that owns most.
     pub fn memory(&self, config: &Config) -> Vec<MemoryUse> {
         let Share { processes, lanes, accumulate, zero } = *self;

@@ -20,11 +20,11 @@ use std::borrow::Cow;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use dsmoe_core::model::{Batch, StepArgs};
+use dsmoe_core::model::{Batch, StepArgs, Weights};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::comm::Communicator;
-use dsmoe_router::{LogitCounts, RoutingStats};
+use dsmoe_kernels::comm::{Communicator, neighbours};
+use dsmoe_router::{LogitCounts, Pull, RoutingStats};
 
 use self::cpu::CpuEngine;
 #[cfg(feature = "cuda")]
@@ -193,6 +193,11 @@ pub trait Engine: Debug + Send {
     /// Returns the router logits of the last micro-batch; none unless they are counted.
     fn logits(&self) -> Option<&LogitCounts>;
 
+    /// Returns what the last micro-batch did to the gates as a whole; 0 where the device does not tell.
+    fn pull(&self) -> Pull {
+        Pull::default()
+    }
+
     /// Makes all further steps learn from a teacher too.
     ///
     /// # Errors
@@ -204,6 +209,11 @@ pub trait Engine: Debug + Send {
     /// Returns what the teacher's cache has to say to the user since the last call.
     fn notes(&mut self) -> Vec<String> {
         Vec::new()
+    }
+
+    /// Lends the parameters for an evaluation, where every process holds its part of them alone.
+    fn lend(&self) -> Option<Box<dyn Weights>> {
+        None
     }
 
     /// Frees the host memory of the gradients until the next step, for what measures the model meanwhile.
@@ -222,11 +232,18 @@ pub fn new(
     comm: Arc<dyn Communicator>,
 ) -> Result<Box<dyn Engine>> {
     Ok(match options.device {
-        Device::Cpu => Box::new(CpuEngine::new(model, optimizer, options, comm)),
+        Device::Cpu => {
+            let neighbours = neighbours(&*comm)?;
+            Box::new(CpuEngine::new(model, optimizer, options, (comm, neighbours)))
+        }
         #[cfg(feature = "cuda")]
         Device::Cuda(_) if comm.size() > 1 => {
             let found = format!("a GPU with {} processes", comm.size());
             return Err(Error::field("device", found, "cpu, or one process"));
+        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) if optimizer.freezes() => {
+            return Err(Error::field("train_layers", "set for a GPU", "it with {device} cpu only"));
         }
         #[cfg(feature = "cuda")]
         Device::Cuda(_) if options.lanes > 1 => {

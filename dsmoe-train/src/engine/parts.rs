@@ -2,9 +2,10 @@
 //! on them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use dsmoe_core::Model;
-use dsmoe_core::model::{Grads, Params, Units};
+use dsmoe_core::model::{Grads, Params, Units, Weights};
 use dsmoe_core::shard::{Shards, Staging};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::comm::{Communicator, What};
@@ -16,9 +17,8 @@ pub(super) struct Parts {
     pub(super) own: Buf,
     /// Whole gradients of the units at work, of this process's lane.
     grads: BTreeMap<usize, Buf>,
-    /// The unit whose parameters are whole, where they lie in parts.
-    whole: Option<usize>,
-    params: Buf,
+    /// The parameters of one unit, where they lie in parts.
+    whole: WholeUnit,
     /// Memory for gradients of units.
     free: Vec<Buf>,
     staging: Staging,
@@ -29,7 +29,59 @@ impl Parts {
     pub(super) fn begin(&mut self, own: usize) {
         self.own.resize(own);
         self.free.extend(std::mem::take(&mut self.grads).into_values());
-        self.whole = None;
+        self.whole.unit = None;
+    }
+}
+
+/// The parameters of one unit.
+#[derive(Debug, Default)]
+struct WholeUnit {
+    unit: Option<usize>,
+    values: Buf,
+}
+
+impl WholeUnit {
+    /// Makes unit `unit` whole, of which this process owns a part of `own`.
+    fn load(
+        &mut self,
+        unit: usize,
+        own: &[f32],
+        (shards, staging): (&Shards, &mut Staging),
+        (comm, of): (&dyn Communicator, What),
+    ) -> dsmoe_core::Result<()> {
+        if self.unit == Some(unit) {
+            return Ok(());
+        }
+        let own = &own[shards.place(unit, comm.rank())];
+        self.values.resize(shards.units()[unit].len());
+        self.unit = None;
+        shards.gather((comm, of), unit, &mut self.values, Some(own), staging)?;
+        self.unit = Some(unit);
+        Ok(())
+    }
+}
+
+/// Parameters of a model that lie in parts at their owners, for an evaluation.
+#[derive(Debug)]
+pub(super) struct Gathered {
+    own: Arc<Buf>,
+    shards: Shards,
+    comm: Arc<dyn Communicator>,
+    whole: WholeUnit,
+    staging: Staging,
+}
+
+impl Gathered {
+    pub(super) fn new(own: Arc<Buf>, shards: Shards, comm: Arc<dyn Communicator>) -> Gathered {
+        Gathered { own, shards, comm, whole: WholeUnit::default(), staging: Staging::default() }
+    }
+}
+
+impl Weights for Gathered {
+    fn params(&mut self, unit: usize) -> dsmoe_core::Result<Params<'_>> {
+        let of = (&*self.comm, What::of("parameters"));
+        self.whole.load(unit, &self.own, (&self.shards, &mut self.staging), of)?;
+        Ok(Params::new(self.shards.units()[unit].start, &self.whole.values))
     }
 }
 
@@ -50,16 +102,11 @@ impl Lent<'_> {
     /// Makes the parameters of unit `unit` whole.
     fn load(&mut self, unit: usize) -> dsmoe_core::Result<()> {
         let Lent { model, own_params, parts, shards, comm, step, .. } = self;
-        if !model.is_outline() || parts.whole == Some(unit) {
+        if !model.is_outline() {
             return Ok(());
         }
-        let of = What::at(*step, "parameters");
-        let own = &own_params[shards.place(unit, comm.rank())];
-        parts.params.resize(shards.units()[unit].len());
-        parts.whole = None;
-        shards.gather((*comm, of), unit, &mut parts.params, Some(own), &mut parts.staging)?;
-        parts.whole = Some(unit);
-        Ok(())
+        let of = (*comm, What::at(*step, "parameters"));
+        parts.whole.load(unit, own_params, (shards, &mut parts.staging), of)
     }
 
     /// Makes room for the gradients of unit `unit`, zero at first.
@@ -79,12 +126,14 @@ fn lent<'a>(model: &'a Model, params: &'a [f32], first: usize) -> Params<'a> {
     if model.is_outline() { Params::new(first, params) } else { Params::new(0, model.params()) }
 }
 
-impl Units for Lent<'_> {
+impl Weights for Lent<'_> {
     fn params(&mut self, unit: usize) -> dsmoe_core::Result<Params<'_>> {
         self.load(unit)?;
-        Ok(lent(self.model, &self.parts.params, self.shards.units()[unit].start))
+        Ok(lent(self.model, &self.parts.whole.values, self.shards.units()[unit].start))
     }
+}
 
+impl Units for Lent<'_> {
     fn grads(&mut self, unit: usize) -> Grads<'_> {
         self.open(unit);
         let of_unit = self.parts.grads.get_mut(&unit).expect("opened above");
@@ -95,9 +144,9 @@ impl Units for Lent<'_> {
         self.load(unit)?;
         self.open(unit);
         let first = self.shards.units()[unit].start;
-        let Parts { grads, params, .. } = &mut *self.parts;
+        let Parts { grads, whole, .. } = &mut *self.parts;
         let of_unit = grads.get_mut(&unit).expect("opened above");
-        Ok((lent(self.model, params, first), Grads::new(first, of_unit)))
+        Ok((lent(self.model, &whole.values, first), Grads::new(first, of_unit)))
     }
 
     /// All go on or none: the backward pass sums over processes.

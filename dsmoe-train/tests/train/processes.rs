@@ -199,7 +199,7 @@ fn any_stage_leaves_the_same_bytes() {
         ("dsmoe", &["lanes=8", "accumulate=3", "dtype=bf16", "clip=0.5"]),
         ("masked", &["sparsity=1", "lanes=12", "clip=0.5"]),
     ] {
-        let more = &[&["valid_fraction=0", "steps=4"], more].concat();
+        let more = &[&["valid_fraction=0.3", "steps=4", "eval_every=2"], more].concat();
         let source = wide(dir.path(), kind);
         let alone = dir.path().join(format!("{kind} alone"));
         whole(&source, &alone, 1, more);
@@ -218,7 +218,7 @@ fn a_run_resumes_in_any_stage() {
     let dir = tempfile::tempdir().unwrap();
     let source = &wide(dir.path(), "dsmoe");
     let (out, all) = (&dir.path().join("parts"), dir.path().join("all"));
-    let more = ["lanes=4", "steps=7", "valid_fraction=0"];
+    let more = ["lanes=4", "steps=7"];
     for (size, steps, zero) in [
         (4, Some(2), Zero::Parameters),
         (2, Some(1), Zero::Gradients),
@@ -267,15 +267,19 @@ fn all_processes_of_any_stage_stop_where_a_value_is_not_finite() {
 }
 
 #[test]
-fn the_last_stage_refuses_what_needs_all_parameters() {
+fn a_stage_and_its_model_belong_together() {
     let dir = tempfile::tempdir().unwrap();
     let source = wide(dir.path(), "dense");
     let out = dir.path().join("out");
-    let (size, zero) = (2, Zero::Parameters);
-    let run = Shared { source: &source, out: &out, size, steps: None, resume: false, zero };
-    let outcomes = run.run_with(|member| (Arc::new(member), shared(&["sparsity=1", "lanes=2"])));
-    let told = outcomes.into_iter().next().unwrap().unwrap_err().to_string();
-    assert!(told.starts_with("valid_fraction is above 0") && told.contains("use 0, or zero 2"), "{told}");
+    let mut options = RunOptions::new(&source, &out);
+    let outline = || Model::load_outline(&source).unwrap();
+    let told =
+        |model, options| Trainer::new(model, &text(1), shared(&["sparsity=1"]), options).err().unwrap();
+    let wanted = "zero is below 3 for a model without parameters; use Model::load_outline for 3";
+    assert!(told(outline(), options.clone()).to_string().starts_with(wanted));
+    options.zero = Zero::Parameters;
+    // A single process owns everything.
+    assert!(told(outline(), options).to_string().starts_with(wanted));
     assert!(!out.exists());
 }
 

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::cli::eval::{Eval, Perplexity};
 use crate::cli::gates::GateArgs;
-use crate::evaluation::{domain_table, measure_on};
+use crate::evaluation::{domain_table, measure_on, used_weights};
 use crate::files::lossy;
 use crate::format;
 use crate::models::{load_inference, show_config_notices, tokenizer};
@@ -277,6 +277,9 @@ fn show_windows(result: &EvalReport, name: &'static str, shape: &str) -> String 
         fields.push(("active share", format!("{} of experts", format::percent(ratio))));
         fields.push(("by layer", format!("{} %", layers.join(" "))));
         fields.push(("no expert active", format!("{} of tokens and layers", format::percent(zero))));
+    }
+    if let Some(used) = &result.used_weights {
+        fields.push(("used weights", used_weights(used)));
     }
     let time = format::duration(result.seconds);
     fields.push(("parameters", format::activated(result.params_activated, result.params_total)));

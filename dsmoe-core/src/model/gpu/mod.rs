@@ -49,6 +49,9 @@ fn missing(config: &Config) -> Vec<String> {
     if config.head_dim > MAX_HEAD_DIM {
         missing.push(format!("heads of {} values, more than {MAX_HEAD_DIM}", config.head_dim));
     }
+    if config.thresholds.is_some() {
+        missing.push("thresholds of inputs".to_owned());
+    }
     let scale = config.architecture.residual_scale;
     if scale != 1.0 && config.architecture.norms_after() {
         missing.push(format!("residual branches times {scale} behind norms"));

@@ -9,16 +9,21 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use super::cache::Cache;
-use super::pack::{Embedding, Layer, Parts, Source, fill, optional, pack, vector};
+use super::lent::{Lent, OfUnits};
+use super::pack::{Embedding, Layer, Parts, Source, fill, linears, optional, pack, vector};
 use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
 use crate::error::{Error, Result};
-use crate::ffn::{Ffn, FfnInference, FfnScratch, Record, RouterBound};
+use crate::ffn::{Ffn, FfnInference, FfnScratch, Gated, Record, RouterBound, kept};
+use crate::kept::{KeptScratch, LinearsForward, UsedWeights};
+use crate::model::arena::Model;
 use crate::model::block::Block;
 use crate::model::ropes::{Ropes, Turn};
 use crate::model::tensors::{
-    Batch, LayerRanges, attention_dims, in_pool, logits_of, set_active, set_threshold, set_thresholds,
+    Batch, LayerRanges, Ranges, attention_dims, ffns_of, in_pool, logits_of, set_active, set_threshold,
+    set_thresholds,
 };
+use crate::model::weights::Weights;
 
 /// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
@@ -28,7 +33,9 @@ pub(crate) struct CpuInference {
     pub(crate) accounting: Accounting,
     pub(crate) precision: Precision,
     pub(crate) embedding: Embedding,
+    /// All layers, or none where they are lent.
     pub(crate) layers: Vec<Layer>,
+    pub(crate) lent: Option<Lent>,
     pub(crate) norm: Buf,
     pub(crate) head: Packed,
     pub(crate) ropes: Ropes,
@@ -53,6 +60,11 @@ pub struct Workspace {
 }
 
 impl Workspace {
+    /// Returns the weights that tokens have used in a model with thresholds, and forgets them.
+    pub fn take_used(&mut self) -> UsedWeights {
+        std::mem::take(&mut self.ffn.kept.used)
+    }
+
     fn prepare(&mut self, config: &Config, tokens: usize) {
         for buf in [&mut self.x, &mut self.h, &mut self.y] {
             buf.resize(tokens * config.hidden);
@@ -98,7 +110,24 @@ impl CpuInference {
         }
         let norm = vector(source.part(&ranges.norm)?);
         let ropes = Ropes::new(&config);
-        Ok(CpuInference { config, accounting, precision, embedding, layers, norm, head, ropes })
+        let lent = None;
+        Ok(CpuInference { config, accounting, precision, embedding, layers, lent, norm, head, ropes })
+    }
+
+    /// Packs all but the layers of `model`, an outline, whose `weights` are lent.
+    pub(crate) fn lend(
+        model: &Model,
+        weights: Box<dyn Weights>,
+        precision: Precision,
+    ) -> Result<CpuInference> {
+        let (config, accounting, ffns) = (model.config.clone(), model.accounting(), ffns_of(&model.config));
+        let (ranges, mut weights) = (model.ranges.clone(), weights);
+        let source = &mut OfUnits { weights: &mut *weights, ranges: &ranges };
+        let outer = Ranges { layers: Vec::new(), ..ranges.clone() };
+        let parts = Parts { config, accounting, ffns: &[], ranges: &outer, source };
+        let mut packed = CpuInference::build(parts, precision)?;
+        packed.lent = Some(Lent::new(weights, ffns, ranges, precision));
+        Ok(packed)
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -108,7 +137,10 @@ impl CpuInference {
 
     /// Returns the number of experts of every layer; none without routers.
     pub(crate) fn layer_experts(&self) -> Option<Vec<usize>> {
-        self.layers.iter().map(|layer| layer.ffn.num_experts()).collect()
+        match &self.lent {
+            Some(lent) => lent.ffns.iter().map(|ffn| ffn.num_experts()).collect(),
+            None => self.layers.iter().map(|layer| layer.ffn.num_experts()).collect(),
+        }
     }
 
     pub(crate) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
@@ -143,7 +175,7 @@ impl CpuInference {
         batch: Batch<'_>,
         stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
-    ) {
+    ) -> Result<()> {
         let Batch { inputs, targets, seq } = batch;
         in_pool(|| {
             self.hidden_states(inputs, seq, None, stats, workspace);
@@ -158,6 +190,7 @@ impl CpuInference {
             }
             .run();
         });
+        self.lent.as_ref().map_or(Ok(()), Lent::outcome)
     }
 
     /// Sets `workspace.h` to the normed hidden states `[ids.len(), hidden]` of sequences of `seq` tokens.
@@ -241,18 +274,32 @@ impl CpuInference {
     ) {
         let (tokens, block) = (ids.len(), Block::of(&self.config));
         workspace.prepare(&self.config, tokens);
+        if let Some(layers) = &self.config.thresholds {
+            workspace.ffn.kept.used.begin(layers.len(), tokens);
+        }
         self.embedding.rows(&mut workspace.x, ids, &self.head);
         scale(&mut workspace.x, self.config.architecture.embed_scale);
-        for (i, layer) in self.layers.iter().enumerate() {
+        for i in 0..self.config.num_layers {
+            let lent;
+            let layer = match &self.lent {
+                None => &self.layers[i],
+                Some(source) => match source.layer(&self.config, i) {
+                    Some(layer) => {
+                        lent = layer;
+                        &lent
+                    }
+                    // The caller asks for the error.
+                    None => return,
+                },
+            };
             let LayerShape { num_heads, num_kv_heads, .. } = self.config.layer(i);
             workspace.prepare_heads(num_heads, num_kv_heads, self.config.head_dim, tokens);
             let Workspace { x, h, q, k, v, a, y, lse, rstd, ffn: scratch, .. } = &mut *workspace;
             let input = block.input(layer.before_attention.as_deref(), h, rstd, x);
-            layer.project([&mut *q, &mut *k, &mut *v], input, tokens);
+            layer.project([&mut *q, &mut *k, &mut *v], input, tokens, &mut scratch.kept);
             layer.norm_heads(block, [&mut *q, &mut *k], lse);
             attend(i, Heads { a, lse, q, k, v });
-            let bias = layer.o_bias.as_deref();
-            linear::ForwardPacked { y, x: a, w: &layer.o, bias, rows: tokens }.run();
+            layer.output(y, a, tokens, &mut scratch.kept);
             block.join(x, y, layer.after_attention.as_deref(), h, rstd);
             let input = block.input(layer.before_ffn.as_deref(), h, rstd, x);
             let record = stats.as_deref_mut().map(|stats| Record { stats, layer: i });
@@ -265,7 +312,7 @@ impl CpuInference {
 }
 
 impl Layer {
-    fn build(
+    pub(super) fn build(
         source: &mut dyn Source,
         config: &Config,
         i: usize,
@@ -273,6 +320,7 @@ impl Layer {
         precision: Precision,
     ) -> Result<Layer> {
         let hidden = config.hidden;
+        let thresholds = config.thresholds.as_ref().map(|layers| &layers[i]);
         let [q_width, kv_width] = config.attention_widths(i);
         let qkv_bias = match &ranges.qkv_bias {
             Some(range) => {
@@ -288,30 +336,42 @@ impl Layer {
         };
         Ok(Layer {
             before_attention: optional(source, ranges.before_attention.as_ref())?,
-            q: pack(source, &ranges.q, hidden, precision)?,
-            k: pack(source, &ranges.k, hidden, precision)?,
-            v: pack(source, &ranges.v, hidden, precision)?,
-            o: pack(source, &ranges.o, q_width, precision)?,
+            qkv: linears(source, [&ranges.q, &ranges.k, &ranges.v], hidden, precision, (0, i, thresholds))?,
+            o: linears(source, [&ranges.o], q_width, precision, (1, i, thresholds))?,
             qkv_bias,
             o_bias: optional(source, ranges.o_bias.as_ref())?,
             qk_norm,
             after_attention: optional(source, ranges.after_attention.as_ref())?,
             before_ffn: optional(source, ranges.before_ffn.as_ref())?,
-            ffn: ffn.pack(source.part(&ranges.ffn)?, precision),
+            ffn: match thresholds {
+                None => ffn.pack(source.part(&ranges.ffn)?, precision),
+                Some(thresholds) => {
+                    let (gated, params) = (Gated::of_layer(config, i), source.part(&ranges.ffn)?);
+                    kept::pack(gated, (i, thresholds), params, precision)
+                }
+            },
             after_ffn: optional(source, ranges.after_ffn.as_ref())?,
         })
     }
 
     /// Sets queries, keys and values from attention's input.
-    fn project(&self, outputs: [&mut Buf; 3], x: &[f32], rows: usize) {
+    fn project(&self, outputs: [&mut Buf; 3], x: &[f32], rows: usize, scratch: &mut KeptScratch) {
         let bias = |i: usize| self.qkv_bias.as_ref().map(|biases| &biases[i][..]);
-        let (ys, ws) = (outputs.map(|y| &mut **y), [&self.q, &self.k, &self.v]);
-        linear::ForwardPackedEach { ys, x, ws, biases: [bias(0), bias(1), bias(2)], rows }.run();
+        let (ys, biases) = (outputs.map(|y| &mut **y), [bias(0), bias(1), bias(2)]);
+        let KeptScratch { ops, used, .. } = scratch;
+        self.qkv.forward(LinearsForward { ys, x, biases, rows, ops, used });
+    }
+
+    /// Sets attention's output from the heads'.
+    fn output(&self, y: &mut [f32], x: &[f32], rows: usize, scratch: &mut KeptScratch) {
+        let KeptScratch { ops, used, .. } = scratch;
+        let biases = [self.o_bias.as_deref()];
+        self.o.forward(LinearsForward { ys: [y], x, biases, rows, ops, used });
     }
 
     /// Norms queries and keys, where the family does.
     fn norm_heads(&self, block: Block, rows: [&mut Buf; 2], scratch: &mut Buf) {
-        let widths = [self.q.outputs(), self.k.outputs()];
+        let widths = [self.qkv.outputs(0), self.qkv.outputs(1)];
         for ((x, weight), width) in rows.into_iter().zip(self.qk_norm.iter().flatten()).zip(widths) {
             block.norm_heads(x, width, weight, scratch);
         }

@@ -4,6 +4,7 @@ mod cache;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod lent;
 pub(crate) mod pack;
 mod ragged;
 pub(crate) mod segments;
@@ -22,11 +23,13 @@ use segments::{Alone, places};
 
 use super::arena::Model;
 use super::tensors::{Batch, check_input};
+use super::weights::Weights;
 use crate::accounting::Accounting;
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ffn::RouterBound;
+use crate::kept::LayerThresholds;
 
 /// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
@@ -60,6 +63,26 @@ impl Inference {
         packed.expect("reading an arena does not fail")
     }
 
+    /// Packs the weights of `model` for the host, skipping inputs that do not exceed `thresholds`, one entry for each layer.
+    ///
+    /// # Panics
+    /// There are not as many entries as layers, or the model has experts.
+    pub fn with_thresholds(
+        model: &Model,
+        thresholds: Vec<LayerThresholds>,
+        precision: Precision,
+    ) -> Inference {
+        assert!(model.config().is_dense(), "inference: thresholds of a model with experts");
+        assert_eq!(thresholds.len(), model.config().num_layers, "inference: thresholds and layers");
+        let packed = pack::of_model(model, |parts| {
+            let mut config = parts.config;
+            config.thresholds = Some(thresholds);
+            let accounting = Accounting::of(&config);
+            Inference::build(Parts { config, accounting, ..parts }, precision, Device::Cpu)
+        });
+        packed.expect("reading an arena does not fail")
+    }
+
     /// Packs the weights of `model` for `device`.
     ///
     /// # Errors
@@ -85,6 +108,37 @@ impl Inference {
     /// Those of [`Inference::load`] and [`Inference::new_on`].
     pub fn load_on(dir: &Path, precision: Precision, device: Device) -> Result<Inference> {
         pack::of_directory(dir, |parts| Inference::build(parts, precision, device))
+    }
+
+    /// Makes a model for [`Inference::score`] alone, on the host, of `model`, an outline: `weights` lends one unit at a time. The
+    /// embedding and the head are packed here, a layer in every pass that comes to it.
+    ///
+    /// # Errors
+    /// Those of `weights`.
+    pub fn lend(model: &Model, weights: Box<dyn Weights>, precision: Precision) -> Result<Inference> {
+        let backend = Backend::Cpu(Box::new(CpuInference::lend(model, weights, precision)?));
+        Ok(Inference { backend })
+    }
+
+    /// Returns whether layers are lent: processes that lend them to each other run their passes at the same time.
+    pub fn is_lent(&self) -> bool {
+        match &self.backend {
+            Backend::Cpu(model) => model.lent.is_some(),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => false,
+        }
+    }
+
+    /// Takes part in a pass of the others without one of its own, where layers are lent.
+    ///
+    /// # Errors
+    /// Those of the weights that are lent.
+    pub fn pass_on(&self) -> Result<()> {
+        match &self.backend {
+            Backend::Cpu(model) => model.lent.as_ref().map_or(Ok(()), |lent| lent.pass_on()),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => Ok(()),
+        }
     }
 
     fn build(parts: Parts<'_>, precision: Precision, device: Device) -> Result<Inference> {
@@ -198,7 +252,7 @@ impl Inference {
         assert_eq!(losses.len(), batch.inputs.len(), "score: losses and inputs");
         batch.check(self.config())?;
         match &self.backend {
-            Backend::Cpu(model) => model.score(losses, batch, stats, workspace),
+            Backend::Cpu(model) => model.score(losses, batch, stats, workspace)?,
             #[cfg(feature = "cuda")]
             Backend::Cuda(model) => model.score(losses, batch, stats, workspace)?,
         }

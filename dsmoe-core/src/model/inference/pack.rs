@@ -5,6 +5,7 @@ use std::path::Path;
 
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::kept::Columns;
 use dsmoe_kernels::matmul::{Mat, Packed};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
@@ -12,8 +13,9 @@ use half::slice::HalfFloatSliceExt;
 use crate::accounting::Accounting;
 use crate::checkpoint::{WeightReader, open_model};
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ffn::{Ffn, PackedFfn};
+use crate::kept::{GROUPS, LayerThresholds, Linears};
 use crate::masks::Masks;
 use crate::model::arena::Model;
 use crate::model::tensors::{Ranges, ffns_of, lay_out};
@@ -23,10 +25,8 @@ use crate::params::Layout;
 #[derive(Debug)]
 pub(crate) struct Layer {
     pub(crate) before_attention: Option<Buf>,
-    pub(crate) q: Packed,
-    pub(crate) k: Packed,
-    pub(crate) v: Packed,
-    pub(crate) o: Packed,
+    pub(crate) qkv: Linears<3>,
+    pub(crate) o: Linears<1>,
     /// Biases of q, k and v.
     pub(crate) qkv_bias: Option<[Buf; 3]>,
     pub(crate) o_bias: Option<Buf>,
@@ -40,12 +40,12 @@ pub(crate) struct Layer {
 
 impl Layer {
     pub(crate) fn bytes(&self) -> usize {
-        let matrices = [&self.q, &self.k, &self.v, &self.o].map(Packed::bytes);
+        let matrices = self.qkv.bytes() + self.o.bytes();
         let norms = [&self.before_attention, &self.after_attention, &self.before_ffn, &self.after_ffn];
         let vectors = norms.into_iter().chain([&self.o_bias]).flatten();
         let heads = self.qkv_bias.iter().flatten().chain(self.qk_norm.iter().flatten());
         let values: usize = vectors.chain(heads).map(|vector| vector.len()).sum();
-        matrices.iter().sum::<usize>() + 4 * values + self.ffn.bytes()
+        matrices + 4 * values + self.ffn.bytes()
     }
 }
 
@@ -150,6 +150,10 @@ pub(crate) fn of_directory<R>(dir: &Path, pack: impl FnOnce(Parts<'_>) -> Result
     let config = Config::load(dir)?;
     let checkpoint = open_model(dir, &config)?;
     let masks = Masks::read(dir, &config)?;
+    if masks.is_some() && config.thresholds.is_some() {
+        let help = "remove masks.safetensors or activation_thresholds of config.json";
+        return Err(Error::path(dir, "has both masks of weights and thresholds of inputs", help));
+    }
     let counts = Accounting::of(&config);
     let accounting = masks.as_ref().map_or(counts, |masks| counts.with_masks(masks));
     let reader = WeightReader::new(&config, &checkpoint, masks.as_ref())?;
@@ -175,6 +179,38 @@ pub(crate) fn pack(
         first += rows;
     })?;
     Ok(packed)
+}
+
+/// Packs the linears of a group, all with `inputs` columns; of those with thresholds, column by column.
+pub(crate) fn linears<const N: usize>(
+    source: &mut dyn Source,
+    matrices: [&Range<usize>; N],
+    inputs: usize,
+    precision: Precision,
+    (group, layer, thresholds): (usize, usize, Option<&LayerThresholds>),
+) -> Result<Linears<N>> {
+    let group = GROUPS[group].clone();
+    let Some(thresholds) = thresholds.filter(|thresholds| thresholds.skips_in(group.clone())) else {
+        let mut packed = Vec::with_capacity(N);
+        for matrix in matrices {
+            packed.push(pack(source, matrix, inputs, precision)?);
+        }
+        return Ok(Linears::Whole(packed.try_into().expect("as many matrices")));
+    };
+    let mut weights = Vec::with_capacity(N);
+    for matrix in matrices {
+        let mut columns = Columns::zeros(precision, matrix.len() / inputs, inputs);
+        let mut first = 0;
+        source.rows(matrix, &mut |values| {
+            let rows = values.len() / inputs;
+            columns.set_rows(first, Mat::new(values, rows, inputs));
+            first += rows;
+        })?;
+        weights.push(columns);
+    }
+    let thresholds = std::array::from_fn(|i| thresholds.inputs[group.start + i]);
+    let weights = weights.try_into().expect("as many matrices");
+    Ok(Linears::Kept { weights, thresholds, at: (layer, group.start) })
 }
 
 /// Sets all of `table`, piece by piece.

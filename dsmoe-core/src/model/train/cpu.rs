@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use dsmoe_kernels::{Precision, add, attention, cross_entropy, embedding, linear, rms_norm};
-use dsmoe_router::{RoutingStats, SparsityGrad};
+use dsmoe_router::{Pull, RoutingStats, SparsityGrad};
 
-use super::units::{Grads, Params, Units, Whole};
+use super::units::{Grads, Units, Whole};
 use super::workspace::{LayerActs, NormActs, TrainWorkspace, is_not_finite};
 use super::{StepArgs, StepOutput, Teacher, Teaching, TopRows};
 use crate::error::Result;
@@ -14,6 +14,7 @@ use crate::model::arena::Model;
 use crate::model::block::Block;
 use crate::model::ropes::Turn;
 use crate::model::tensors::{Batch, LayerRanges, attention_dims, in_pool, logits_of};
+use crate::model::weights::Params;
 
 impl Model {
     /// Runs forward and backward over `batch`. Adds to `grads` (laid out as
@@ -203,7 +204,10 @@ impl Pass<'_> {
         }
         output.went_back = units.go_on(finite)?;
         if output.went_back {
+            workspace.scratch.pull = Pull::default();
             self.backward(units, workspace)?;
+            let Pull { force, slope } = workspace.scratch.pull;
+            output.pull = Pull { force, slope: slope / self.gates() as f64 };
         }
         Ok(output)
     }
@@ -323,6 +327,12 @@ impl Pass<'_> {
         units.done(0)
     }
 
+    /// Counts the gates whose mean the sparsity loss is.
+    fn gates(self) -> usize {
+        let Pass { model, batch, .. } = self;
+        model.config.num_layers * batch.inputs.len() * model.num_experts().unwrap_or(1)
+    }
+
     fn layer_backward(
         self,
         i: usize,
@@ -330,10 +340,10 @@ impl Pass<'_> {
         grads: &mut Grads<'_>,
         workspace: &mut TrainWorkspace,
     ) {
-        let Pass { model: Model { config, ranges, ffns, ropes, .. }, batch, args, .. } = self;
+        let Pass { model: Model { config, ranges, ffns, ropes, .. }, args, .. } = self;
         let ranges @ LayerRanges { o, ffn, .. } = &ranges.layers[i];
-        let gates = config.num_layers * batch.inputs.len() * self.model.num_experts().unwrap_or(1);
-        let sparsity = SparsityGrad { weight: args.sparsity_weight / gates as f32, over: args.sparsity_over };
+        let weight = args.sparsity_weight / self.gates() as f32;
+        let sparsity = SparsityGrad { weight, over: args.sparsity_over };
         let TrainWorkspace { streams, kept, of_layer, h, y: dh, dx, dbranch, dqkv, da, scratch, .. } =
             workspace;
         let LayerActs { rstd, qkv, a, lse, x_mid, rstd_mid, heads, after, ffn: saved } =

@@ -8,8 +8,8 @@ mod workspace;
 
 use dsmoe_kernels::cross_entropy;
 use dsmoe_kernels::rng::Rng;
-use dsmoe_router::SparsityOver;
-pub use units::{Grads, Params, Units, Whole};
+use dsmoe_router::{Pull, SparsityOver};
+pub use units::{Grads, Units, Whole};
 pub use workspace::TrainWorkspace;
 
 use crate::config::Config;
@@ -54,6 +54,8 @@ pub struct StepOutput {
     pub balance_loss: f64,
     /// Mean of the separability loss over layers, tokens and gates; 0 unless it has a weight.
     pub separability: f64,
+    /// What the backward pass does to all gates as a whole, by the weight of the sparsity loss; 0 where the device does not tell.
+    pub pull: Pull,
     /// The first place with a NaN or infinity in the forward pass, e.g. `layer 3 ffn`, when the loss has one.
     pub non_finite: Option<String>,
     /// True if there was a backward pass: the losses are finite, those of processes that go on together included.

@@ -1,27 +1,9 @@
-//! What a training pass reads and adds to, unit by unit: the embedding, each layer, and the final norm with the head, as
-//! [`Shards::units`](crate::shard::Shards::units) number them.
+//! What a training pass reads and adds to, unit by unit.
 
 use std::ops::Range;
 
 use crate::error::Result;
-
-/// The parameters of a unit, by their places in the arena.
-#[derive(Clone, Copy, Debug)]
-pub struct Params<'a> {
-    first: usize,
-    values: &'a [f32],
-}
-
-impl<'a> Params<'a> {
-    /// Views `values`, the part of the arena that starts at `first`.
-    pub fn new(first: usize, values: &'a [f32]) -> Params<'a> {
-        Params { first, values }
-    }
-
-    pub(super) fn of(self, range: &Range<usize>) -> &'a [f32] {
-        &self.values[range.start - self.first..range.end - self.first]
-    }
-}
+use crate::model::weights::{Params, Weights};
 
 /// The gradients of a unit, by their places in the arena.
 #[derive(Debug)]
@@ -41,22 +23,15 @@ impl<'a> Grads<'a> {
     }
 }
 
-/// The parameters and gradients of a training pass. The pass works on one unit at a time: what it was lent of another is no
-/// longer used.
-pub trait Units: Send {
-    /// Lends the parameters of unit `unit`.
-    ///
-    /// # Errors
-    /// They lie in several processes, and communication fails.
-    fn params(&mut self, unit: usize) -> Result<Params<'_>>;
-
+/// The parameters and gradients of a training pass.
+pub trait Units: Weights {
     /// Lends the gradients of unit `unit`, as far as they are.
     fn grads(&mut self, unit: usize) -> Grads<'_>;
 
     /// Lends both.
     ///
     /// # Errors
-    /// Those of [`Units::params`].
+    /// Those of [`Weights::params`].
     fn both(&mut self, unit: usize) -> Result<(Params<'_>, Grads<'_>)>;
 
     /// Is told whether all losses of the micro-batch are finite, between its forward and its backward pass. Returns whether
@@ -86,11 +61,13 @@ pub struct Whole<'a> {
     pub grads: &'a mut [f32],
 }
 
-impl Units for Whole<'_> {
+impl Weights for Whole<'_> {
     fn params(&mut self, _unit: usize) -> Result<Params<'_>> {
         Ok(Params::new(0, self.params))
     }
+}
 
+impl Units for Whole<'_> {
     fn grads(&mut self, _unit: usize) -> Grads<'_> {
         Grads::new(0, self.grads)
     }

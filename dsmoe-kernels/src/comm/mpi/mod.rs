@@ -17,7 +17,8 @@ use self::watch::{leave, watched};
 use super::communicator::{Communicator, Place, check_all_gather, check_all_to_all};
 use super::error::{CommError, Result};
 use super::launch::Launch;
-use super::start::{MpiLibrary, Settings};
+use super::settings::Settings;
+use super::start::MpiLibrary;
 use super::what::What;
 
 /// How long a call is asked again and again before the thread sleeps between questions: `AWAKE`, and the time that its

@@ -5,7 +5,7 @@ use std::thread::Builder;
 use std::time::Duration;
 
 use crate::comm::error::CommError;
-use crate::comm::start::Settings;
+use crate::comm::settings::Settings;
 
 /// How long an orderly exit may take.
 const EXIT: Duration = Duration::from_secs(3);

@@ -17,6 +17,8 @@ const STRIP: usize = 512;
 pub(super) const ROWS: usize = 8;
 /// Groups of neurons that are added to a strip at a time: their weights stay in the first-level cache.
 const GROUPS: usize = 16;
+/// Tokens up to which groups are added one by one, in the order of memory: reading the weights takes longer than adding.
+const ONE_BY_ONE: usize = 32;
 
 /// An expert with the tokens of a block that run it.
 #[derive(Debug)]
@@ -129,7 +131,11 @@ impl<'a, W: Fn(&Run<'_>) -> Strided<'a> + Sync> Sum<'a, W> {
         let Plan { isa, accumulate, .. } = *plan;
         let (strips, panels) = (self.block.len().div_ceil(STRIP), self.columns.div_ceil(PANEL));
         let work = self.neurons.len() / row_words(isa, self.stored, NEURONS) * NEURONS * self.columns;
-        let ranges = tasks_for(work).div_ceil(strips).min(panels);
+        let mut ranges = tasks_for(work).div_ceil(strips).min(panels);
+        if self.block.len() <= ONE_BY_ONE {
+            // As long pieces of an expert as there can be for all threads.
+            ranges = ranges.min(rayon::current_num_threads());
+        }
         let start = |strip: usize| self.block.start + strip * self.block.len() / strips;
         let tokens_of = |strip: usize| start(strip)..start(strip + 1);
         let of_strip = |strip: usize| self.runs.iter().map(move |run| run.rows_of(&tokens_of(strip)));
@@ -189,13 +195,15 @@ impl<'s, W: Fn(&Run<'_>) -> Strided<'s> + Sync> Sum<'s, W> {
         (tokens, rows): (&Range<usize>, &[Range<usize>]),
         panels: &Range<usize>,
     ) {
+        let at_once = if tokens.len() <= ONE_BY_ONE { 1 } else { GROUPS };
         for (i, (run, rows)) in self.runs.iter().zip(rows).enumerate() {
             let next = self.runs.get(i + 1).map_or(&[][..], |next| {
                 let words = (self.weights)(next).from(panels.start, 0);
                 &words[..words.len().min(panels.len() * next.groups * M::GROUP_STEPS * PANEL)]
             });
             let b = (self.weights)(run).starting_at(panels.start);
-            for group in (0..run.groups).step_by(GROUPS) {
+            for group in (0..run.groups).step_by(at_once) {
+                let next = if group + at_once < run.groups { b.from(0, group + at_once) } else { next };
                 let a = &self.neurons[(run.first + group * run.len()) * M::GROUP_WORDS..];
                 let mut start = rows.start;
                 while start < rows.end {
@@ -209,8 +217,8 @@ impl<'s, W: Fn(&Run<'_>) -> Strided<'s> + Sync> Sum<'s, W> {
                         rows: start..end,
                         to: run.places(tokens),
                         b,
-                        groups: group..run.groups.min(group + GROUPS),
-                        next: if start == rows.start && group == 0 { next } else { &[] },
+                        groups: group..run.groups.min(group + at_once),
+                        next: if start == rows.start { next } else { &[] },
                         step: PhantomData,
                     }));
                     start = end;

@@ -8,11 +8,13 @@ use super::pack::{
     DEPTH, PANEL, Part, SLACK, Source, copied_pair_tiles, copied_tiles, pack, pack_pairs, packs_pairs, pairs,
     round,
 };
-use super::picked::AHEAD;
 use super::tile::{Depth, Next, product};
 use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::simd::{Product, ProductKernel, SQUARE};
+
+/// Values of B that a lone row asks for ahead.
+const AHEAD: usize = 1024;
 
 /// Panels of B, one after the other, each a tile of [`PANEL`] lanes.
 #[derive(Clone, Copy, Debug)]

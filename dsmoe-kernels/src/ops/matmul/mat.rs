@@ -48,8 +48,8 @@ impl std::fmt::Display for Precision {
 #[derive(Clone, Copy, Debug)]
 pub struct Mat<'a> {
     pub(super) data: &'a [f32],
-    pub(super) rows: usize,
-    pub(super) cols: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
     pub(super) row_stride: usize,
     pub(super) col_stride: usize,
 }

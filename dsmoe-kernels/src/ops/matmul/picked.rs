@@ -137,17 +137,23 @@ pub(crate) use with_rows;
 /// Two registers of a panel, for each row.
 type Sums<V, const R: usize> = [[V; 2]; R];
 
-/// Adds the products of rows `a` with columns `first..` of steps `b` of a panel to `acc`.
+/// Adds the products of rows `a` with columns `first..` of steps `b` of a panel to `acc`. With every step it asks for as many
+/// words of `ahead` as the step reads: memory is kept busy only by requests at the pace of the products.
 #[inline(always)]
 fn accumulate<S: Product, M: Step, const R: usize>(
     s: S,
     acc: &mut Sums<S::V, R>,
     a: [&[f32]; R],
-    b: &[[f32; PANEL]],
-    first: usize,
+    (b, first): (&[[f32; PANEL]], usize),
+    ahead: Option<&[f32]>,
 ) {
     assert!(a.iter().all(|a| a.len() >= b.len() * M::WORDS));
     for (k, b) in b.iter().enumerate() {
+        if let Some(ahead) = ahead {
+            for line in (0..PANEL).step_by(SQUARE) {
+                s.prefetch(ahead, k * PANEL + line);
+            }
+        }
         for r in 0..R {
             // SAFETY: k is below the steps of `b`, which the row has words for by the assertion.
             let a = unsafe { a[r].get_unchecked(k * M::WORDS..(k + 1) * M::WORDS) };
@@ -158,12 +164,9 @@ fn accumulate<S: Product, M: Step, const R: usize>(
     }
 }
 
-/// About the words of a group of a panel.
-const LEN_OF_GROUP: usize = GROUP / 2 * PANEL;
-
-/// Steps between two looks ahead, and the words of B that a look is ahead.
+/// Steps between two looks ahead, and the words of B that a look is ahead: those that arrive in the time of one access.
 const LOOK: usize = 8;
-pub(crate) const AHEAD: usize = 1024;
+const AHEAD: usize = 2048;
 
 /// A tile: `sums[r] += a[r] B` for R rows and a part of a panel. Sums from zero, so that rounding errors grow with the
 /// depth of a part.
@@ -188,17 +191,13 @@ impl<M: Step, const R: usize> ProductKernel for Products<'_, M, R> {
             let mut acc: Sums<S::V, R> = [[s.splat(0.0); 2]; R];
             for start in (0..b.len()).step_by(look) {
                 let end = b.len().min(start + look);
-                if !next.is_empty() && first == 0 {
+                let ahead = (!next.is_empty() && first == 0).then(|| {
                     let at = start * PANEL + AHEAD;
                     let ahead = b.as_flattened().get(at..).filter(|ahead| !ahead.is_empty());
-                    let ahead =
-                        ahead.unwrap_or_else(|| &next[next.len().min(at.saturating_sub(b.len() * PANEL))..]);
-                    for line in (0..(end - start) * PANEL).step_by(SQUARE) {
-                        s.prefetch(ahead, line);
-                    }
-                }
+                    ahead.unwrap_or_else(|| &next[next.len().min(at.saturating_sub(b.len() * PANEL))..])
+                });
                 let a = std::array::from_fn(|r| &a[r][start * M::WORDS..end * M::WORDS]);
-                accumulate::<S, M, R>(s, &mut acc, a, &b[start..end], first);
+                accumulate::<S, M, R>(s, &mut acc, a, (&b[start..end], first), ahead);
             }
             for (sums, acc) in sums[..R].iter_mut().zip(acc) {
                 add_to(s, &mut sums[first..], acc);
@@ -273,7 +272,7 @@ pub(crate) struct AddToStrips<'a, M, const R: usize> {
     /// The weights of the first panel, and of the panels after it, for some groups.
     pub(crate) b: Strided<'a>,
     pub(crate) groups: Range<usize>,
-    /// What is read after this: its first words are prefetched.
+    /// What is read after this: its first words are prefetched. Nothing is, if this is empty.
     pub(crate) next: &'a [f32],
     pub(crate) step: PhantomData<M>,
 }
@@ -283,19 +282,13 @@ impl<M: Step, const R: usize> ProductKernel for AddToStrips<'_, M, R> {
     #[inline(always)]
     fn body<S: Product>(self, s: S) {
         let AddToStrips { strips, strip_len, a, group_rows, rows, to, b, groups, next, .. } = self;
-        // A little with every panel: many requests at once would hold up the loads.
-        let (panels, next) = (strips.len() / strip_len, &next[..next.len().min(AHEAD)]);
-        let at_once = next.len().div_ceil(SQUARE).div_ceil(panels.max(1)) * SQUARE;
+        let panels = strips.len() / strip_len;
+        let panels_ahead = AHEAD.div_ceil(M::GROUP_STEPS * PANEL);
         for (panel, strip) in strips.chunks_exact_mut(strip_len).enumerate() {
-            for line in (panel * at_once..next.len().min((panel + 1) * at_once)).step_by(SQUARE) {
-                s.prefetch(next, line);
-            }
-            if !next.is_empty() && panel + AHEAD / LEN_OF_GROUP < panels {
-                let ahead = b.from(panel + AHEAD / LEN_OF_GROUP, groups.start);
-                for line in (0..M::GROUP_STEPS * PANEL).step_by(SQUARE) {
-                    s.prefetch(ahead, line);
-                }
-            }
+            let ahead = (!next.is_empty()).then(|| match panel + panels_ahead {
+                ahead if ahead < panels => b.from(ahead, groups.start),
+                ahead => &next[next.len().min((ahead - panels) * M::GROUP_STEPS * PANEL)..],
+            });
             for row in rows.clone().step_by(R) {
                 for first in (0..PANEL).step_by(2 * S::LANES) {
                     let mut acc: Sums<S::V, R> = [[s.splat(0.0); 2]; R];
@@ -303,7 +296,8 @@ impl<M: Step, const R: usize> ProductKernel for AddToStrips<'_, M, R> {
                         let b = b.group(panel, group, M::GROUP_STEPS);
                         let a = &a[(i * group_rows + row) * M::GROUP_WORDS..][..R * M::GROUP_WORDS];
                         let a = std::array::from_fn(|r| &a[r * M::GROUP_WORDS..(r + 1) * M::GROUP_WORDS]);
-                        accumulate::<S, M, R>(s, &mut acc, a, b, first);
+                        let ahead = ahead.filter(|_| row == rows.start && first == 0 && i == 0);
+                        accumulate::<S, M, R>(s, &mut acc, a, (b, first), ahead);
                     }
                     for (r, acc) in acc.into_iter().enumerate() {
                         add_to(s, &mut strip[to.of(row + r)][first..], acc);

@@ -1,0 +1,180 @@
+//! The search of R-LLM: thresholds site by site, as sparse as the loss allows.
+
+use dsmoe_core::calibrate::{Input, LayerStream, Tap};
+use dsmoe_core::kept::{LINEARS, LayerThresholds};
+use dsmoe_core::model::{Batch, Inference, Model, Workspace};
+use dsmoe_kernels::Precision;
+
+use super::measure::INPUTS;
+use super::quantile::add_token_quantiles;
+use super::settings::Candidates;
+use crate::error::{Error, Result};
+use crate::method::Job;
+
+/// The largest share that a search tries.
+const LARGEST: f64 = 0.9;
+const SMALLEST: f64 = 0.01;
+const RATIOS: usize = 8;
+
+/// Returns the shares that a search tries, descending.
+pub(super) fn candidates(kind: Candidates) -> Vec<f64> {
+    let rounded = |share: f64, digits: f64| (share * digits).round() / digits;
+    let mut shares: Vec<f64> = match kind {
+        Candidates::Linear => (1..=9).rev().map(|tenth| f64::from(tenth) / 10.0).collect(),
+        Candidates::Exp => {
+            let step = (SMALLEST / LARGEST).ln() / (RATIOS - 1) as f64;
+            (0..RATIOS).map(|i| rounded(LARGEST * (step * i as f64).exp(), 100.0)).collect()
+        }
+    };
+    shares.dedup();
+    shares
+}
+
+/// Returns the thresholds with which the loss of no site exceeds `tolerance` times the loss before it. `show` receives the
+/// number of sites that are done and of all.
+pub(super) fn search(
+    model: &Model,
+    job: &Job<'_>,
+    candidates: &[f64],
+    tolerance: f64,
+    show: &mut dyn FnMut(usize, usize),
+) -> Result<Vec<LayerThresholds>> {
+    let mut stream = LayerStream::open(job.model, job.calibration)?;
+    let layers = stream.config().num_layers;
+    let mut found = vec![LayerThresholds::NONE; layers];
+    let mut loss = Loss { model, text: job.calibration, workspace: Workspace::default(), losses: Vec::new() };
+    let mut base = loss.of(&found)?;
+    let mut chosen = [(); 4].map(|()| vec![0usize; candidates.len()]);
+    for i in 0..layers {
+        let mut weights = stream.layer(i)?;
+        for (site, input) in Input::ALL.into_iter().enumerate() {
+            show(i * Input::ALL.len() + site, layers * Input::ALL.len());
+            weights.thresholds = Some(found[i]);
+            let width = weights.linears[linear_of(input)].inputs;
+            let (mut sums, mut tokens) = (vec![0.0; candidates.len()], 0);
+            stream.forward(&weights, &mut |tap: Tap<'_>| {
+                if tap.input == input {
+                    tokens += tap.x.len() / width;
+                    add_token_quantiles(&mut sums, &tap, width, candidates);
+                }
+            })?;
+            let mut loss_of = |at: usize| {
+                let mut trial = found.clone();
+                set(&mut trial[i], input, (sums[at] / tokens as f64) as f32);
+                Ok((loss.of(&trial)?, trial[i]))
+            };
+            if let Some((at, (value, thresholds))) = accept(&chosen[site], base, tolerance, &mut loss_of)? {
+                chosen[site][at] += 1;
+                (base, found[i]) = (value, thresholds);
+            }
+        }
+        weights.thresholds = Some(found[i]);
+        stream.advance(&weights)?;
+    }
+    show(layers * Input::ALL.len(), layers * Input::ALL.len());
+    Ok(found)
+}
+
+/// A candidate's number, with the loss and the thresholds that it gives.
+type Accepted = (usize, (f64, LayerThresholds));
+
+/// Starts at the candidate that was chosen most often, and goes to smaller shares while the loss stays below the tolerance;
+/// if the start does not, goes to larger ones until one does.
+fn accept(
+    chosen: &[usize],
+    base: f64,
+    tolerance: f64,
+    loss_of: &mut dyn FnMut(usize) -> Result<(f64, LayerThresholds)>,
+) -> Result<Option<Accepted>> {
+    let most = chosen.iter().copied().max().unwrap_or(0);
+    let start = chosen.iter().position(|&times| times == most).unwrap_or(0);
+    let mut last = None;
+    for at in start..chosen.len() {
+        let trial = loss_of(at)?;
+        if trial.0 / base >= tolerance {
+            break;
+        }
+        last = Some((at, trial));
+    }
+    let mut at = start;
+    while last.is_none() && at > 0 {
+        at -= 1;
+        let trial = loss_of(at)?;
+        if trial.0 / base < tolerance {
+            last = Some((at, trial));
+        }
+    }
+    Ok(last)
+}
+
+fn linear_of(input: Input) -> usize {
+    INPUTS.iter().position(|&other| other == input).expect("every input is read")
+}
+
+/// Sets the threshold of the linears that read `input`.
+fn set(thresholds: &mut LayerThresholds, input: Input, threshold: f32) {
+    for linear in (0..LINEARS).filter(|&linear| INPUTS[linear] == input) {
+        thresholds.inputs[linear] = threshold;
+    }
+}
+
+/// The loss of a model on calibration text.
+struct Loss<'a> {
+    model: &'a Model,
+    text: &'a [Vec<u32>],
+    workspace: Workspace,
+    losses: Vec<f32>,
+}
+
+impl Loss<'_> {
+    /// Returns the mean loss of a token with thresholds.
+    fn of(&mut self, thresholds: &[LayerThresholds]) -> Result<f64> {
+        let model = Inference::with_thresholds(self.model, thresholds.to_vec(), Precision::F32);
+        let (mut sum, mut tokens) = (0.0, 0);
+        for ids in self.text {
+            let (inputs, targets) = (&ids[..ids.len() - 1], &ids[1..]);
+            self.losses.resize(inputs.len(), 0.0);
+            let batch = Batch { inputs, targets, seq: inputs.len() };
+            model.score(&mut self.losses, batch, None, &mut self.workspace)?;
+            sum += self.losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+            tokens += inputs.len();
+        }
+        let mean = sum / tokens as f64;
+        match mean.is_finite() {
+            true => Ok(mean),
+            false => Err(Error::numeric("the loss", "is not finite", "check the model with eval")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn candidates_are_those_of_the_paper() {
+        assert_eq!(candidates(Candidates::Linear), [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]);
+        assert_eq!(candidates(Candidates::Exp), [0.9, 0.47, 0.25, 0.13, 0.07, 0.04, 0.02, 0.01]);
+    }
+
+    #[test]
+    fn a_site_starts_at_the_usual_candidate_and_falls_back_to_larger_shares() {
+        // Losses over the base by candidate: the first three pass at 1.1.
+        let losses = [1.0, 1.05, 1.09, 1.2, 1.3];
+        let run = |chosen: &[usize], tolerance: f64| {
+            let mut asked = Vec::new();
+            let mut loss_of = |at: usize| {
+                asked.push(at);
+                Ok((losses[at], LayerThresholds::NONE))
+            };
+            let found = accept(chosen, 1.0, tolerance, &mut loss_of).unwrap();
+            (found.map(|(at, _)| at), asked)
+        };
+        assert_eq!(run(&[0; 5], 1.1), (Some(2), vec![0, 1, 2, 3]));
+        assert_eq!(run(&[0, 1, 0, 0, 0], 1.1), (Some(2), vec![1, 2, 3]));
+        assert_eq!(run(&[0, 0, 0, 0, 2], 1.1), (Some(2), vec![4, 3, 2]));
+        // Nothing passes at 1; everything does without a bound.
+        assert_eq!(run(&[0, 1, 0, 0, 0], 1.0), (None, vec![1, 0]));
+        assert_eq!(run(&[0; 5], f64::INFINITY), (Some(4), vec![0, 1, 2, 3, 4]));
+    }
+}

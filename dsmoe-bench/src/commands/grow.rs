@@ -1,0 +1,139 @@
+//! `dsmoe grow`: a dense model made deeper.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use dsmoe_baselines::grow::{
+    Fitted, GrowMethod, GrowOptions, GrownNorms, NewLayer, Space, grow, plan_growth,
+};
+use serde::Serialize;
+
+use crate::calibration::Stages;
+use crate::cli::grow::Grow;
+use crate::files::lossy;
+use crate::format::{self, Table};
+use crate::ui::Ui;
+
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    #[serde(serialize_with = "lossy")]
+    model: &'a Path,
+    #[serde(serialize_with = "lossy", skip_serializing_if = "Option::is_none")]
+    out: Option<&'a Path>,
+    method: GrowMethod,
+    seed: u64,
+    layers: usize,
+    source_layers: usize,
+    /// Where each layer comes from.
+    origins: Vec<NewLayer>,
+    /// Numbers of the new layers in the result.
+    new_layers: Vec<usize>,
+    params: u64,
+    source_params: u64,
+    /// What lesa's networks have learnt.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    fits: Vec<Fitted>,
+    seconds: f64,
+}
+
+pub(crate) fn run(args: &Grow, ui: &mut Ui) -> Result<()> {
+    let started = Instant::now();
+    check(args)?;
+    let options = GrowOptions {
+        layers: args.layers,
+        fill: args.fill.clone(),
+        method: args.method,
+        space: args.space,
+        norms: args.norms,
+        epochs: args.epochs,
+        penalty: args.penalty,
+        seed: args.seed,
+        force: args.force,
+    };
+    let out = args.out.as_deref().filter(|_| !args.dry_run);
+    let (plan, fits) = match out {
+        None => (plan_growth(&args.model, &options)?, Vec::new()),
+        Some(out) => {
+            let mut stages = Stages::new(ui);
+            let grown = grow(&args.model, out, &options, &mut |at| stages.set(at.stage, at.done, at.total));
+            stages.finish();
+            let grown = grown?;
+            (grown.plan, grown.fits)
+        }
+    };
+    let is_new = |layer: &NewLayer| matches!(layer, NewLayer::Behind(_));
+    let new_layers = (0..).zip(&plan.layers).filter(|(_, layer)| is_new(layer)).map(|(i, _)| i);
+    let report = Report {
+        model: &args.model,
+        out,
+        method: args.method,
+        seed: args.seed,
+        layers: plan.layers.len(),
+        source_layers: plan.source_layers,
+        new_layers: new_layers.collect(),
+        origins: plan.layers,
+        params: plan.params,
+        source_params: plan.source_params,
+        fits,
+        seconds: started.elapsed().as_secs_f64(),
+    };
+    ui.result(&report, show)
+}
+
+/// Refuses options that the method does not read.
+fn check(args: &Grow) -> Result<()> {
+    let defaults = GrowOptions::new(args.layers);
+    let of_lesa =
+        [args.space != Space::Svd, args.epochs != defaults.epochs, args.penalty != defaults.penalty];
+    if args.method != GrowMethod::Lesa && of_lesa.contains(&true) {
+        bail!("--space, --epochs and --penalty are for --method lesa; leave them out");
+    }
+    let copies = [GrowMethod::Copy, GrowMethod::Identity, GrowMethod::Stack].contains(&args.method);
+    if copies && args.norms != GrownNorms::Parents {
+        bail!("--norms: this method copies the norms; leave it out");
+    }
+    if args.method == GrowMethod::Stack && args.fill != defaults.fill {
+        bail!("--fill: --method stack fills no gaps; leave it out");
+    }
+    Ok(())
+}
+
+fn show(report: &Report<'_>) -> String {
+    let place = match report.out {
+        Some(out) => format!("{}:", out.display()),
+        None => format!("{}: would be", report.model.display()),
+    };
+    let list = |layers: &[usize]| layers.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let mut text = format!(
+        "{place} {} layers of {}, {} parameters of {}\n",
+        report.layers,
+        report.source_layers,
+        format::count(report.params),
+        format::count(report.source_params),
+    );
+    match report.new_layers.is_empty() {
+        true => {
+            let sources: Vec<usize> = report.origins.iter().map(NewLayer::source).collect();
+            text += &format!("  layers of the source: {}\n", list(&sources));
+        }
+        false => text += &format!("  new layers: {}\n", list(&report.new_layers)),
+    }
+    if report.out.is_some() {
+        text += &format!("  time: {}\n", format::duration(report.seconds));
+    }
+    if report.fits.is_empty() {
+        return text;
+    }
+    let mut table = Table::new(["matrix", "rows", "first loss", "last loss", "relative error"]);
+    for fit in &report.fits {
+        table.row([
+            fit.matrix.clone(),
+            format::count(fit.rows as u64),
+            format!("{:.3e}", fit.first_loss),
+            format!("{:.3e}", fit.last_loss),
+            format!("{:.4}", fit.relative_error),
+        ]);
+    }
+    format!("{text}\n{}", table.show())
+}
