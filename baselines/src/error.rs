@@ -66,6 +66,29 @@ impl Error {
         Error::Budget { asked: asked.to_string(), problem: problem.into(), help: help.into() }
     }
 
+    /// The error of a budget that a method cannot reach, with the least and the most parameters that it does reach.
+    pub(crate) fn out_of_reach(
+        asked: impl ToString,
+        problem: impl Into<String>,
+        [least, most]: [f64; 2],
+        dense: u64,
+    ) -> Error {
+        let shown = |params: f64| {
+            let amount = match params {
+                big if big >= 1e9 => format!("{:.4}B", big / 1e9),
+                big if big >= 1e6 => format!("{:.1}M", big / 1e6),
+                small => format!("{small:.0}"),
+            };
+            format!("{amount} ({:.1}%)", 100.0 * params / dense as f64)
+        };
+        let help = format!(
+            "the least reachable is {}, the most {} of the dense model's parameters",
+            shown(least),
+            shown(most)
+        );
+        Error::budget(asked, problem, help)
+    }
+
     pub(crate) fn numeric(place: impl Into<String>, problem: &str, help: &str) -> Error {
         Error::Numeric { place: place.into(), problem: problem.to_owned(), help: help.to_owned() }
     }

@@ -5,6 +5,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
+use dsmoe_core::checkpoint::{CONFIG_FILE, OutputDir};
 use dsmoe_datasets::files::read_at_most;
 use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};
@@ -108,6 +109,20 @@ pub(crate) fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -
 /// Returns the folder that holds `path`.
 pub(crate) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Refuses an output directory of a model before the work whose result it would not take.
+pub(crate) fn check_output(source: &Path, out: &Path, force: bool) -> Result<()> {
+    let is_file = out.exists() && !out.is_dir();
+    let is_full = fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some());
+    let replaced = force && out.join(CONFIG_FILE).is_file();
+    let holds = source.canonicalize().ok().zip(out.canonicalize().ok());
+    let holds_source = holds.is_some_and(|(source, out)| source.starts_with(out));
+    if is_file || holds_source || (is_full && !replaced) {
+        // This has the words of the refusal, and makes nothing.
+        OutputDir::create_from(source, out, force)?;
+    }
+    Ok(())
 }
 
 /// Makes a folder, and refuses one that is not empty unless `anyway`.

@@ -62,7 +62,7 @@ fn name(comm: &dyn Communicator) -> String {
 /// Returns the output of this process: the first one prints results and notes.
 pub(crate) fn ui_of(comm: &dyn Communicator, ui: Ui) -> Ui {
     let other = comm.rank() > 0;
-    Ui { json: ui.json, quiet: ui.quiet || other, muted: other }
+    Ui { quiet: ui.quiet || other, muted: other, ..ui }
 }
 
 /// Returns the worker threads of this process, unless `asked` says: the cores of its machine are divided.
@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn the_first_process_prints_and_cores_are_divided() {
-        let ui = Ui { json: true, quiet: false, muted: false };
+        let ui = Ui { json: true, quiet: false, muted: false, color: clap::ColorChoice::Never };
         let printing = comm::threads::on_threads(2, |comm| {
             let ui = ui_of(comm, ui);
             (ui.quiet, ui.muted, threads_of(comm, Some(3)), threads_of(comm, None))

@@ -1,10 +1,11 @@
 //! The output of a command: results to stdout, everything else to stderr.
 
 use std::fmt::{Display, Write as _};
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
 use anyhow::Result;
+use clap::ColorChoice;
 use serde::Serialize;
 
 use crate::remedies::worded;
@@ -21,6 +22,7 @@ pub(crate) struct Ui {
     pub(crate) quiet: bool,
     /// True where another process prints the results.
     pub(crate) muted: bool,
+    pub(crate) color: ColorChoice,
 }
 
 impl Ui {
@@ -59,13 +61,51 @@ impl Ui {
             return ExitCode::SUCCESS;
         }
         let message = one_line(error);
-        stderr_line(format_args!("dsmoe: error: {message}"));
+        stderr_line(format_args!("{} {message}", error_word(self.color)));
         if self.json {
             // The failure is on stderr already.
             let _ = self.text(&format!("{}\n", serde_json::json!({ "error": message })));
         }
         ExitCode::FAILURE
     }
+}
+
+/// Prints help, or what is wrong with a command line: on stderr with its usage, and as an object on stdout with `--json`.
+/// Returns the exit status.
+pub(crate) fn usage(error: &clap::Error, json: bool, color: ColorChoice) -> ExitCode {
+    if !error.use_stderr() {
+        // Nobody reads the help if this fails.
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = error.render().to_string();
+    // A command line without a command gets the help.
+    let Some(rest) = text.strip_prefix("error:") else {
+        let _ = error.print();
+        return ExitCode::from(WRONG_USAGE);
+    };
+    stderr_line(format_args!("{}{}", error_word(color), rest.trim_end()));
+    if json {
+        let is_message = |line: &&str| !line.trim_start().starts_with("Usage:");
+        let lines = rest.lines().take_while(is_message).map(str::trim).filter(|line| !line.is_empty());
+        let message = lines.collect::<Vec<_>>().join(" ");
+        let mut ui = Ui { json, quiet: false, muted: false, color };
+        let _ = ui.text(&format!("{}\n", serde_json::json!({ "error": message, "wrong_usage": true })));
+    }
+    ExitCode::from(WRONG_USAGE)
+}
+
+/// The exit status of wrong usage.
+const WRONG_USAGE: u8 = 2;
+
+/// Returns the beginning of an error, red on a terminal.
+fn error_word(color: ColorChoice) -> &'static str {
+    let colored = match color {
+        ColorChoice::Always => true,
+        ColorChoice::Never => false,
+        ColorChoice::Auto => io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
+    };
+    if colored { "\u{1b}[1;31mdsmoe: error:\u{1b}[0m" } else { "dsmoe: error:" }
 }
 
 /// Prints a line on stderr, and ignores failures.

@@ -47,6 +47,9 @@ pub fn symmetric_eigen(h: &[f64], n: usize) -> Result<Eigen, NoEigenvectors> {
     if !h.iter().all(|x| x.is_finite()) {
         return Err(NoEigenvectors);
     }
+    if n == 0 {
+        return Ok(Eigen { values: vec![], vectors: vec![] });
+    }
     // One thread: the same bits on any number of them.
     let par = Par::Seq;
     let (mut u, mut s) = (Mat::<f64>::zeros(n, n), Diag::<f64>::zeros(n));

@@ -35,8 +35,7 @@ impl SmallDense {
         let least = rest + attention + neuron;
         if !(least..=counts.total as f64).contains(&wanted) {
             let problem = "is no size between one head group with one neuron and the dense model";
-            let help = format!("give {least:.0} to {} parameters", counts.total);
-            return Err(Error::budget(budget, problem, help));
+            return Err(Error::out_of_reach(budget, problem, [least, counts.total as f64], counts.total));
         }
         let factor = (wanted - rest) / (counts.attention + counts.ffn) as f64;
         // A narrow FFN may leave no room for the groups of the common factor.

@@ -104,7 +104,7 @@ impl Depth {
         if count < 0.5 || target > dense * 1.01 {
             let least = dense - of_one * (layers - 1) as f64;
             let problem = format!("is that of {count:.2} of {layers} layers");
-            return Err(Error::budget(budget, problem, format!("give {least:.0} to {dense} parameters")));
+            return Err(Error::out_of_reach(budget, problem, [least, dense], dense as u64));
         }
         Ok((count.round() as usize).clamp(1, layers))
     }

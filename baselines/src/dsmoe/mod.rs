@@ -196,9 +196,11 @@ impl Dsmoe {
             if experts <= 0.0 || experts > num_experts as f64 {
                 let of_one = counts.ffn as f64 / num_experts as f64;
                 let least = counts.activated(0.0) + of_one / 10.0;
-                let help =
-                    format!("give {least:.0} (one expert in ten tokens) to {} parameters", counts.total);
-                return Err(Error::budget(budget, format!("is {experts:.2} of {num_experts} experts"), help));
+                let problem = format!(
+                    "is {experts:.2} of {num_experts} experts; one expert in ten tokens is the least"
+                );
+                let (ends, dense) = ([least, counts.total as f64], Accounting::of(config).total);
+                return Err(Error::out_of_reach(budget, problem, ends, dense));
             }
             let before = std::mem::replace(&mut share, experts / num_experts as f64);
             if self.settings.routers != Routers::Fitted || (before - share).abs() < 1e-9 {

@@ -122,7 +122,7 @@ pub(crate) fn block(
     check_reach(budget, target, [total(joint(1.0)), dense as f64], || {
         let what = if heads { "heads and neurons" } else { "neurons" };
         let place = format!("{what} of layers {}..{}", layers.start(), layers.end());
-        (place, "widen layers, set heads to true, or give a budget between")
+        (place, "widen layers, set heads to true, or give a budget within reach")
     })?;
     let same = |a: Ratios, b: Ratios| shapes(a) == shapes(b);
     let ratios = match ratios.heads == ratios.neurons {
@@ -151,14 +151,14 @@ pub(crate) fn channel(config: &Config, budget: Budget, multiple: usize) -> Resul
     let distance = |ratio: f64| (total(ratio) - target).abs();
     let ratio = if distance(low) < distance(high) { low } else { high };
     check_reach(budget, target, [total(1.0), dense as f64], || {
-        (format!("{multiple} to {} channels", config.hidden), "give a budget between")
+        (format!("{multiple} to {} channels", config.hidden), "give a budget within reach")
     })?;
     let hidden = width(ratio);
     let ratio = shortest(ratio, |ratio| width(ratio) == hidden);
     Ok(ChannelSizes { ratio, hidden, total: total_of_hidden(config, hidden) })
 }
 
-/// An error when the target is outside `least..=most`; `explain` says what reaches that, and what helps.
+/// An error when the target is outside `least..=most`, the dense model; `explain` says what reaches that, and what helps.
 fn check_reach(
     budget: Budget,
     target: f64,
@@ -169,8 +169,8 @@ fn check_reach(
         return Ok(());
     }
     let (what, help) = explain();
-    let problem = format!("{what} reach {least} to {most} parameters");
-    Err(Error::budget(budget, problem, help))
+    let problem = format!("is out of reach of {what}; {help}");
+    Err(Error::out_of_reach(budget, problem, [least, most], most as u64))
 }
 
 /// The ratios on both sides of the step where `total`, which never grows with the ratio, crosses the target; an end of
@@ -266,9 +266,12 @@ mod tests {
         }
         assert_eq!(block(&config, Budget::Share(1.0), &layers, true).unwrap().total, dense);
         let error = block(&config, Budget::Share(0.1), &layers, true).unwrap_err().to_string();
-        assert!(error.contains("layers 1..2 reach") && error.contains("widen layers"), "{error}");
+        assert!(
+            error.contains("reach of heads and neurons of layers 1..2") && error.contains("widen layers"),
+            "{error}"
+        );
         let error = channel(&config, Budget::Params(2.0 * dense), 1).unwrap_err().to_string();
-        assert!(error.contains(&format!("{dense}")), "{error}");
+        assert!(error.contains("(100.0%) of the dense model"), "{error}");
     }
 
     #[test]

@@ -44,8 +44,8 @@ fn neurons_left(config: &Config, budget: Budget, bias: bool) -> Result<usize> {
     let most = least + of_one * (all - layers) as f64;
     let target = budget.params(dense);
     if target < least * (1.0 - TOLERANCE) || target > most * (1.0 + TOLERANCE) {
-        let problem = format!("the neurons of {layers} layers reach {least} to {most} parameters");
-        return Err(Error::budget(budget, problem, "give a budget between"));
+        let problem = format!("is out of reach of removing neurons of {layers} layers");
+        return Err(Error::out_of_reach(budget, problem, [least, most], dense));
     }
     Ok((((target - least) / of_one).round().max(0.0) as usize + layers).min(all))
 }

@@ -94,8 +94,11 @@ fn budgets_are_met_to_a_neuron() {
             assert!((even - params).abs() <= of_one * config.num_layers as f64 / 2.0, "{even} {params}");
         }
     }
-    refused(neurons_left(&config, Budget::Params(1e3), false), &["budget 1000", "parameters; give a budget"]);
-    refused(neurons_left(&config, Budget::Params(2.0 * dense), false), &["give a budget between"]);
+    refused(neurons_left(&config, Budget::Params(1e3), false), &["budget 1000", "out of reach"]);
+    refused(
+        neurons_left(&config, Budget::Params(2.0 * dense), false),
+        &["the least reachable is", "the most"],
+    );
 }
 
 #[test]

@@ -147,7 +147,20 @@ impl Target {
         let activated = total as f64 - removed as f64;
         let pruned: u64 = shapes.iter().map(|&(rows, cols)| (rows * cols) as u64).sum();
         if (activated - asked).abs() > TOLERANCE * asked && !nearest {
-            return Err(unreachable(budget, pattern, activated, [total - pruned, total]));
+            let problem = match pattern {
+                Pattern::Unstructured => {
+                    "is out of reach of zeros in the layers' linears; set nearest to true for the nearest"
+                        .to_owned()
+                }
+                Pattern::Group { .. } => format!(
+                    "pattern {pattern} reaches {activated} alone; set pattern to unstructured, or nearest to true"
+                ),
+            };
+            let ends = match pattern {
+                Pattern::Unstructured => [(total - pruned) as f64, total as f64],
+                Pattern::Group { .. } => [activated; 2],
+            };
+            return Err(Error::out_of_reach(budget, problem, ends, total));
         }
         let density = 1.0 - removed as f64 / pruned as f64;
         let plan = Plan {
@@ -177,19 +190,4 @@ fn nearest_share(removed: &dyn Fn(f64) -> u64, wanted: f64) -> f64 {
     }
     let miss = |share: f64| (removed(share) as f64 - wanted).abs();
     if miss(low) <= miss(high) { low } else { high }
-}
-
-fn unreachable(budget: Budget, pattern: Pattern, nearest: f64, [least, most]: [u64; 2]) -> Error {
-    let shown = |params: f64| match params {
-        big if big >= 1e9 => format!("{:.4}B", big / 1e9),
-        big if big >= 1e6 => format!("{:.1}M", big / 1e6),
-        small => format!("{small}"),
-    };
-    let nearest = shown(nearest);
-    let problem = format!("pattern {pattern} reaches {nearest}, more than 1 % off");
-    let help = match pattern {
-        Pattern::Unstructured => format!("ask for {} to {}", shown(least as f64), shown(most as f64)),
-        Pattern::Group { .. } => format!("ask for {nearest}, set pattern to unstructured"),
-    };
-    Error::budget(budget, problem, format!("{help}, or set nearest to true"))
 }

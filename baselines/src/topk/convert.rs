@@ -81,11 +81,11 @@ pub(crate) fn nearest(
     let (spec, counts) = &counted[best];
     if off(best) > 0.5 * step {
         let side = if asked < activated(best) { "below" } else { "above" };
-        let reach = [best, 0, last].map(|i| Budget::Params(activated(i)));
         let experts = format!("{} of {} experts", spec.active_experts(), spec.all_experts());
-        let problem = format!("is {side} {experts}, which activate {}", reach[0]);
-        let help = format!("use {} to {}, or another number of experts", reach[1], reach[2]);
-        return Err(Error::budget(budget, problem, help));
+        let problem = format!("is {side} {experts}, which activate {}", Budget::Params(activated(best)));
+        let problem = format!("{problem}; use another number of experts, or a budget within reach");
+        let ends = [0, last].map(activated);
+        return Err(Error::out_of_reach(budget, problem, ends, Accounting::of(config).total));
     }
     let settings = spec.settings().into_iter().map(|(key, value)| (key, shown(&value)));
     let settings = settings.chain([("step".to_owned(), Budget::Params(step).to_string())]).collect();

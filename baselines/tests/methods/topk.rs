@@ -278,7 +278,7 @@ fn what_cannot_be_is_one_line_with_the_help() {
 
     let made = dir.path().join("made");
     run_of("llama-moe").run(&model, &made).unwrap();
-    fails(run_of("moefication"), &made, &["experts already", "use a dense model"]);
+    fails(run_of("moefication"), &made, &["experts or thresholds already", "use a dense model"]);
     let text = fs::read_to_string(made.join("config.json")).unwrap();
     for (from, to, part) in [
         ("\"num_experts\": 8", "\"num_experts\": 5", "do not divide"),

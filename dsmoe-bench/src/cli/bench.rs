@@ -6,6 +6,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use dsmoe_core::Device;
 use dsmoe_kernels::Precision;
 
+use super::values;
 use crate::regression::file::Kind;
 
 #[derive(Debug, Args)]
@@ -105,10 +106,10 @@ pub(crate) struct Ffn {
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "8,16,32")]
     pub(crate) experts: Vec<usize>,
     /// Shares of active pairs of a token and an expert, 0 to 1
-    #[arg(long, value_name = "SHARE,...", value_delimiter = ',', default_value = SHARES, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE_OF_PAIRS,...", value_delimiter = ',', value_parser = values::share, default_value = SHARES, allow_negative_numbers = true)]
     pub(crate) active: Vec<f64>,
     /// The part of every active share that is a core, experts that run for every token: 0 to 1
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE_OF_ACTIVE", value_parser = values::share, default_value_t = 0.0, allow_negative_numbers = true)]
     pub(crate) core: f64,
     /// Assignment of tokens to experts; --active and --core apply to random routing only
     #[arg(long, value_enum, default_value = "random")]
@@ -145,10 +146,10 @@ pub(crate) struct Architecture {
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub(crate) experts: usize,
     /// Share of active pairs of a token and an expert, 0 to 1
-    #[arg(long, value_name = "SHARE", default_value_t = 0.375, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE_OF_PAIRS", value_parser = values::share, default_value_t = 0.375, allow_negative_numbers = true)]
     pub(crate) active: f64,
     /// The part of --active that is a core, experts that run for every token: 0 to 1
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE_OF_ACTIVE", value_parser = values::share, default_value_t = 0.0, allow_negative_numbers = true)]
     pub(crate) core: f64,
 }
 
@@ -272,10 +273,10 @@ pub(crate) struct Compare {
     #[arg(long, value_name = "KIND,...", value_delimiter = ',', value_enum, default_value = KINDS)]
     pub(crate) fail_on: Vec<Kind>,
     /// Largest growth that does not count as a failure, such as 3%
-    #[arg(long, value_name = "SHARE", default_value = "3%", value_parser = share)]
+    #[arg(long, value_name = "GROWTH", default_value = "3%", value_parser = growth)]
     pub(crate) fail_above: f64,
     /// Largest change of a perplexity or an active share, in either direction, that does not count as a failure
-    #[arg(long, value_name = "SHARE", default_value = "0%", value_parser = share)]
+    #[arg(long, value_name = "CHANGE", default_value = "0%", value_parser = growth)]
     pub(crate) quality_tolerance: f64,
 }
 
@@ -295,11 +296,8 @@ pub(crate) struct Once {
     pub(crate) choice: Choice,
 }
 
-/// `3%` or `0.03`.
-fn share(text: &str) -> Result<f64, String> {
-    let (number, scale) = text.strip_suffix('%').map_or((text, 1.0), |number| (number, 100.0));
-    match number.trim().parse::<f64>() {
-        Ok(value) if value >= 0.0 && value.is_finite() => Ok(value / scale),
-        _ => Err("give a share such as 3% or 0.03".to_owned()),
-    }
+/// A share that is not negative.
+fn growth(text: &str) -> Result<f64, String> {
+    let wrong = || "give a share such as 3% or 0.03".to_owned();
+    values::share(text).ok().filter(|share| *share >= 0.0).ok_or_else(wrong)
 }

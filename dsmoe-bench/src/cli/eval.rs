@@ -16,15 +16,16 @@ use super::processes::ProcessArgs;
 use super::values::{at_least_one, quantity, words};
 
 const EVAL_EXAMPLES: &str = "\
-Benchmarks are scored as in lm-evaluation-harness. FOLDER holds a folder for each benchmark with its files as they are
-distributed: Parquet or JSONL of the Hugging Face dataset, or the original files. With --out an interrupted run can be
+Benchmarks are scored as in lm-evaluation-harness. FOLDER holds a folder for each benchmark with its files as they are \
+distributed: Parquet or JSONL of the Hugging Face dataset, or the original files. With --out an interrupted run can be \
 continued by the same command.
 
+Examples:
   dsmoe eval MODEL --data heldout.txt
   dsmoe eval MODEL --data wiki.test.raw --perplexity window,rolling
   dsmoe eval MODEL --tasks hellaswag,piqa --task-data FOLDER --out RESULTS
   dsmoe eval MODEL --tasks all --task-data FOLDER --profile lm-eval-0.4.9 --limit 100 --json
-  dsmoe eval MODEL --tasks world    (the probes of a model trained on the text of `dsmoe data world`; needs no files)";
+  dsmoe eval MODEL --tasks world        # a model trained on the text of `dsmoe data world`";
 
 const BENCHMARKS: &str = "Benchmarks";
 
@@ -104,6 +105,9 @@ pub(crate) struct Eval {
     #[arg(long, value_name = "NAME", default_value = "dsmoe", conflicts_with = "data", help_heading = BENCHMARKS,
         value_parser = words::<Profile>(&PROFILES))]
     pub(crate) profile: Profile,
+    /// Exit with status 3 if a benchmark was left out, or a document could not be scored
+    #[arg(long, conflicts_with = "data", requires = "tasks", help_heading = BENCHMARKS)]
+    pub(crate) strict: bool,
     /// Score only the first N documents of each benchmark
     #[arg(long, value_name = "N", conflicts_with = "data", help_heading = BENCHMARKS, value_parser = at_least_one)]
     pub(crate) limit: Option<usize>,

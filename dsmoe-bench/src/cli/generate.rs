@@ -8,9 +8,16 @@ use dsmoe_datasets::Bos;
 use dsmoe_kernels::Precision;
 
 use super::gates::GateArgs;
-use super::values::{template_arg, words};
+use super::values::{share_f32, template_arg, words};
+
+const EXAMPLES: &str = "\
+Examples:
+  dsmoe generate RUN --prompt 'Once upon a time' --max-tokens 100
+  dsmoe generate RUN --chat --prompt 'What is a list?' --temperature 0.7 --top-p 90%
+  dsmoe generate RUN --active 25% --prompt-file story.txt         # fewer experts, if the model stores thresholds by budget";
 
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Generate {
     /// Model: a Hugging Face or DSMoE directory, or a GGUF file
     pub(crate) model: PathBuf,
@@ -36,7 +43,7 @@ pub(crate) struct Generate {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) top_k: usize,
     /// Sample among the most likely tokens that together have this share of the probability; 1 for all
-    #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
+    #[arg(long, value_name = "SHARE_OF_PROBABILITY", value_parser = share_f32, default_value_t = 1.0)]
     pub(crate) top_p: f32,
     /// Seed of the sampling
     #[arg(long, default_value_t = 0)]

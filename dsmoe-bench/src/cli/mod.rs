@@ -16,7 +16,10 @@ pub(crate) mod sweep;
 pub(crate) mod train;
 pub(crate) mod values;
 
-use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+
+use clap::{Args, ColorChoice, Parser, Subcommand};
+use clap_complete::Shell;
 
 use self::bench::Bench;
 use self::data::Data;
@@ -39,25 +42,37 @@ pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
     /// Print the result as one JSON object on stdout
-    #[arg(long, global = true, display_order = 100)]
+    #[arg(long, global = true, help_heading = GLOBAL, display_order = 100)]
     pub(crate) json: bool,
     /// Print no progress and no notes on stderr
-    #[arg(long, short, global = true, display_order = 101)]
+    #[arg(long, short, global = true, help_heading = GLOBAL, display_order = 101)]
     pub(crate) quiet: bool,
     /// Worker threads; results do not depend on it [default: all cores, divided by the processes that share them]
-    #[arg(long, global = true, value_name = "N", display_order = 102,
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "N", display_order = 102,
         value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
+    /// Colours of help and errors; auto: on a terminal, unless NO_COLOR is set
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "WHEN", display_order = 103, value_enum,
+        default_value = "auto")]
+    pub(crate) color: ColorChoice,
 }
+
+const GLOBAL: &str = "Global options";
 
 const AFTER_HELP: &str = "\
 Results go to stdout, progress and errors to stderr.
 
 Exit status: 0 success; 1 error; 2 wrong usage; 3 result outside its tolerance; 130 interrupted.
 
-Environment: DSMOE_ISA=scalar|avx2|avx512 restricts the instruction set; DSMOE_SHARED names the data folder that
-`dsmoe doctor` checks; DSMOE_CUDA_LIB_DIR names a folder with CUDA's libraries, such as nvidia/cu13/lib of PyTorch's
-wheels; DSMOE_CACHE_DIR names a folder for compiled GPU kernels [default: dsmoe in the user's cache folder].";
+Examples:
+  dsmoe convert DENSE --calib corpus.jsonl.zst --active-target 37.5% --out MOE
+  dsmoe train MOE --data corpus.jsonl.zst --teacher DENSE --tokens 100M --out RUN
+  dsmoe eval RUN --data heldout.txt --against DENSE
+  dsmoe reproduce
+
+Environment: DSMOE_ISA=scalar|avx2|avx512 restricts the instruction set; DSMOE_SHARED names the data folder that `dsmoe \
+doctor` checks; DSMOE_CUDA_LIB_DIR names a folder with CUDA's libraries, such as nvidia/cu13/lib of PyTorch's wheels; \
+DSMOE_CACHE_DIR names a folder for compiled GPU kernels [default: dsmoe in the user's cache folder].";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -93,8 +108,31 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Prepare, verify, count and generate text for training; train a tokenizer
     Data(Data),
+    /// Print a script that completes commands, options and values in a shell
+    Completions(Completions),
+    /// Print the manual page, or write those of all commands
+    Man(Man),
     /// Time kernels, FFNs, training and decoding, and compare the times with the machine's limits
     Bench(Bench),
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  dsmoe completions bash > ~/.local/share/bash-completion/completions/dsmoe\n  \
+    dsmoe completions zsh > ~/.zfunc/_dsmoe\n  dsmoe completions fish > ~/.config/fish/completions/dsmoe.fish"
+)]
+pub(crate) struct Completions {
+    /// Shell
+    #[arg(value_enum)]
+    pub(crate) shell: Shell,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  dsmoe man | man -l -\n  dsmoe man --out ~/.local/share/man/man1")]
+pub(crate) struct Man {
+    /// Folder for the pages of all commands, in place of one page on stdout
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
 }
 
 impl Command {

@@ -13,9 +13,12 @@ use dsmoe_router::{GateValue, Rescale, ZeroActive};
 
 use super::processes::ProcessArgs;
 use super::prune::CalibrationArgs;
-use super::values::{quantity, separator, words};
+use super::values::{quantity, separator, share, words};
 
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  dsmoe inspect MODEL\n  dsmoe inspect RUN --mean-active 3 --json\n  dsmoe inspect model.gguf"
+)]
 pub(crate) struct Inspect {
     /// Model: a Hugging Face or DSMoE directory, or a GGUF file
     pub(crate) model: PathBuf,
@@ -31,7 +34,16 @@ const ABOUT_CONVERT: &str = "\
 With --calib, the conversion makes DSMoE's best start, as `dsmoe prune --method dsmoe` does: experts of similar neurons \
 (clusters), a core of them that always runs (--core), routers fitted to the text so that with the core they open \
 --active-target of the experts (fitted), down_proj fitted to the experts that run (--ridge), and gates of 1 (binary). Without --calib it makes the paper's start: contiguous experts, random routers and sigmoid gates. An option \
-that is given replaces its part of either start.";
+that is given replaces its part of either start.
+
+Examples:
+  dsmoe convert DENSE --calib corpus.jsonl.zst --active-target 37.5% --out MOE
+  dsmoe convert DENSE --calib small.txt --samples 16 --seq 512 --active-target 0.5 --out MOE
+  dsmoe convert DENSE --experts 8 --out MOE                       # the paper's start
+  dsmoe convert DENSE --as mixtral --experts 8 --out MIXTURE      # copies of the FFN";
+
+const EXPERTS: &str = "Experts";
+const ROUTERS: &str = "Routers and gates";
 
 #[derive(Debug, Args)]
 #[command(after_help = ABOUT_CONVERT)]
@@ -47,51 +59,51 @@ pub(crate) struct Convert {
         value_parser = ["dsmoe", "mixtral", "qwen3_moe", "olmoe"])]
     pub(crate) form: String,
     /// Experts that every token runs, of a mixture [default: 2]
-    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(help_heading = EXPERTS, long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(crate) top_k: Option<u32>,
     #[command(flatten)]
     pub(crate) calibration: CalibrationArgs,
     /// Share of experts to be active, mean over tokens and layers; it is stored with the model, and `dsmoe train` reaches
     /// it; 0.375 is 3 of 8
-    #[arg(long, value_name = "SHARE")]
+    #[arg(help_heading = ROUTERS, long, value_name = "SHARE_OF_EXPERTS", value_parser = share)]
     pub(crate) active_target: Option<f64>,
     /// Experts in each FFN; they must divide intermediate_size, but for copies [default: of 16 neurons with --calib, else 8]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(help_heading = EXPERTS, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub(crate) experts: Option<u32>,
     /// Assignment of neurons to experts: contiguous, random, clusters (of similar neurons), or a JSON file
     /// {"layers": [[[neuron, ...], ...], ...]} [default: clusters with --calib, else contiguous]
-    #[arg(long, value_name = "contiguous|random|clusters|FILE")]
+    #[arg(help_heading = EXPERTS, long, value_name = "contiguous|random|clusters|FILE")]
     pub(crate) partition: Option<PartitionSpec>,
     /// Initial router weights: random (the paper), open (all experts active), centroid, warm(K) (K experts open),
     /// calibrated (fitted to --calib, all else as it was) or fitted (with --core, --ridge and --budgets) [default: fitted
     /// with --calib, else random]
-    #[arg(long, value_name = "random|open|centroid|warm(K)|calibrated|fitted")]
+    #[arg(help_heading = ROUTERS, long, value_name = "random|open|centroid|warm(K)|calibrated|fitted")]
     pub(crate) router_init: Option<Routers>,
     /// Share of the active experts that always run, the core [default: 0.5]
-    #[arg(long, value_name = "SHARE", requires = "calib")]
+    #[arg(help_heading = EXPERTS, long, value_name = "SHARE_OF_ACTIVE", value_parser = share, requires = "calib")]
     pub(crate) core: Option<f64>,
     /// Ridge of the least squares of down_proj, a share of the mean of the diagonal at 16,384 tokens of text; 0 leaves
     /// down_proj as it is [default: 0.1]
-    #[arg(long, value_name = "SHARE", requires = "calib")]
+    #[arg(help_heading = EXPERTS, long, value_name = "SHARE_OF_MEAN", value_parser = share, requires = "calib")]
     pub(crate) ridge: Option<f64>,
     /// Shares of experts that thresholds are stored for, beside --active-target; --active of other commands chooses among
     /// them [default: those of 0.25,0.375,0.5,0.75,1 above the core's]
-    #[arg(long, value_name = "SHARE,...", value_delimiter = ',', requires = "calib")]
+    #[arg(help_heading = ROUTERS, long, value_name = "SHARE_OF_EXPERTS,...", value_parser = share, value_delimiter = ',', requires = "calib")]
     pub(crate) budgets: Option<Vec<f64>>,
     /// Threshold above which a gate activates its expert, 0 to 1
-    #[arg(long, value_name = "SHARE", default_value_t = 0.5)]
+    #[arg(help_heading = ROUTERS, long, value_name = "GATE", default_value_t = 0.5)]
     pub(crate) threshold: f32,
     /// Factor of an active expert: its sigmoid gate (eq. 7), or 1 [default: binary with --calib, else sigmoid]
-    #[arg(long, value_parser = words::<GateValue>(&["sigmoid", "binary"]))]
+    #[arg(help_heading = ROUTERS, long, value_parser = words::<GateValue>(&["sigmoid", "binary"]))]
     pub(crate) gate_value: Option<GateValue>,
     /// Rescale the sum of the experts by experts / active experts (eq. 8), or not at all
-    #[arg(long, default_value = "none", value_parser = words::<Rescale>(&["none", "eq8"]))]
+    #[arg(help_heading = ROUTERS, long, default_value = "none", value_parser = words::<Rescale>(&["none", "eq8"]))]
     pub(crate) rescale: Rescale,
     /// A token without an active expert skips the FFN, or uses the expert with the largest gate
-    #[arg(long, default_value = "skip", value_parser = words::<ZeroActive>(&["skip", "force_argmax"]))]
+    #[arg(help_heading = ROUTERS, long, default_value = "skip", value_parser = words::<ZeroActive>(&["skip", "force_argmax"]))]
     pub(crate) zero_active: ZeroActive,
     /// Train without the straight-through estimator (eq. 10): inactive gates get no gradient of the language-model loss
-    #[arg(long)]
+    #[arg(help_heading = ROUTERS, long)]
     pub(crate) no_ste: bool,
     /// Seed of the router weights and of a random partition
     #[arg(long, default_value_t = 0)]
@@ -126,7 +138,12 @@ hf is the form for Python: transformers loads it with trust_remote_code=True, ex
 gates out, which is exact for a model that was neither fitted to text nor trained (the result is the dense model that it was \
 made from) and for gates that are 1 for every expert and token; for other models it is refused. --fold mean approximates \
 them: the mean factor of every expert on the text of --data goes into its weights, and the perplexity on that text before \
-and after is printed.";
+and after is printed.
+
+Examples:
+  dsmoe export RUN --as hf --out HF                                # for transformers, PEFT, lm_eval
+  dsmoe export DENSE --as gguf --dtype q8_0 --out model.gguf       # for llama.cpp
+  dsmoe export RUN --as dense --fold mean --data text.txt --out D  # without gates, approximately";
 
 #[derive(Debug, Args)]
 #[command(after_help = ABOUT_EXPORT)]
@@ -147,7 +164,7 @@ pub(crate) struct Export {
     #[command(flatten)]
     pub(crate) folding: FoldArgs,
     /// Share of the experts that the copy runs, for a model that stores thresholds by budget [default: the model's]
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE_OF_EXPERTS", value_parser = share)]
     pub(crate) active: Option<f64>,
     /// Replace the output if it exists
     #[arg(long)]

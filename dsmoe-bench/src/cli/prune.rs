@@ -9,33 +9,44 @@ use dsmoe_datasets::Bos;
 use super::processes::ProcessArgs;
 use super::values::{separator, words};
 
+const CALIBRATION: &str = "Calibration text";
+
 /// Calibration text and its form.
 #[derive(Debug, Args)]
 pub(crate) struct CalibrationArgs {
     /// Calibration text: files and folders as for `dsmoe train`, usually the text of the later training; the part that a
     /// training with default settings holds out is not read
-    #[arg(long, value_name = "PATH", num_args = 1..)]
+    #[arg(help_heading = CALIBRATION, long, value_name = "PATH", num_args = 1..)]
     pub(crate) calib: Vec<PathBuf>,
     /// Separator of the documents in a text file; \n, \t, \r and \\ stand for a line end, a tab, a carriage return and a
     /// backslash [default: a text file is one document]
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = separator, requires = "calib")]
+    #[arg(help_heading = CALIBRATION, long, value_name = "TEXT", allow_hyphen_values = true, value_parser = separator, requires = "calib")]
     pub(crate) doc_separator: Option<String>,
     /// Field of a JSON object or column of a Parquet file with the text; several, separated by commas, are joined by
     /// line ends [default: text]
-    #[arg(long, value_name = "NAME", requires = "calib")]
+    #[arg(help_heading = CALIBRATION, long, value_name = "NAME", requires = "calib")]
     pub(crate) text_column: Option<String>,
     /// Prepend a BOS token to each document; auto follows the tokenizer
-    #[arg(long, default_value = "auto", requires = "calib", value_parser = words::<Bos>(&["auto", "always", "never"]))]
+    #[arg(help_heading = CALIBRATION, long, default_value = "auto", requires = "calib", value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Bos,
     /// Calibration sequences
-    #[arg(long, value_name = "N", default_value_t = 128, requires = "calib", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(help_heading = CALIBRATION, long, value_name = "N", default_value_t = 128, requires = "calib", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) samples: u32,
     /// Tokens in a calibration sequence [default: 1024, or all positions of a smaller model]
-    #[arg(long, value_name = "TOKENS", requires = "calib")]
+    #[arg(help_heading = CALIBRATION, long, value_name = "TOKENS", requires = "calib")]
     pub(crate) seq: Option<usize>,
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  dsmoe prune DENSE --method sparsegpt --budget 59% --calib corpus.jsonl.zst --out PRUNED
+  dsmoe prune DENSE --method llama-moe --budget 735M --set construction=clustering --calib corpus.jsonl.zst --out MOE
+  dsmoe prune DENSE --method llm-pruner-block --budget 59% --dry-run    # what it would make
+
+`dsmoe methods` lists methods and their settings.";
+
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Prune {
     /// Dense model, or a mixture of experts for the methods that change one: a Hugging Face directory or a GGUF file
     pub(crate) model: PathBuf,
@@ -44,7 +55,7 @@ pub(crate) struct Prune {
     pub(crate) method: String,
     /// Parameters to activate, 735M or 3.93B, or a share of the model's, 0.59 or 59%; for the methods that change experts, parameters
     /// to hold, which held:59% says in words
-    #[arg(long, value_name = "PARAMS|SHARE")]
+    #[arg(long, value_name = "PARAMS|SHARE_OF_PARAMS")]
     pub(crate) budget: Asked,
     /// Directory to write
     #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]

@@ -8,15 +8,16 @@ use dsmoe_core::Device;
 use dsmoe_kernels::Precision;
 
 use super::gates::GateArgs;
-use super::values::{quantity, words};
+use super::values::{quantity, share, words};
 use crate::reproduce::outputs::Output;
 use crate::reproduce::profile;
 
 const EXAMPLES: &str = "\
-Everything is kept in --out: results.json, one JSON file for each method and seed under runs/, speeds under timings/, and
-the stages under cache/, named by a hash of their settings and inputs. An interrupted run continues
-with --resume; with changed settings it repeats only the stages that they affect.
+Everything is kept in --out: results.json, one JSON file for each method and seed under runs/, speeds under timings/, and \
+the stages under cache/, named by a hash of their settings and inputs. An interrupted run continues with --resume; with \
+changed settings it repeats only the stages that they affect.
 
+Examples:
   dsmoe reproduce                                        # quick, in ./reproduce-quick
   dsmoe reproduce --print-profile quick > mine.toml; dsmoe reproduce --profile mine.toml --seeds 3 --out MINE
   dsmoe reproduce --profile paper-1b --model MODEL --mixture mixture.toml --task-data EVAL --dry-run
@@ -45,8 +46,8 @@ pub(crate) struct Reproduce {
     /// Only these methods of the profile
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     pub(crate) methods: Vec<String>,
-    /// Only rows at these of the profile's budgets, and dense ones
-    #[arg(long, value_name = "SHARE,...", value_delimiter = ',')]
+    /// Only rows at these of the profile's budgets, shares of the FFNs, and dense ones
+    #[arg(long, value_name = "SHARE_OF_FFNS,...", value_parser = share, value_delimiter = ',')]
     pub(crate) budgets: Vec<f64>,
     /// Tokens of the continued training, in place of the profile's number
     #[arg(long, value_name = "N", value_parser = quantity)]

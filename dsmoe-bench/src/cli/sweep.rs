@@ -7,9 +7,10 @@ use dsmoe_datasets::Bos;
 use dsmoe_kernels::Precision;
 
 use super::data::DataArgs;
-use super::values::{at_least_one, quantity, words};
+use super::values::{at_least_one, quantity, share, words};
 
 const EXAMPLES: &str = "\
+Examples:
   dsmoe sweep RUN --data heldout.txt
   dsmoe sweep RUN --mixture heldout.toml --against DENSE --tasks hellaswag,piqa --task-data EVAL --limit 200 --out SWEEP";
 
@@ -22,7 +23,7 @@ pub(crate) struct Sweep {
     #[command(flatten)]
     pub(crate) data: DataArgs,
     /// Shares of the experts to run [default: all that the model stores]
-    #[arg(long, value_name = "SHARE,...", value_delimiter = ',')]
+    #[arg(long, value_name = "SHARE_OF_EXPERTS,...", value_parser = share, value_delimiter = ',')]
     pub(crate) active: Vec<f64>,
     /// Dense model to compare with: its loss, its distributions of the next token, its tasks and its time
     #[arg(long, value_name = "MODEL")]

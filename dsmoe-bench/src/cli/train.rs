@@ -11,7 +11,7 @@ use dsmoe_train::config::{Hold, NearDuplicates};
 
 use super::data::DataArgs;
 use super::processes::ProcessArgs;
-use super::values::{Active, active, quantity, words};
+use super::values::{Active, active, quantity, share, words};
 
 /// The keys of a run's TOML file.
 fn train_keys() -> String {
@@ -21,8 +21,23 @@ fn train_keys() -> String {
     format!("Keys of --config and --set: {}.", keys.unwrap_or_default().join(", "))
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  dsmoe train MOE --data corpus.jsonl.zst --tokens 100M --batch 8 --seq 256 --lr 3e-4 --out RUN
+  dsmoe train MOE --data corpus.jsonl.zst --teacher DENSE --steps 1000 --out RUN     # learn the dense model's distribution
+  dsmoe train MOE --mixture mixture.toml --tokens 10B --out RUN --dry-run            # hours and memory, nothing else
+  dsmoe train MOE --data corpus.jsonl.zst --tokens 100M --out RUN --resume           # after an interruption";
+
+const LENGTH: &str = "Length and batches";
+const BUDGET: &str = "Active experts";
+const TEACHER: &str = "Teacher";
+const OPTIMISER: &str = "Optimiser";
+const MACHINE: &str = "Machine";
+const HELD_OUT: &str = "Text and evaluation";
+const SAVING: &str = "Saving and resuming";
+
 #[derive(Debug, Args)]
-#[command(after_help = train_keys())]
+#[command(after_help = format!("{EXAMPLES}\n\n{}", train_keys()))]
 pub(crate) struct Train {
     /// Model to start from: a Hugging Face or DSMoE directory, or a GGUF file
     pub(crate) model: PathBuf,
@@ -32,59 +47,59 @@ pub(crate) struct Train {
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
     /// Optimiser steps of the whole run
-    #[arg(long, value_name = "N", conflicts_with = "tokens")]
+    #[arg(help_heading = LENGTH, long, value_name = "N", conflicts_with = "tokens")]
     pub(crate) steps: Option<u64>,
     /// Tokens of the whole run, rounded up to whole steps; accepts suffixes such as 5M and 10B
-    #[arg(long, value_name = "N", value_parser = quantity)]
+    #[arg(help_heading = LENGTH, long, value_name = "N", value_parser = quantity)]
     pub(crate) tokens: Option<u64>,
     /// Sequences per micro-batch [default: 32]
-    #[arg(long, value_name = "N")]
+    #[arg(help_heading = LENGTH, long, value_name = "N")]
     pub(crate) batch: Option<usize>,
-    /// Tokens per sequence [default: 1024]
-    #[arg(long, value_name = "TOKENS")]
+    /// Tokens per sequence [default: 1024, or all positions of a smaller model]
+    #[arg(help_heading = LENGTH, long, value_name = "TOKENS")]
     pub(crate) seq: Option<usize>,
     /// Micro-batches per lane of an optimiser step [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(help_heading = LENGTH, long, value_name = "N")]
     pub(crate) accumulate: Option<usize>,
     /// Lanes of an optimiser step, each of --accumulate micro-batches, whose gradients are added along a binary tree. The
     /// result does not depend on the number of processes that share the lanes [default: the number of processes, on --resume
     /// that of the run]
-    #[arg(long, value_name = "N")]
+    #[arg(help_heading = LENGTH, long, value_name = "N")]
     pub(crate) lanes: Option<usize>,
     /// Peak learning rate [default: 2e-5]
-    #[arg(long, value_name = "X")]
+    #[arg(help_heading = OPTIMISER, long, value_name = "X")]
     pub(crate) lr: Option<f64>,
     /// Steps of linear warm-up [default: a tenth of the steps, at most 100]
-    #[arg(long, value_name = "N")]
+    #[arg(help_heading = OPTIMISER, long, value_name = "N")]
     pub(crate) warmup_steps: Option<u64>,
     /// Ratio of the routers' learning rate to that of the other parameters [default: 1]
-    #[arg(long, value_name = "X")]
+    #[arg(help_heading = OPTIMISER, long, value_name = "X")]
     pub(crate) router_lr_scale: Option<f64>,
     /// Constant weight of the sparsity loss [default: 1]
-    #[arg(long, value_name = "WEIGHT", conflicts_with = "active_target")]
+    #[arg(help_heading = BUDGET, long, value_name = "WEIGHT", conflicts_with = "active_target")]
     pub(crate) sparsity: Option<f64>,
     /// Share of active experts, mean over tokens and layers, that a controller holds; 0.375 is 3 of 8. A range such as
     /// 0.25..1.0 draws a share for every micro-batch and lets every layer deviate from it: the model then stores
     /// thresholds for all of them
-    #[arg(long, value_name = "SHARE|LOW..HIGH", value_parser = active)]
+    #[arg(help_heading = BUDGET, long, value_name = "SHARE_OF_EXPERTS|LOW..HIGH", value_parser = active)]
     pub(crate) active_target: Option<Active>,
     /// How a share is held: threshold moves the gates' thresholds, loss adjusts the weight of the sparsity loss [default:
     /// loss, for a range threshold]
-    #[arg(long, value_parser = words::<Hold>(&["threshold", "loss"]))]
+    #[arg(help_heading = BUDGET, long, value_parser = words::<Hold>(&["threshold", "loss"]))]
     pub(crate) hold: Option<Hold>,
     /// Weight of a loss that pushes gates away from their threshold [default: 0]
-    #[arg(long, value_name = "WEIGHT")]
+    #[arg(help_heading = BUDGET, long, value_name = "WEIGHT")]
     pub(crate) separability: Option<f64>,
     /// Model directory or GGUF file with the same vocabulary, usually the dense model: the run learns its distribution of
     /// the next token too (KL divergence at temperature 1). Computed in bf16 beside the model
-    #[arg(long, value_name = "DIR")]
+    #[arg(help_heading = TEACHER, long, value_name = "DIR")]
     pub(crate) teacher: Option<PathBuf>,
     /// Weight of the divergence from the teacher, 0 to 1; the text's loss has the rest [default: 0.9]
-    #[arg(long, value_name = "X", requires = "teacher")]
+    #[arg(help_heading = TEACHER, long, value_name = "X", requires = "teacher")]
     pub(crate) teacher_weight: Option<f64>,
     /// Directory that keeps the most likely tokens of the teacher (64, or --set teacher_top=N) for every sequence, so that
     /// later epochs and other runs do not compute them; all other tokens count as one in the divergence
-    #[arg(long, value_name = "DIR", requires = "teacher")]
+    #[arg(help_heading = TEACHER, long, value_name = "DIR", requires = "teacher")]
     pub(crate) teacher_cache: Option<PathBuf>,
     /// TOML file with settings; flags override it
     #[arg(long, value_name = "FILE")]
@@ -93,10 +108,10 @@ pub(crate) struct Train {
     #[arg(long = "set", value_name = "KEY=VALUE", allow_hyphen_values = true)]
     pub(crate) set: Vec<String>,
     /// Precision of the operands of matrix products; weights, gradients and sums are f32 [default: f32, bf16 on a GPU]
-    #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]
+    #[arg(help_heading = MACHINE, long, value_parser = words::<Precision>(&["f32", "bf16"]))]
     pub(crate) dtype: Option<Precision>,
     /// Device that computes: cpu, or a GPU such as cuda:0 (matrix products in bf16)
-    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    #[arg(help_heading = MACHINE, long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,
     /// What every process holds of its share alone (ZeRO stage): 1 moments of the optimiser, 2 gradients too, 3 parameters too.
     /// The numbers are the same
@@ -109,38 +124,38 @@ pub(crate) struct Train {
     #[command(flatten)]
     pub(crate) processes: ProcessArgs,
     /// Seed of the order of the text [default: 0]
-    #[arg(long)]
+    #[arg(help_heading = OPTIMISER, long)]
     pub(crate) seed: Option<u64>,
     /// Prepend a BOS token to each document; auto follows the tokenizer [default: auto]
-    #[arg(long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
+    #[arg(help_heading = HELD_OUT, long, value_parser = words::<Bos>(&["auto", "always", "never"]))]
     pub(crate) bos: Option<Bos>,
     /// Share of the text of each source that is held out for evaluation [default: 0.02]
-    #[arg(long, value_name = "SHARE")]
+    #[arg(help_heading = HELD_OUT, long, value_name = "SHARE_OF_TEXT", value_parser = share)]
     pub(crate) valid_fraction: Option<f64>,
     /// Largest number of held-out windows of each source [default: 5000]
-    #[arg(long, value_name = "N")]
+    #[arg(help_heading = HELD_OUT, long, value_name = "N")]
     pub(crate) valid_samples: Option<u64>,
     /// Text that is in both the training and the held-out part, up to case, punctuation and small changes: drop it from
     /// one of them, or keep it [default: drop for a mixture, keep for one source]
-    #[arg(long, value_parser = words::<NearDuplicates>(&["keep", "drop"]))]
+    #[arg(help_heading = HELD_OUT, long, value_parser = words::<NearDuplicates>(&["keep", "drop"]))]
     pub(crate) near_duplicates: Option<NearDuplicates>,
     /// Steps between evaluations of the held-out text [default: at the end only]
-    #[arg(long, value_name = "N")]
+    #[arg(help_heading = HELD_OUT, long, value_name = "N")]
     pub(crate) eval_every: Option<u64>,
     /// Steps between checkpoints [default: at the end only]
-    #[arg(long, value_name = "N")]
+    #[arg(help_heading = SAVING, long, value_name = "N")]
     pub(crate) save_every: Option<u64>,
     /// Checkpoints to keep [default: 2]
-    #[arg(long, value_name = "N")]
+    #[arg(help_heading = SAVING, long, value_name = "N")]
     pub(crate) keep: Option<usize>,
     /// Continue the run in --out from its newest checkpoint
-    #[arg(long, conflicts_with = "force")]
+    #[arg(help_heading = SAVING, long, conflicts_with = "force")]
     pub(crate) resume: bool,
     /// Discard the run in --out and start over
-    #[arg(long)]
+    #[arg(help_heading = SAVING, long)]
     pub(crate) force: bool,
     /// Save a checkpoint and stop after this many steps of this invocation
-    #[arg(long, value_name = "N")]
+    #[arg(help_heading = SAVING, long, value_name = "N")]
     pub(crate) stop_after: Option<u64>,
     /// Print the plan (steps, tokens, parameters, memory) and stop
     #[arg(long)]

@@ -75,11 +75,28 @@ pub(crate) enum Active {
     Range([f64; 2]),
 }
 
+/// A share as `0.4` or `40%`. Whoever uses it checks its range.
+pub(crate) fn share(text: &str) -> Result<f64, String> {
+    let wrong = || format!("`{text}` is not a share; write 0.375 or 37.5%");
+    let text_of = text.trim();
+    let (number, divisor) = match text_of.strip_suffix('%') {
+        Some(number) => (number.trim_end(), 100.0),
+        None => (text_of, 1.0),
+    };
+    let value: f64 = number.parse().map_err(|_| wrong())?;
+    if value.is_finite() { Ok(value / divisor) } else { Err(wrong()) }
+}
+
+/// A share for a setting in single precision.
+pub(crate) fn share_f32(text: &str) -> Result<f32, String> {
+    share(text).map(|share| share as f32)
+}
+
 /// A share, or two shares as `LOW..HIGH`. The library checks their values.
 pub(crate) fn active(text: &str) -> Result<Active, String> {
     let share = |part: &str| {
         let wrong = || format!("`{text}` is not a share; write 0.375, or a range such as 0.25..1.0");
-        part.trim().parse::<f64>().map_err(|_| wrong())
+        self::share(part).map_err(|_| wrong())
     };
     match text.split_once("..") {
         None => Ok(Active::Share(share(text)?)),
@@ -130,6 +147,17 @@ mod tests {
         ] {
             assert_eq!(separator(text), Ok(wanted.to_owned()), "{text}");
         }
+    }
+
+    #[test]
+    fn shares_are_numbers_or_percentages() {
+        for (text, wanted) in [("0.4", 0.4), ("40%", 0.4), (" 37.5 % ", 0.375), (".5", 0.5), ("-1", -1.0)] {
+            assert_eq!(share(text), Ok(wanted), "{text}");
+        }
+        for bad in ["", "%", "x", "4 of 10", "nan", "inf%", "0,4"] {
+            assert!(share(bad).unwrap_err().contains("37.5%"), "{bad}");
+        }
+        assert_eq!(active("25%..100%"), Ok(Active::Range([0.25, 1.0])));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use serde::Serialize;
 
 use crate::calibration::{self, Stages};
 use crate::cli::model::Convert;
-use crate::files::lossy;
+use crate::files::{check_output, lossy};
 use crate::format;
 use crate::models::show_config_notices;
 use crate::processes::check_alike;
@@ -166,6 +166,7 @@ pub(crate) fn run(args: &Convert, comm: &Arc<dyn Communicator>, ui: &mut Ui) -> 
         }
         (Routers::Calibrated | Routers::Fitted, true, Some(active)) => {
             let config = Config::load(&args.model)?;
+            check_output(&args.model, &args.out, args.force)?;
             let (calibration, model) = (&args.calibration, (&*args.model, &config));
             let sequences = calibration::read_on(&**comm, calibration, model, args.seed, ui)?;
             RouterStart::Calibrated(Calibration { sequences, active })

@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod completions;
 mod convert;
 mod data;
 mod doctor;
@@ -66,6 +67,8 @@ fn run_on(comm: &Arc<dyn Communicator>, cli: Cli, ui: &mut Ui) -> Result<ExitCod
         Command::Init(args) => init::run(args, ui)?,
         Command::Doctor(args) => doctor::run(args, ui)?,
         Command::Bench(args) => return on_worker(|| bench::run(args, ui)),
+        Command::Completions(args) => completions::script(args, ui)?,
+        Command::Man(args) => completions::manual(args, ui)?,
         Command::Data(args) => return data::run(args, ui),
         Command::Reproduce(args) => return reproduce::run(args, ui),
     }

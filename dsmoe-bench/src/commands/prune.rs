@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::calibration::{self, CalibrationReport, Stages};
 use crate::cli::prune::Prune;
-use crate::files::lossy;
+use crate::files::{check_output, lossy};
 use crate::format;
 use crate::models::show_config_notices;
 use crate::processes::check_alike;
@@ -112,6 +112,7 @@ fn make(
     config: &Config,
     ui: &Ui,
 ) -> Result<Made> {
+    check_output(&args.model, out, args.force)?;
     let calibration = match method.needs_calibration() {
         true if args.calibration.calib.is_empty() => {
             bail!("--method {} reads calibration text; name the training text with --calib PATH", args.method)

@@ -21,6 +21,7 @@ use serde::Serialize;
 
 use crate::cli::train::Train;
 use crate::cli::values::Active;
+use crate::estimate::{self, H100, flops_per_second, training_flops};
 use crate::files::lossy;
 use crate::format;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts_of};
@@ -49,6 +50,11 @@ struct TrainPlan {
     params: u64,
     budget: String,
     flops_per_step: f64,
+    /// FLOPs of the whole run with the wanted share of active experts, its teacher included.
+    flops: f64,
+    /// Measured for a dry run alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    time: Option<TimePlan>,
     /// Memory of the run by use.
     memory: Vec<MemoryUse>,
     /// The sum of `memory`.
@@ -60,6 +66,16 @@ struct TrainPlan {
     #[serde(skip_serializing_if = "Option::is_none")]
     teacher_cache_bytes: Option<u64>,
     config: TrainConfig,
+}
+
+/// The time of a run at rates that were measured.
+#[derive(Debug, Serialize)]
+struct TimePlan {
+    flops_per_second: f64,
+    hours: f64,
+    hours_h100: f64,
+    #[serde(skip)]
+    words: String,
 }
 
 const START: What = What::of("the start of the training");
@@ -119,6 +135,7 @@ fn prepare(
     ui: &mut Ui,
 ) -> Result<Option<(TrainConfig, Vec<Text>)>> {
     let mut config = settings(args, threads)?;
+    fit_sequences(args, &mut config, ui)?;
     let processes = args.plan_for.unwrap_or(comm.size());
     config.lanes.get_or_insert(processes);
     keep_apart(&args.model, &args.out)?;
@@ -128,8 +145,10 @@ fn prepare(
         ..CorpusOptions::default()
     };
     let texts = open(&args.data, &options)?;
-    let plan = plan(args, config.clone(), &texts, processes)?;
+    let mut plan = plan(args, config.clone(), &texts, processes)?;
     if args.dry_run {
+        ui.note("measuring this machine");
+        plan.time = Some(time_plan(&plan)?);
         ui.result(&plan, show_plan)?;
         return Ok(None);
     }
@@ -202,6 +221,28 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     Ok(config)
 }
 
+/// Shortens the default sequence to the positions of a smaller model.
+fn fit_sequences(args: &Train, config: &mut TrainConfig, ui: &Ui) -> Result<()> {
+    let names_seq = |setting: &String| setting.split('=').next().is_some_and(|key| key.trim() == "seq");
+    let in_file = || -> Result<bool> {
+        let Some(path) = &args.config else { return Ok(false) };
+        let table: toml::Table = crate::files::read(path)?.parse()?;
+        Ok(table.contains_key("seq"))
+    };
+    let positions = Config::load(&args.model)?.max_position;
+    if args.seq.is_some() || args.set.iter().any(names_seq) || in_file()? {
+        if config.seq > positions {
+            bail!("seq is {}; use at most the model's max_position_embeddings {positions}", config.seq);
+        }
+        return Ok(());
+    }
+    if positions < config.seq {
+        ui.note(format_args!("sequences of {positions} tokens, the positions of the model"));
+        config.seq = positions;
+    }
+    Ok(())
+}
+
 fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> Result<TrainPlan> {
     let model = Config::load(&args.model)?;
     let config = config.resolve_for(&model)?;
@@ -210,6 +251,18 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> 
     let all_experts = model.num_experts().map_or(0.0, |experts| experts as f64);
     // Backward is twice the forward.
     let flops_per_token = 3.0 * accounting.mean_flops_per_token(all_experts, config.seq);
+    let share = match config.budget() {
+        Budget::Target(share) => share,
+        Budget::Range(low, high) => (low + high) / 2.0,
+        // The share that a fixed weight leads to is not known before.
+        Budget::Weight(_) => 1.0,
+    };
+    let share = model.fixed_active().zip(model.num_experts()).map_or(share, |(k, n)| k / n as f64);
+    let tokens = (steps * tokens_per_step) as f64;
+    let mut flops = tokens * training_flops(&accounting, model.num_experts().is_some(), share, config.seq);
+    if let Some(teacher) = &args.teacher {
+        flops += tokens * Accounting::of(&Config::load(teacher)?).mean_flops_per_token(0.0, config.seq);
+    }
     let text = if args.data.cache.is_some() { 0 } else { total_bytes(texts) };
     let mut memory = match args.device {
         Device::Cpu => {
@@ -248,12 +301,26 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> 
             }
         },
         flops_per_step: flops_per_token * tokens_per_step as f64,
+        flops,
+        time: None,
         memory_bytes: memory.iter().map(|memory| memory.bytes).sum(),
         memory,
         device_memory,
         teacher_cache_bytes,
         config,
     })
+}
+
+/// Measures this machine, and estimates the time of a run.
+fn time_plan(plan: &TrainPlan) -> Result<TimePlan> {
+    let model = Config::load(&plan.model)?;
+    let flops_per_second = flops_per_second(&model, plan.config.dtype);
+    let hours = plan.flops / flops_per_second / 3600.0;
+    let hours_h100 = H100.hours(plan.flops, model.num_experts().is_some());
+    let (speed, dtype) = (format::flops(flops_per_second), plan.config.dtype.name());
+    let speed = format!("{speed} FLOP/s in {dtype}, measured");
+    let words = estimate::words(hours, &speed, hours_h100, model.hidden);
+    Ok(TimePlan { flops_per_second, hours, hours_h100, words })
 }
 
 /// Refuses to write a run over the model that it starts from.
@@ -278,8 +345,9 @@ fn show_plan(plan: &TrainPlan) -> String {
         ("steps", format!("{steps} of {tokens_per_step} tokens, {tokens} tokens in all")),
         ("budget", plan.budget.clone()),
         ("arithmetic", format!("{} FLOPs per step", format::flops(plan.flops_per_step))),
-        ("memory", format!("about {}", format::bytes(plan.memory_bytes))),
     ];
+    fields.extend(plan.time.as_ref().map(|time| ("time", time.words.clone())));
+    fields.push(("memory", format!("about {}", format::bytes(plan.memory_bytes))));
     let uses = |memory: &[MemoryUse]| {
         memory.iter().map(|one| (one.what, format::bytes(one.bytes))).collect::<Vec<_>>()
     };

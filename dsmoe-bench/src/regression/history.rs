@@ -19,23 +19,42 @@ use crate::ui::Ui;
 const LEAST: f64 = 5.0;
 
 pub(crate) fn run(args: &History, ui: &mut Ui) -> Result<()> {
-    let mut records: Vec<Record> =
-        files(&args.records)?.iter().map(|path| Record::read(path)).collect::<Result<_>>()?;
+    let (mut records, mut others) = (Vec::new(), Vec::new());
+    for Found { path, named } in files(&args.records)? {
+        match Record::read(&path) {
+            Ok(record) => records.push(record),
+            Err(error) if named => return Err(error),
+            Err(_) => others.push(path.display().to_string()),
+        }
+    }
+    if records.is_empty() {
+        bail!("none of the files is a record; `dsmoe bench record` writes them");
+    }
+    if !others.is_empty() {
+        ui.note(format_args!("left out, since they are not records: {}", others.join(", ")));
+    }
     // The sort is stable: records of one second stay in the order of their names.
     records.sort_by_key(|record| record.time);
-    write(&args.out, page(&report(&records)))?;
+    write(&args.out, page(&report(&records, &others)))?;
     let (out, records) = (args.out.display().to_string(), records.len());
-    ui.result(&serde_json::json!({ "out": out, "records": records }), |_| {
+    ui.result(&serde_json::json!({ "out": out, "records": records, "left_out": others }), |_| {
         format!("{out}: the trend over {records} records")
     })
 }
 
+/// A file that may be a record.
+struct Found {
+    path: PathBuf,
+    /// Named itself, not by its folder.
+    named: bool,
+}
+
 /// Returns the named files, and the .json files of the named folders in the order of their names.
-fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+fn files(paths: &[PathBuf]) -> Result<Vec<Found>> {
     let mut files = Vec::new();
     for path in paths {
         if !path.is_dir() {
-            files.push(path.clone());
+            files.push(Found { path: path.clone(), named: true });
             continue;
         }
         let mut found = Vec::new();
@@ -49,13 +68,13 @@ fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
             bail!("{}: no .json file in it; give a folder of records", path.display());
         }
         found.sort();
-        files.extend(found);
+        files.extend(found.into_iter().map(|path| Found { path, named: false }));
     }
     Ok(files)
 }
 
 /// Makes a report with a chapter for each suite and a chart for each benchmark.
-fn report(records: &[Record]) -> Report {
+fn report(records: &[Record], others: &[String]) -> Report {
     let mut suites: BTreeMap<&str, BTreeMap<&str, Vec<_>>> = BTreeMap::new();
     for record in records {
         for one in &record.benchmarks {
@@ -71,9 +90,14 @@ fn report(records: &[Record]) -> Report {
         title: "dsmoe benchmarks".to_owned(),
         subtitle: format!(
             "{} records. A point is a median and its 99 % interval: of the ratio to the calibration kernel for times. Points \
-             of other machines are not joined.",
-            records.len()
+             of other machines are not joined.{}",
+            records.len(),
+            match others.is_empty() {
+                true => String::new(),
+                false => format!(" Files that are not records were left out: {}.", others.join(", ")),
+            }
         ),
+        accent: Vec::new(),
         chapters: chapters.collect(),
     }
 }
@@ -124,11 +148,14 @@ mod tests {
             record.benchmarks = vec![Benchmark::exact("kernels/a<b/c", Kind::Time, "s", value)];
             record
         };
-        let page = page(&report(&[record("one", 1.0), record("two", 5.0), record("one", 1.1)]));
+        let page = page(&report(
+            &[record("one", 1.0), record("two", 5.0), record("one", 1.1)],
+            &["other.json".to_owned()],
+        ));
         assert!(page.contains("kernels/a&lt;b/c") && !page.contains("a<b"));
         assert_eq!(page.matches("<circle").count(), 3);
         assert_eq!(page.matches("<polyline").count(), 1);
         assert!(page.contains("1.100 s now, +10.0 % since the first record"), "{page}");
-        assert!(!page.contains("NaN"));
+        assert!(page.contains("not records were left out: other.json") && !page.contains("NaN"));
     }
 }

@@ -17,14 +17,15 @@ pub(crate) fn page(report: &Report) -> String {
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" \
          content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n<style>\n{STYLE}{}</style>\n</head>\n\
          <body>\n<header>\n<button id=\"theme\" type=\"button\" aria-label=\"Light or dark\">◐</button>\n\
-         <h1>{title}</h1>\n<p class=\"lead\">{}</p>\n<nav aria-label=\"Contents\">",
+         <h1>{title}</h1>\n<p class=\"lead\">{}</p>\n<details id=\"contents\"><summary>Contents</summary>\n\
+         <nav aria-label=\"Contents\">",
         svg::STYLE,
         prose(&report.subtitle)
     );
     for chapter in &report.chapters {
         let _ = write!(out, "<a href=\"#{}\">{}</a>", escape(&chapter.id), escape(&chapter.title));
     }
-    out += "</nav>\n</header>\n<main>\n";
+    out += "</nav>\n</details>\n</header>\n<main>\n";
     for chapter in &report.chapters {
         let _ =
             writeln!(out, "<section id=\"{}\">\n<h2>{}</h2>", escape(&chapter.id), escape(&chapter.title));
@@ -35,8 +36,9 @@ pub(crate) fn page(report: &Report) -> String {
                         let _ = writeln!(out, "<p>{}</p>", prose(paragraph));
                     }
                 }
-                Block::Table(table) => out += &table_html(table),
+                Block::Table(table) => out += &table_html(table, &report.accent),
                 Block::Figure(figure) => out += &figure_html(figure),
+                Block::Choice(figures) => out += &choice_html(figures),
             }
         }
         out += "</section>\n";
@@ -58,23 +60,34 @@ fn prose(text: &str) -> String {
     parts.into_iter().enumerate().map(code).collect()
 }
 
-fn table_html(table: &Tabular) -> String {
+/// Writes a table. Rows of the names in `accent` are marked, and columns without a value are left out.
+fn table_html(table: &Tabular, accent: &[String]) -> String {
     let mut out = format!(
-        "<figure class=\"table\" id=\"{}\">\n<figcaption>{}</figcaption>\n<div class=\"scroll\"><table class=\"sortable\">\n<thead><tr>",
+        "<figure class=\"table\" id=\"{}\">\n<figcaption>{}</figcaption>\n<div class=\"scroll\" tabindex=\"0\" role=\"region\" \
+         aria-label=\"{}\"><table class=\"sortable\">\n<thead><tr>",
         escape(&table.id),
-        prose(&table.title)
+        prose(&table.title),
+        escape(&table.title)
     );
-    let numeric =
-        |column: usize| table.rows.iter().any(|row| row.get(column).is_some_and(|c| c.value.is_some()));
-    for (column, name) in table.header.iter().enumerate() {
+    let cells = |column: usize| table.rows.iter().filter_map(move |row| row.get(column));
+    let numeric = |column: usize| cells(column).any(|cell| cell.value.is_some());
+    let is_empty = |cell: &Cell| matches!(cell.text.as_str(), "" | "–" | "-");
+    let shown: Vec<usize> = (0..table.header.len())
+        .filter(|&column| column == 0 || table.rows.is_empty() || !cells(column).all(is_empty))
+        .collect();
+    for &column in &shown {
         let class = if numeric(column) { " class=\"n\"" } else { "" };
-        let _ = write!(out, "<th{class} scope=\"col\"><button type=\"button\">{}</button></th>", prose(name));
+        let name = prose(&table.header[column]);
+        let _ = write!(out, "<th{class} scope=\"col\"><button type=\"button\">{name}</button></th>");
     }
     out += "</tr></thead>\n<tbody>\n";
     for row in &table.rows {
-        out += "<tr>";
-        for (column, cell) in row.iter().enumerate() {
-            out += &cell_html(cell, column == 0, numeric(column));
+        let marked = row.first().is_some_and(|cell| accent.contains(&cell.text));
+        out += if marked { "<tr class=\"accent\">" } else { "<tr>" };
+        for &column in &shown {
+            if let Some(cell) = row.get(column) {
+                out += &cell_html(cell, column == 0, numeric(column));
+            }
         }
         out += "</tr>\n";
     }
@@ -83,6 +96,28 @@ fn table_html(table: &Tabular) -> String {
         let _ = writeln!(out, "<p class=\"note\">{}</p>", prose(&table.note));
     }
     out + "</figure>\n"
+}
+
+/// Writes charts of which one is shown, by radio buttons. Without scripts all are shown.
+fn choice_html(figures: &[(String, Figure)]) -> String {
+    if let [(_, figure)] = figures {
+        return figure_html(figure);
+    }
+    let group = figures.first().map_or("", |(_, figure)| &figure.id);
+    let mut out = String::from("<div class=\"choice\">\n<fieldset><legend>Against</legend>");
+    for (at, (name, figure)) in figures.iter().enumerate() {
+        let checked = if at == 0 { " checked" } else { "" };
+        let _ = write!(
+            out,
+            "<label><input type=\"radio\" name=\"{}\" value=\"{}\"{checked}>{}</label>",
+            escape(group),
+            escape(&figure.id),
+            escape(name)
+        );
+    }
+    out += "</fieldset>\n";
+    out.extend(figures.iter().map(|(_, figure)| figure_html(figure)));
+    out + "</div>\n"
 }
 
 fn cell_html(cell: &Cell, first: bool, numeric: bool) -> String {
@@ -102,7 +137,7 @@ fn cell_html(cell: &Cell, first: bool, numeric: bool) -> String {
 fn figure_html(figure: &Figure) -> String {
     let legend = match &figure.plot {
         Plot::Axes { series, .. } => legend(series),
-        Plot::Heat { .. } => String::new(),
+        Plot::Scatter { .. } | Plot::Heat { .. } => String::new(),
     };
     let note = match figure.note.is_empty() {
         true => String::new(),
@@ -134,7 +169,12 @@ mod tests {
 
     fn report(blocks: Vec<Block>) -> Report {
         let chapters = vec![Chapter::new("one", "One", blocks)];
-        Report { title: "T <script>".to_owned(), subtitle: "`code` & more".to_owned(), chapters }
+        Report {
+            title: "T <script>".to_owned(),
+            subtitle: "`code` & more".to_owned(),
+            accent: vec!["mine".to_owned()],
+            chapters,
+        }
     }
 
     fn figure(plot: Plot) -> Figure {
@@ -183,6 +223,19 @@ mod tests {
         assert!(html.contains("data-v=\"1.5\"") && html.contains("data-tip=\"&quot;\""), "{html}");
         // A browser fetches nothing.
         assert!(!html.contains("src=") && !html.contains("url(") && !html.contains("<link"), "{html}");
+    }
+
+    #[test]
+    fn accents_are_marked_and_empty_columns_left_out() {
+        let mut table = Tabular::new("t", "T", "method | nothing | ppl");
+        table.row(vec!["mine".into(), "–".into(), fixed(1.0, 1)]);
+        table.row(vec!["other".into(), "".into(), "–".into()]);
+        let html = page(&report(vec![table.into()]));
+        assert_eq!(html.matches("<tr class=\"accent\">").count(), 1, "{html}");
+        assert!(!html.contains("nothing") && html.contains(">ppl<"), "{html}");
+        let figures = ["a", "b"].map(|id| (format!("by {id}"), Figure::new(id, id, ["x", "y"], Vec::new())));
+        let html = page(&report(vec![Block::Choice(figures.to_vec())]));
+        assert_eq!((html.matches("type=\"radio\"").count(), html.matches(" checked").count()), (2, 1));
     }
 
     #[test]

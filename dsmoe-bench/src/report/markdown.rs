@@ -13,7 +13,9 @@ pub(crate) fn markdown(report: &Report) -> String {
             match block {
                 Block::Text(text) => out += &format!("\n{text}\n"),
                 Block::Table(table) => out += &table_text(table),
-                Block::Figure(figure) => out += &table_text(&numbers(figure)),
+                Block::Figure(_) | Block::Choice(_) => {
+                    out.extend(block.figures().into_iter().map(|figure| table_text(&numbers(figure))));
+                }
             }
         }
     }
@@ -64,6 +66,12 @@ pub(crate) fn numbers(figure: &Figure) -> Tabular {
                 for point in &one.points {
                     table.row(vec![one.name.as_str().into(), cell(point.x), cell(point.y)]);
                 }
+            }
+        }
+        Plot::Scatter { marks } => {
+            table.header = vec!["method".to_owned(), figure.x.clone(), figure.y.clone()];
+            for mark in marks {
+                table.row(vec![mark.name.as_str().into(), cell(mark.x), cell(mark.y)]);
             }
         }
         Plot::Heat { rows, columns, values } => {

@@ -3,6 +3,7 @@
 pub(crate) mod files;
 pub(crate) mod html;
 pub(crate) mod markdown;
+mod scatter;
 pub(crate) mod svg;
 
 /// A cell: the text, and the number to sort by.
@@ -123,6 +124,26 @@ impl Series {
     }
 }
 
+/// How a mark stands out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Emphasis {
+    Plain,
+    Accent,
+    /// Dashed lines through it divide the chart.
+    Reference,
+}
+
+/// A named mark of a scatter chart.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Mark {
+    pub(crate) name: String,
+    pub(crate) x: f64,
+    pub(crate) y: f64,
+    /// Shown when the pointer is over it.
+    pub(crate) tip: String,
+    pub(crate) emphasis: Emphasis,
+}
+
 /// The contents of a chart.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Plot {
@@ -131,6 +152,8 @@ pub(crate) enum Plot {
         /// Least range of the y axis, so that noise does not look large.
         least: f64,
     },
+    /// Named marks; the axes fit most of them.
+    Scatter { marks: Vec<Mark> },
     /// A table of coloured cells.
     Heat { rows: Vec<String>, columns: Vec<String>, values: Vec<Vec<f64>> },
 }
@@ -158,6 +181,11 @@ impl Figure {
         }
     }
 
+    /// Makes a chart of named marks.
+    pub(crate) fn scatter(id: impl Into<String>, title: &str, axes: [&str; 2], marks: Vec<Mark>) -> Figure {
+        Figure { plot: Plot::Scatter { marks }, ..Figure::new(id, title, axes, Vec::new()) }
+    }
+
     pub(crate) fn note(mut self, note: impl Into<String>) -> Figure {
         self.note = note.into();
         self
@@ -169,6 +197,19 @@ pub(crate) enum Block {
     Text(String),
     Table(Tabular),
     Figure(Figure),
+    /// Charts of which a page shows one at a time, by a switch with these names.
+    Choice(Vec<(String, Figure)>),
+}
+
+impl Block {
+    /// Lists the charts of the block.
+    pub(crate) fn figures(&self) -> Vec<&Figure> {
+        match self {
+            Block::Text(_) | Block::Table(_) => Vec::new(),
+            Block::Figure(figure) => vec![figure],
+            Block::Choice(figures) => figures.iter().map(|(_, figure)| figure).collect(),
+        }
+    }
 }
 
 impl From<Tabular> for Block {
@@ -200,5 +241,7 @@ impl Chapter {
 pub(crate) struct Report {
     pub(crate) title: String,
     pub(crate) subtitle: String,
+    /// Names whose rows are marked in every table.
+    pub(crate) accent: Vec<String>,
     pub(crate) chapters: Vec<Chapter>,
 }

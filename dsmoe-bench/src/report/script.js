@@ -12,6 +12,13 @@ document.querySelectorAll('table.sortable thead button').forEach(function(button
     }).forEach(function(row){body.appendChild(row)});
   });
 });
+document.querySelectorAll('.choice').forEach(function(choice){
+  function pick(){
+    var id=choice.querySelector('input:checked').value;
+    choice.querySelectorAll('figure').forEach(function(figure){figure.hidden=figure.id!==id});
+  }
+  choice.addEventListener('change',pick);pick();
+});
 var tip=document.getElementById('tip');
 function show(target,x,y){
   tip.textContent=target.getAttribute('data-tip');tip.style.display='block';

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use super::scatter::scatter_svg;
 use super::{Figure, Look, Plot, Series};
 
 /// The style of charts, which takes its colours from the page.
@@ -12,13 +13,13 @@ const ALONE: &str = include_str!("chart-alone.css");
 /// colour of its place in the chart.
 pub(super) const COLOURS: usize = 7;
 /// Size of a chart in units of its view box.
-const WIDTH: f64 = 720.0;
-const HEIGHT: f64 = 380.0;
+pub(super) const WIDTH: f64 = 720.0;
+pub(super) const HEIGHT: f64 = 380.0;
 /// Margins, which hold the labels of the axes.
-const LEFT: f64 = 64.0;
-const RIGHT: f64 = 16.0;
-const TOP: f64 = 14.0;
-const BOTTOM: f64 = 48.0;
+pub(super) const LEFT: f64 = 64.0;
+pub(super) const RIGHT: f64 = 16.0;
+pub(super) const TOP: f64 = 14.0;
+pub(super) const BOTTOM: f64 = 48.0;
 /// A y axis is logarithmic when the largest value is more than this many times the smallest.
 const MANY_SIZES: f64 = 30.0;
 
@@ -49,6 +50,7 @@ pub(super) fn dash(series: &Series) -> &'static str {
 pub(super) fn chart(figure: &Figure) -> String {
     match &figure.plot {
         Plot::Axes { series, least } => axes_svg(figure, series, *least),
+        Plot::Scatter { marks } => scatter_svg(figure, marks),
         Plot::Heat { rows, columns, values } => heat_svg(figure, rows, columns, values),
     }
 }
@@ -62,7 +64,7 @@ pub(crate) fn svg(figure: &Figure) -> String {
 }
 
 /// Chooses about `count` ticks from `low` to `high`: multiples of 1, 2 or 5 times a power of ten.
-fn ticks(low: f64, high: f64, count: f64) -> Vec<f64> {
+pub(super) fn ticks(low: f64, high: f64, count: f64) -> Vec<f64> {
     let span = high - low;
     if !(span > 0.0 && span.is_finite()) {
         return vec![low];
@@ -82,7 +84,7 @@ fn spread(values: impl Iterator<Item = f64>) -> f64 {
 }
 
 /// Returns the smallest and the largest value; infinities in the wrong order without values.
-fn limits(values: impl Iterator<Item = f64>) -> (f64, f64) {
+pub(super) fn limits(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let finite = values.filter(|v| v.is_finite());
     finite.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)))
 }
@@ -96,7 +98,7 @@ fn log_ticks(low: f64, high: f64) -> Vec<f64> {
 }
 
 /// Formats a number for an axis.
-fn short(value: f64) -> String {
+pub(super) fn short(value: f64) -> String {
     let size = value.abs();
     let with = |value: f64, unit: &str| {
         let text = format!("{value:.2}");
@@ -123,14 +125,14 @@ fn range(values: impl Iterator<Item = f64>, least: f64) -> (f64, f64) {
     (low - margin, high + margin)
 }
 
-fn open(figure: &Figure, width: f64, height: f64) -> String {
+pub(super) fn open(figure: &Figure, width: f64, height: f64) -> String {
     format!(
         "<svg class=\"chart\" xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{}\">",
         escape(&figure.title)
     )
 }
 
-fn label(out: &mut String, class: &str, [x, y]: [f64; 2], anchor: &str, text: &str) {
+pub(super) fn label(out: &mut String, class: &str, [x, y]: [f64; 2], anchor: &str, text: &str) {
     let _ = write!(
         out,
         "<text class=\"{class}\" x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{text}</text>"
@@ -234,16 +236,16 @@ fn heat_svg(figure: &Figure, rows: &[String], columns: &[String], values: &[Vec<
         for (c, column) in columns.iter().enumerate() {
             let value = values.get(r).and_then(|row| row.get(c)).copied().unwrap_or(f64::NAN);
             let share = if high > low { (value - low) / (high - low) } else { 0.5 };
-            let (text, opacity, dark) = match value.is_finite() {
-                true => (show(value), 0.08 + 0.87 * share, share > 0.55),
-                false => ("–".to_owned(), 0.0, false),
+            // Up to this opacity text in the ink of the page has contrast enough in both themes.
+            let (text, opacity) = match value.is_finite() {
+                true => (show(value), 0.06 + 0.6 * share),
+                false => ("–".to_owned(), 0.0),
             };
             let tip = escape(&format!("{name}, {column}: {text}"));
             let x = left + c as f64 * cell_w;
-            let class = if dark { "on" } else { "off" };
             let _ = write!(
                 out,
-                "<g data-tip=\"{tip}\"><title>{tip}</title><rect class=\"cell\" x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{:.1}\" style=\"fill-opacity:{opacity:.3}\"/><text class=\"{class}\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{text}</text></g>",
+                "<g data-tip=\"{tip}\"><title>{tip}</title><rect class=\"cell\" x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{:.1}\" style=\"fill-opacity:{opacity:.3}\"/><text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{text}</text></g>",
                 x + 1.0,
                 y + 1.0,
                 cell_w - 2.0,

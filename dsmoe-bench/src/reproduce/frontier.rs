@@ -28,7 +28,7 @@ fn dense(results: &Results) -> f64 {
 }
 
 /// Returns the methods at a budget, those without one last.
-fn at(results: &Results, share: f64) -> impl Iterator<Item = &MethodResult> {
+pub(super) fn at(results: &Results, share: f64) -> impl Iterator<Item = &MethodResult> {
     let with = results.methods.iter().filter(move |method| method.active == Some(share));
     with.chain(results.methods.iter().filter(|method| method.active.is_none() && method.role.is_some()))
 }
@@ -96,7 +96,7 @@ fn verdict(results: &Results, method: &MethodResult, share: f64) -> Cell {
 }
 
 /// Words the tokens of a share of the training.
-fn tokens_at(results: &Results, share: f64) -> String {
+pub(super) fn tokens_at(results: &Results, share: f64) -> String {
     let tokens = results.methods.iter().map(|method| method.tokens).filter(|tokens| *tokens > 0).min();
     format!("{} tokens", format::amount(share * tokens.unwrap_or(0) as f64))
 }
@@ -111,6 +111,15 @@ fn speeds(results: &Results) -> Vec<(usize, usize)> {
 fn kind(threads: usize, batch: usize) -> String {
     let what = if batch == 0 { "prefill".to_owned() } else { format!("decode, batch {batch}") };
     format!("{what}, {threads} thread{}", if threads == 1 { "" } else { "s" })
+}
+
+/// Names a kind of work: a prefill of a text, or decoding that many texts side by side.
+pub(super) fn work(batch: usize) -> String {
+    match batch {
+        0 => "prefill".to_owned(),
+        1 => "decode".to_owned(),
+        _ => format!("decode of {batch}"),
+    }
 }
 
 fn speed(method: &MethodResult, (threads, batch): (usize, usize)) -> Cell {

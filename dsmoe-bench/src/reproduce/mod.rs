@@ -17,6 +17,7 @@ pub(crate) mod measure;
 mod measuring;
 pub(crate) mod merge;
 pub(crate) mod outputs;
+mod overview;
 mod paper;
 mod plan;
 pub(crate) mod profile;
@@ -24,6 +25,7 @@ mod publish;
 mod records;
 mod results;
 mod setup;
+mod shipped;
 pub(crate) mod speed;
 pub(crate) mod splice;
 mod stages;
@@ -75,6 +77,7 @@ pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
     let jobs = all_jobs(&profile, args, &outputs)?.into_iter().enumerate();
     let mine = jobs.filter(|(number, _)| args.shard.is_none_or(|shard| shard.has(*number)));
     let jobs: Vec<Planned<'_>> = mine.map(|(_, planned)| planned).collect();
+    check_text(args, &profile)?;
     if args.dry_run {
         plan::run(args, &profile, &jobs, ui)?;
         return Ok(ExitCode::SUCCESS);
@@ -200,13 +203,30 @@ fn base_parts(outputs: &[Output]) -> Vec<Part> {
     parts
 }
 
-fn text(args: &Reproduce, profile: &Profile, cache: &Cache, ui: &Ui) -> Result<Text> {
-    match (&profile.world, args.names_text()) {
-        (Some(_), true) => bail!(
+/// Refuses text for a profile that brings its own, and files that are missing.
+fn check_text(args: &Reproduce, profile: &Profile) -> Result<()> {
+    if profile.world.is_some() && args.names_text() {
+        bail!(
             "profile {} trains on the embedded world; omit --data and --mixture, or remove [world] from a copy of the profile",
             profile.name
-        ),
-        (Some(world), false) => Text::of_world(world, profile, args.model.as_deref(), cache, ui),
+        );
+    }
+    let named = args.data.iter().map(|path| ("--data", path));
+    let more = [("--mixture", &args.mixture), ("--task-data", &args.task_data)];
+    let named = named.chain(more.into_iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?))));
+    for (flag, path) in named {
+        // Words of a mixture have a name before their path, and tables of a profile take one folder.
+        let is_word = flag == "--data" && (args.data.len() > 1 || path.to_string_lossy().contains('='));
+        if !is_word && !path.exists() {
+            bail!("{flag} {}: there is no such file or folder", path.display());
+        }
+    }
+    Ok(())
+}
+
+fn text(args: &Reproduce, profile: &Profile, cache: &Cache, ui: &Ui) -> Result<Text> {
+    match (&profile.world, args.names_text()) {
+        (Some(world), _) => Text::of_world(world, profile, args.model.as_deref(), cache, ui),
         (None, _) if args.model.is_none() => {
             bail!("profile {} starts from a checkpoint; name one with --model DIR", profile.name)
         }

@@ -1,14 +1,12 @@
 //! `dsmoe reproduce --dry-run`: the trainings of a reproduction, and their cost on this machine.
 
 use std::collections::HashSet;
-use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use dsmoe_core::init::preset;
 use dsmoe_datasets::CorpusOptions;
-use dsmoe_kernels::Precision;
 use dsmoe_train::Zero;
 use dsmoe_train::engine::Share;
 use serde::Serialize;
@@ -18,16 +16,12 @@ use super::jobs::Planned;
 use super::profile::{MethodSpec, Profile, Role, gated};
 use super::text;
 use crate::cli::reproduce::Reproduce;
+use crate::estimate::{self, H100, flops_per_second, training_flops};
 use crate::format::{self, Table};
 use crate::memory;
-use crate::timing::matmul::{Layout, Product, inputs};
 use crate::training::memory_plan;
 use crate::ui::Ui;
 
-/// Approximate duration of the measurement of the machine's speed.
-const TRIAL_SECONDS: f64 = 1.0;
-/// Tokens of the product that the speed is measured on.
-const TRIAL_TOKENS: usize = 512;
 /// FineWeb-edu, OpenWebMath, StarCoder and Cosmopedia.
 const PAPER_SOURCES: usize = 4;
 /// Bytes of a parameter in a checkpoint: the weight and two moments.
@@ -48,6 +42,10 @@ struct Plan<'a> {
     flops_per_second: f64,
     dtype: &'static str,
     hours: f64,
+    /// Hours at the recorded rate of a GPU.
+    hours_h100: f64,
+    #[serde(skip)]
+    hidden: usize,
     memory_bytes: u64,
     machine_memory_bytes: Option<u64>,
     disk_bytes: u64,
@@ -64,6 +62,7 @@ struct Row {
     /// FLOPs of training and of measuring after it.
     flops: f64,
     hours: f64,
+    hours_h100: f64,
     memory_bytes: u64,
 }
 
@@ -113,11 +112,13 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
             };
             row.flops *= computes;
             row.hours *= computes;
+            row.hours_h100 *= computes;
         }
         if config.teacher_weight.is_some() {
             let flops = row.tokens as f64 * Accounting::of(&dense).mean_flops_per_token(0.0, config.seq);
             row.flops += flops;
             row.hours += flops / speed / 3600.0;
+            row.hours_h100 += H100.hours(flops, false);
         }
         // The model before and after training.
         if !args.discard {
@@ -144,6 +145,8 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
         flops_per_second: speed,
         dtype: precision.name(),
         hours: rows.iter().map(|row| row.hours).sum(),
+        hours_h100: rows.iter().map(|row| row.hours_h100).sum(),
+        hidden: dense.hidden,
         memory_bytes: rows.iter().map(|row| row.memory_bytes).max().unwrap_or(0),
         machine_memory_bytes: memory::total(),
         disk_bytes,
@@ -180,18 +183,6 @@ fn shape(spec: &MethodSpec, dense: &Config, profile: &Profile) -> Result<(Config
     Ok((gated(dense, experts), share))
 }
 
-/// Returns the FLOPs of a training token: three passes of everything. Of the nine products of a gated FFN, three are of
-/// all experts and six of the active ones.
-fn training_flops(counts: &Accounting, gated: bool, share: f64, seq: usize) -> f64 {
-    let experts = counts.num_experts;
-    let all = counts.mean_flops_per_token(experts, seq);
-    if !gated {
-        return 3.0 * all;
-    }
-    let none = counts.mean_flops_per_token(0.0, seq);
-    3.0 * none + (all - none) * (1.0 + 2.0 * share)
-}
-
 /// Plans a training of a model whose experts are active by `share`.
 fn row(
     run: &str,
@@ -218,28 +209,23 @@ fn row(
         tokens,
         flops,
         hours: flops / speed / 3600.0,
+        hours_h100: H100.hours(flops, gated),
         memory_bytes: memory.iter().map(|memory| memory.bytes).sum(),
     })
 }
 
-/// Measures the speed of a product of the shape of the model's FFN.
-fn flops_per_second(config: &Config, precision: Precision) -> f64 {
-    let shape = [TRIAL_TOKENS, config.hidden, config.intermediate];
-    let mut product = Product::new(Layout::Forward, shape, precision, &inputs(shape));
-    let flops = 2.0 * shape.map(|size| size as f64).iter().product::<f64>();
-    let (began, mut best) = (Instant::now(), 0.0f64);
-    while began.elapsed().as_secs_f64() < TRIAL_SECONDS || best == 0.0 {
-        let started = Instant::now();
-        product.run();
-        best = best.max(flops / started.elapsed().as_secs_f64().max(1e-9));
-    }
-    best
-}
-
 fn show(plan: &Plan<'_>) -> String {
-    let mut table =
-        Table::new(["training", "parameters", "activated", "steps", "tokens", "FLOPs", "hours", "memory"]);
-    let hours = |hours: f64| if hours < 10.0 { format!("{hours:.2}") } else { format!("{hours:.0}") };
+    let mut table = Table::new([
+        "training",
+        "parameters",
+        "activated",
+        "steps",
+        "tokens",
+        "FLOPs",
+        "here",
+        "H100",
+        "memory",
+    ]);
     for row in &plan.rows {
         table.row([
             row.run.clone(),
@@ -248,7 +234,8 @@ fn show(plan: &Plan<'_>) -> String {
             format::count(row.steps),
             format::amount(row.tokens as f64),
             format!("{:.2e}", row.flops),
-            hours(row.hours),
+            estimate::duration(row.hours),
+            estimate::duration(row.hours_h100),
             format::bytes(row.memory_bytes),
         ]);
     }
@@ -261,7 +248,7 @@ fn show(plan: &Plan<'_>) -> String {
     };
     let (budget, share) = (format::count(plan.budget_params.round() as u64), 100.0 * plan.profile.active);
     let speed = format!(
-        "{} FLOP/s, the speed of this machine in {} on a product of the model's FFN",
+        "{} FLOP/s in {}, measured on a product of the model's FFN",
         format::flops(plan.flops_per_second),
         plan.dtype
     );
@@ -271,7 +258,7 @@ fn show(plan: &Plan<'_>) -> String {
         ("budget", format!("{budget} activated parameters ({share} % of the FFNs, and routers)")),
         ("trainings", format!("{}, {} tokens", plan.stages, format::amount(plan.tokens as f64))),
         ("arithmetic", format!("{:.3e} FLOPs, including measuring", plan.flops)),
-        ("time", format!("{} hours at {speed}", hours(plan.hours))),
+        ("time", estimate::words(plan.hours, &speed, plan.hours_h100, plan.hidden)),
         ("memory", format!("at most {}{memory}", format::bytes(plan.memory_bytes))),
         ("disk", format::bytes(plan.disk_bytes)),
     ];

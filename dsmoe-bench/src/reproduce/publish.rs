@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::collected::Collected;
 use super::results::{Results, Verdict};
-use super::{analysis, chapters};
+use super::{analysis, chapters, shipped};
 use crate::files::write_json;
 use crate::format::{self, Table};
 use crate::report;
@@ -21,11 +21,17 @@ pub(super) fn finish(collected: &Collected, out: &Path, seconds: f64, ui: &mut U
     report::files::write(&report, out)?;
     let Results { methods, comparisons, .. } = &results;
     let place = out.display().to_string();
-    let done = json!({ "out": place, "seconds": seconds, "methods": methods, "comparisons": comparisons });
+    let record = shipped::compare(&results);
+    let done = json!({
+        "out": place, "seconds": seconds, "methods": methods, "comparisons": comparisons, "record": record,
+    });
     ui.result(&done, |_| {
         let time = format::duration(seconds);
         let table = main_table(&results);
-        format!("{table}\n{place}: report.html, report.md, results.json, charts/ and csv/ after {time}\n")
+        let record = record.map_or(String::new(), |record| format!("{}\n", record.text()));
+        format!(
+            "{table}\n{record}{place}: report.html, report.md, results.json, charts/ and csv/ after {time}\n"
+        )
     })
 }
 

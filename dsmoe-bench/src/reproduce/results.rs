@@ -57,6 +57,11 @@ impl MethodResult {
         self.role.is_some_and(Role::is_dsmoe)
     }
 
+    /// Reports whether the row is the dense model with continued training.
+    pub(crate) fn is_dense(&self) -> bool {
+        self.role == Some(Role::Dense)
+    }
+
     /// Returns the number of experts that a share of them is.
     pub(crate) fn experts_of(&self, share: f64) -> f64 {
         share * self.experts.unwrap_or(1) as f64

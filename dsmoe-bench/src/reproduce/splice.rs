@@ -1,8 +1,10 @@
 //! `dsmoe reproduce splice`: writes the main table and figure of recorded reproductions into Markdown files.
 //!
 //! ```text
-//! <!-- reproduce DIR -->     DIR, relative to the file, has results.json and charts/pareto-chart.svg
-//! ...                        this is replaced
+//! <!-- reproduce DIR -->            the whole table and its figure; DIR, relative to the file, has results.json
+//! <!-- reproduce DIR brief -->      a table of few columns
+//! <!-- reproduce DIR figure -->     the first chart alone, drawn from results.json into DIR/charts
+//! ...                               this is replaced
 //! <!-- /reproduce -->
 //! ```
 
@@ -13,32 +15,50 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use super::frontier;
+use super::overview::Overview;
 use super::results::{Results, Verdict};
 use super::setup::Setup;
 use crate::files::{read, read_json, write};
 use crate::format;
-use crate::report::markdown;
+use crate::report::{markdown, svg};
 use crate::ui::Ui;
 
 const BEGIN: &str = "<!-- reproduce ";
 const END: &str = "<!-- /reproduce -->";
 const CHART: &str = "charts/pareto-chart.svg";
 
+/// The contents of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Whole,
+    Brief,
+    Figure,
+}
+
+/// A file as it should be: a document, or a chart that one shows.
+struct Wanted {
+    path: PathBuf,
+    text: String,
+}
+
 /// Fills the blocks of `files`; with `check`, fails if that would change one.
 pub(crate) fn run(files: &[PathBuf], check: bool, ui: &mut Ui) -> Result<()> {
     let (mut changed, mut blocks) = (Vec::new(), 0);
     for path in files {
         let (text, folder) = (read(path)?, path.parent().unwrap_or(Path::new("")));
-        let (spliced, found) = splice(&text, folder).with_context(|| path.display().to_string())?;
-        blocks += found;
-        if spliced == text {
-            continue;
+        let (spliced, charts) = splice(&text, folder).with_context(|| path.display().to_string())?;
+        blocks += spliced.matches(BEGIN).count();
+        for wanted in charts.into_iter().chain([Wanted { path: path.clone(), text: spliced }]) {
+            if read(&wanted.path).is_ok_and(|found| found == wanted.text) {
+                continue;
+            }
+            if check {
+                let (file, what) = (path.display(), wanted.path.display());
+                bail!("{what} differs from the records; run dsmoe reproduce splice {file}");
+            }
+            write(&wanted.path, wanted.text)?;
+            changed.push(wanted.path.display().to_string());
         }
-        if check {
-            bail!("{}: its tables differ from the records; run dsmoe reproduce splice {0}", path.display());
-        }
-        write(path, spliced)?;
-        changed.push(path.display().to_string());
     }
     let files = changed.len();
     ui.result(&json!({ "files": changed, "blocks": blocks }), |_| {
@@ -46,27 +66,60 @@ pub(crate) fn run(files: &[PathBuf], check: bool, ui: &mut Ui) -> Result<()> {
     })
 }
 
-/// Returns the text with its blocks replaced, and their number.
-fn splice(text: &str, folder: &Path) -> Result<(String, usize)> {
-    let (mut out, mut rest, mut blocks) = (String::new(), text, 0);
+/// Returns the text with its blocks replaced, and the charts that they show.
+fn splice(text: &str, folder: &Path) -> Result<(String, Vec<Wanted>)> {
+    let (mut out, mut rest, mut charts, mut blocks) = (String::new(), text, Vec::new(), 0);
     while let Some(at) = rest.find(BEGIN) {
         let line = text[..text.len() - rest.len() + at].matches('\n').count() + 1;
         let (before, block) = rest.split_at(at);
-        let Some((dir, body)) = block[BEGIN.len()..].split_once(" -->\n") else {
+        let Some((head, body)) = block[BEGIN.len()..].split_once(" -->\n") else {
             bail!("line {line}: `{BEGIN}DIR -->` must end its line");
         };
         let Some((_, after)) = body.split_once(END) else {
             bail!("line {line}: no `{END}` follows");
         };
+        let (dir, part) = match head.split_once(' ') {
+            None => (head, Part::Whole),
+            Some((dir, "brief")) => (dir, Part::Brief),
+            Some((dir, "figure")) => (dir, Part::Figure),
+            Some((_, other)) => bail!("line {line}: `{other}` is no part of a record; use brief or figure"),
+        };
         let results: Results = read_json(&folder.join(dir).join("results.json"))?;
-        let _ = write!(out, "{before}{BEGIN}{dir} -->\n{}{END}", block_text(dir, &results));
+        let overview = Overview::new(&results, &|_| None);
+        let inner = match part {
+            Part::Whole => block_text(dir, &results),
+            Part::Brief => brief(dir, &results, &overview),
+            Part::Figure => {
+                let (_, figure) = overview.figures().swap_remove(0);
+                let name = format!("charts/{}.svg", figure.id);
+                charts.push(Wanted { path: folder.join(dir).join(&name), text: svg::svg(&figure) });
+                format!("\n![{}]({dir}/{name})\n\n", figure.title)
+            }
+        };
+        let _ = write!(out, "{before}{BEGIN}{head} -->\n{inner}{END}");
         (rest, blocks) = (after, blocks + 1);
     }
     if blocks == 0 {
         bail!("no block to fill; begin one with `{BEGIN}DIR -->` and end it with `{END}`");
     }
     out += rest;
-    Ok((out, blocks))
+    Ok((out, charts))
+}
+
+/// Writes the table of few columns and where it is from.
+fn brief(dir: &str, results: &Results, overview: &Overview<'_>) -> String {
+    let setup = &results.setup;
+    let seeds = results.methods.iter().map(|method| method.seeds.len()).max().unwrap_or(0);
+    let mut table = overview.table();
+    table.note += &format!(
+        " Profile {} with {} % of the FFNs, {seeds} seed{}; `{dir}`, revision {}.",
+        setup.profile.name,
+        100.0 * setup.profile.active,
+        if seeds == 1 { "" } else { "s" },
+        setup.git_revision,
+    );
+    table.note = table.note.trim_start().to_owned();
+    format!("\n{}\n", markdown::bare_table(&table))
 }
 
 fn block_text(dir: &str, results: &Results) -> String {
@@ -127,7 +180,7 @@ mod tests {
             |mean: f64| json!({ "mean": mean, "interval": [mean - 1.0, mean + 1.0], "values": [] });
         let method = |name: &str, ppl: f64| {
             json!({
-                "name": name, "seeds": [0, 1], "calibration_tokens": 0, "tokens": 2048, "params_total": 2000.0,
+                "name": name, "role": (name == "wanda").then_some("baseline"), "seeds": [0, 1], "calibration_tokens": 0, "tokens": 2048, "params_total": 2000.0,
                 "params_activated": measured(1000.0), "of_budget": 1.0, "flops_per_token": 1.0, "ppl": measured(ppl),
                 "nll": measured(1.0), "domains": [], "tasks": [], "sweep": [],
                 "milestones": [{ "share": 0.0, "tokens": 0, "ppl": measured(9.0), "params_activated": 1000.0 }],
@@ -149,8 +202,8 @@ mod tests {
         });
         std::fs::write(record.join("results.json"), results.to_string()).unwrap();
         let text = "a\n<!-- reproduce record -->\nold\n<!-- /reproduce -->\nb\n";
-        let (once, blocks) = splice(text, folder.path()).unwrap();
-        assert_eq!(blocks, 1);
+        let (once, charts) = splice(text, folder.path()).unwrap();
+        assert!(charts.is_empty());
         assert!(once.starts_with("a\n<!-- reproduce record -->\n\nProfile quick:"), "{once}");
         assert!(
             once.contains("| wanda | 1.0 k | 100.0 % | 9.000 | 6.500 | 5.500 to 7.500 | – | better |"),
@@ -159,7 +212,13 @@ mod tests {
         assert!(once.contains("](record/charts/pareto-chart.svg)") && !once.contains("old"), "{once}");
         assert!(once.ends_with("<!-- /reproduce -->\nb\n"), "{once}");
         assert_eq!(splice(&once, folder.path()).unwrap().0, once);
+        let parts = "<!-- reproduce record brief -->\n<!-- /reproduce -->\n<!-- reproduce record figure -->\n<!-- /reproduce -->\n";
+        let (spliced, charts) = splice(parts, folder.path()).unwrap();
+        assert!(spliced.contains("| wanda | 1.0 k (100 %) | 9.000 | 2.718 |"), "{spliced}");
+        assert!(spliced.contains("](record/charts/overview-parameters.svg)"), "{spliced}");
+        assert!(charts.len() == 1 && charts[0].text.contains(">wanda<"));
         for (bad, says) in [
+            ("<!-- reproduce record chart -->\n<!-- /reproduce -->", "line 1: `chart` is no part"),
             ("nothing", "no block"),
             ("<!-- reproduce record -->\nx", "line 1: no"),
             ("\n<!-- reproduce record", "line 2: `<!-- reproduce DIR -->`"),

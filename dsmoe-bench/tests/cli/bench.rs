@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use crate::common::{agrees, fails, has, number, shows, succeeds};
+use crate::common::{agrees, fails, has, number, run, shows, succeeds};
 
 /// What every row says, whatever was measured.
 const KEYS: &str =
@@ -157,7 +157,6 @@ fn shapes_that_cannot_be_are_refused_in_one_line() {
         ("ffn --experts 7", &["--experts 7", "--intermediate 8192", "divisor"][..]),
         ("ffn --experts 0", &["--experts 0", "divisor"]),
         ("ffn --active 1.5", &["--active 1.5", "outside 0..1"]),
-        ("ffn --active NaN", &["--active NaN", "outside 0..1"]),
         ("ffn --hidden 0", &["--hidden 0", "at least 1"]),
         ("ffn --tokens 99999999999", &["--tokens 99999999999", "smaller"]),
         ("ffn --tokens 16777216 --experts 1024", &["more pairs", "fewer"]),
@@ -174,4 +173,6 @@ fn shapes_that_cannot_be_are_refused_in_one_line() {
     ] {
         fails(&format!("bench {line}"), parts);
     }
+    let refused = run("bench ffn --active NaN");
+    assert!(refused.code == 2 && refused.stderr.contains("`NaN` is not a share"), "{}", refused.stderr);
 }

@@ -124,6 +124,14 @@ fn limits_files_profiles_and_all() {
     let tasks: BTreeSet<&str> = report["results"].as_object().unwrap().keys().map(String::as_str).collect();
     assert_eq!(tasks, BTreeSet::from(["gsm8k", "hellaswag", "piqa", "wikitext"]));
     shows(&all.stderr, &["winogrande: left out, there are no files of it"]);
+    // The table names them as well, and --strict does not accept it.
+    let left_out = list(&report["dsmoe"]["left_out"]);
+    assert!(left_out.iter().any(|one| one["task"] == "winogrande"), "{left_out:?}");
+    let strict = run("eval dense --tasks all --task-data options-data --limit 1 --max-new-tokens 4 --strict");
+    assert_eq!(strict.code, 3, "{}", strict.stderr);
+    shows(&strict.stdout, &["winogrande", "not scored: there are no files of it"]);
+    let whole = run("eval dense --tasks piqa --task-data options-data --limit 1 --strict");
+    assert_eq!(whole.code, 0, "{}", whole.stderr);
     let old = run(&format!("{line} --profile lm-eval-0.3.0")).json();
     agrees(&old["dsmoe"], &json!({ "bos": "never", "profile": "lm-eval-0.3.0" }));
     number(&old["results"]["gsm8k"]["acc,none"]);

@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::common::{
-    agrees, check_failure, command, finish, has, is_wrong_usage, json_of, list, number, on_text, path, run,
-    shows, spawn, succeeds, texts, weights, write,
+    agrees, check_failure, command, fails, finish, has, is_wrong_usage, json_of, list, number, on_text, path,
+    run, shows, spawn, succeeds, texts, weights, write,
 };
 
 #[test]
@@ -22,6 +22,51 @@ fn help_and_usage() {
         "--threads 0 doctor",
     ] {
         is_wrong_usage(line);
+    }
+}
+
+/// A line that cannot be parsed is an object on stdout with `--json`, and still an error on stderr.
+#[test]
+fn wrong_usage_is_json_too() {
+    let found = run("eval dense --data text.txt --seq many --json");
+    assert_eq!(found.code, 2);
+    let object: serde_json::Value = serde_json::from_str(&found.stdout).unwrap();
+    agrees(&object, &json!({ "wrong_usage": true }));
+    shows(object["error"].as_str().unwrap(), &["many", "--seq"]);
+    assert!(found.stderr.starts_with("dsmoe: error: invalid value"), "{}", found.stderr);
+    for (color, red) in [("always", true), ("never", false), ("auto", false)] {
+        let found = run(&format!("inspect nowhere --color {color}"));
+        assert_eq!(found.stderr.contains("\u{1b}["), red, "{color}: {}", found.stderr);
+        let found = run(&format!("fly --color={color}"));
+        assert_eq!(found.stderr.contains("\u{1b}["), red, "{color}: {}", found.stderr);
+    }
+}
+
+#[test]
+fn shells_and_manuals_know_every_command() {
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let script = succeeds(&format!("completions {shell}"));
+        shows(&script, &["reproduce", "active-target"]);
+    }
+    shows(&succeeds("man"), &[".TH dsmoe", "dsmoe\\-train"]);
+    let pages = json_of("man --out pages");
+    let names: Vec<&str> = list(&pages["pages"]).iter().map(|page| page.as_str().unwrap()).collect();
+    for name in ["dsmoe.1", "dsmoe-train.1", "dsmoe-bench-record.1"] {
+        assert!(names.iter().any(|page| page.ends_with(name)), "{name}: {names:?}");
+    }
+    shows(&std::fs::read_to_string(path("pages/dsmoe-train.1")).unwrap(), &["active\\-target", "Examples"]);
+}
+
+/// What would fail at the end fails before the work.
+#[test]
+fn output_folders_are_checked_before_the_work() {
+    for line in [
+        "convert dense --calib nowhere.txt --active-target 50% --out moe",
+        "prune dense --method wanda --budget 80% --calib nowhere.txt --out moe",
+    ] {
+        let found = run(line);
+        check_failure(&found, line, &["is not empty"]);
+        assert!(!found.stderr.contains("nowhere.txt"), "{}", found.stderr);
     }
 }
 
@@ -243,6 +288,15 @@ fn settings_come_from_file_flags_and_set() {
     has(&plan, "params memory memory_bytes flops_per_step budget");
     assert!(!path("planned").exists(), "a dry run writes nothing");
     assert_eq!(json_of(&training("dense", "planned", "--tokens 1k --dry-run"))["steps"], 32);
+    // Without --seq a sequence has the positions of the model, if these are few.
+    let line = format!("train dense {} --steps 1 --out planned --dry-run", on_text());
+    assert_eq!(json_of(&line)["config"]["seq"], json_of("inspect dense")["context"]);
+    fails(&format!("{line} --seq 1024"), &["1024"]);
+    fails(&format!("{line} --set seq=1024"), &["1024"]);
     let human = succeeds(&training("moe", "planned", "--tokens 1k --dry-run"));
-    shows(&human, &["sparsity loss of weight 1"]);
+    shows(&human, &["sparsity loss of weight 1", "on this machine", "on one H100 80GB"]);
+    // The rate of this machine is that of a product, so that hours are FLOPs over it.
+    let (flops, time) = (number(&plan["flops"]), &plan["time"]);
+    assert!((number(&time["hours"]) * 3600.0 * number(&time["flops_per_second"]) / flops - 1.0).abs() < 1e-6);
+    assert!(number(&time["hours_h100"]) < number(&time["hours"]), "{time}");
 }

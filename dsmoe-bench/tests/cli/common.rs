@@ -106,7 +106,8 @@ fn words(line: &str) -> Vec<String> {
 fn command_in(dir: &Path, program: &str, line: &str) -> Command {
     let mut command = Command::new(program);
     command.args(words(line)).current_dir(dir).stdin(Stdio::null());
-    command.env_remove("DSMOE_ISA").env_remove("DSMOE_SHARED");
+    // Without a terminal, help wraps at COLUMNS.
+    command.env_remove("DSMOE_ISA").env_remove("DSMOE_SHARED").env("COLUMNS", "100");
     command
 }
 

@@ -99,7 +99,7 @@ fn mixtures_that_cannot_be_made_are_refused() {
         ("convert dense --as mixtral --threshold 0.4 --out no", &["--threshold", "--as mixtral"]),
         ("convert dense --as mixtral --active-target 0.4 --out no", &["--active-target", "--as mixtral"]),
         ("convert dense --top-k 2 --out no", &["--top-k", "--as mixtral"]),
-        ("convert moe --as mixtral --out no", &["model_type", "experts already"]),
+        ("convert moe --as mixtral --out no", &["model_type", "experts or thresholds already"]),
     ] {
         fails(line, parts);
         assert!(!path("no").exists(), "{line}");
@@ -107,7 +107,10 @@ fn mixtures_that_cannot_be_made_are_refused() {
     succeeds("convert dense --as mixtral --experts 3 --out mixtral-of-three");
     for (line, parts) in [
         ("convert mixtral-of-three --out no", &["model_type is already mixtral"][..]),
-        ("prune mixtral-of-three --method llama-moe --budget 0.85 --out no", &["experts already"]),
+        (
+            "prune mixtral-of-three --method llama-moe --budget 0.85 --out no",
+            &["experts or thresholds already"],
+        ),
         ("export mixtral-of-three --as dense --out no", &["mixture", "no dense form"]),
         (
             "export mixtral-of-three --as gguf --out no.gguf",

@@ -37,19 +37,32 @@ fn every_method_makes_a_model_that_the_other_commands_take() {
         let out = format!("prune-{method}");
         let planned = json_of(&format!("{asked} --dry-run"));
         let made = json_of(&format!("{asked} --out {out}"));
+        // Thresholds are shares of inputs in calibration text: what is used of it is counted after the plan.
+        let is_measured = method == "thresholds";
         for key in ["params_total", "params_activated", "reached_by"] {
-            assert_eq!(planned[key], made[key], "{method}: {key}");
+            if !is_measured || key == "params_total" {
+                assert_eq!(planned[key], made[key], "{method}: {key}");
+            }
         }
+        let [plan, used] = [&planned, &made].map(|result| number(&result["params_activated"]));
+        assert!((plan - used).abs() < 1e-3 * plan, "{method}: {used} of {plan}");
         let seen = json_of(&format!("inspect {out}"));
         assert_eq!(number(&seen["params_total"]), number(&made["params_total"]), "{method}: {made}");
         if !method.starts_with("dense") {
             assert!((0.8..1.1).contains(&number(&made["reached"])), "{method}: {made}");
         }
         let text = on_text();
-        succeeds(&format!("train {out} --out {out}-run --steps 3 --batch 2 --seq 32 --lr 1e-3 {text}"));
-        let score = json_of(&format!("eval {out}-run --seq 32 --limit-tokens 500 {text}"));
+        let train = format!("train {out} --out {out}-run --steps 3 --batch 2 --seq 32 --lr 1e-3 {text}");
+        let trained = if is_measured {
+            fails(&train, &["thresholds"]);
+            out
+        } else {
+            succeeds(&train);
+            format!("{out}-run")
+        };
+        let score = json_of(&format!("eval {trained} --seq 32 --limit-tokens 500 {text}"));
         assert!((1.0..1000.0).contains(&number(&score["ppl"])), "{method}: {score}");
-        succeeds(&format!("generate {out}-run --prompt The --max-tokens 4 --temperature 0"));
+        succeeds(&format!("generate {trained} --prompt The --max-tokens 4 --temperature 0"));
     }
 }
 

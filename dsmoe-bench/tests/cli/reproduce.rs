@@ -399,12 +399,34 @@ fn a_given_model_is_trained_on_given_text() {
     shows(&read("reproduce/own/report.md"), &["no benchmark files were given"]);
 }
 
-/// The tables of the README are those of the recorded runs, and another program finds the records' numbers in their
+/// The tables of the README and of docs are those of the recorded runs, and another program finds the records' numbers in their
 /// runs.
 #[test]
 fn the_readme_shows_the_records() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    succeeds(&format!("reproduce splice --check --quiet '{}'", root.join("README.md").display()));
+    let docs = fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let documents: Vec<(PathBuf, String)> = [root.join("README.md")]
+        .into_iter()
+        .chain(docs)
+        .filter(|path| path.extension().is_some_and(|end| end == "md"))
+        .map(|path| (path.clone(), fs::read_to_string(path).unwrap()))
+        .collect();
+    let with_blocks = documents.iter().filter(|(_, text)| text.contains("<!-- reproduce "));
+    let files: Vec<String> = with_blocks.map(|(path, _)| format!("'{}'", path.display())).collect();
+    assert!(files.len() >= 2, "{files:?}");
+    succeeds(&format!("reproduce splice --check --quiet {}", files.join(" ")));
+    // A number of the README is spliced, or its row stands in a file of docs with the command that made it.
+    let readme = &documents[0].1;
+    assert!(readme.lines().count() <= 180, "{} lines", readme.lines().count());
+    let mut spliced = false;
+    for line in readme.lines() {
+        spliced = (spliced || line.starts_with("<!-- reproduce ")) && line != "<!-- /reproduce -->";
+        let is_row = line.starts_with('|') && line.contains(|c: char| c.is_ascii_digit());
+        if is_row && !spliced && !line.contains("](docs/") {
+            let stands = documents[1..].iter().any(|(_, text)| text.lines().any(|other| other == line));
+            assert!(stands, "in no file of docs: {line}");
+        }
+    }
     let entries = fs::read_dir(root.join("dsmoe-bench/record")).unwrap().map(|entry| entry.unwrap().path());
     let records: Vec<PathBuf> = entries.filter(|path| path.join("runs.tar.gz").is_file()).collect();
     assert!(records.len() >= 3, "{records:?}");

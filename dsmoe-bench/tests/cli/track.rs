@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 use serde_json::{Value, json};
 
 use crate::common::{
-    PROGRAM, agrees, fails, has, is_wrong_usage, list, number, path, read, read_json, run, shows, succeeds,
-    write,
+    PROGRAM, agrees, fails, has, is_wrong_usage, json_of, list, number, path, read, read_json, run, shows,
+    succeeds, write,
 };
 
 /// The file of a record of one quick benchmark, made once.
@@ -187,6 +187,13 @@ fn the_history_is_one_page() {
     assert!(page.starts_with("<!doctype html>"), "{page}");
     shows(&page, &["kernels/rms_norm/forward"]);
     assert_eq!(page.matches("<circle").count(), 4);
+    // A file of the folder that is no record is named and left out; one that is named itself is an error.
+    write("track/mixed/other.json", "{}");
+    write("track/mixed/one.json", read(first));
+    let found = json_of("bench history track/mixed --out track/mixed.html");
+    assert_eq!((&found["records"], list(&found["left_out"]).len()), (&1.into(), 1), "{found}");
+    shows(&read("track/mixed.html"), &["track/mixed/other.json"]);
+    fails("bench history track/mixed/other.json --out track/mixed.html", &["other.json"]);
     fs::create_dir_all(path("track/empty")).unwrap();
     fails("bench history track/empty --out track/report.html", &["empty", "no .json"]);
 }

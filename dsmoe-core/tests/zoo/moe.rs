@@ -325,7 +325,11 @@ fn what_cannot_be_upcycled_is_refused() {
     refused_by(&from, &options("llama", 4, 2), &["llama are not made", "use mixtral"]);
     refused_by(&from, &options("bert", 4, 2), &["unknown family", "bert"]);
     refused_by(&from, &options("mixtral", 1 << 22, 2), &["intermediate_size is 9", "experts"]);
-    refused_by(&case("olmoe"), &options("mixtral", 4, 2), &["model_type is \"olmoe\"", "experts already"]);
+    refused_by(
+        &case("olmoe"),
+        &options("mixtral", 4, 2),
+        &["model_type is \"olmoe\"", "experts or thresholds already"],
+    );
     let biased = work.path().join("biased");
     dense(&biased, &json!({"attention_bias": true}));
     refused_by(

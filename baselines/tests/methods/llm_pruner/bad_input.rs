@@ -48,7 +48,7 @@ fn settings_and_budgets() {
     }
     for method in METHODS {
         let run = |budget| Run { budget, ..run(method, &calibration) };
-        fails(run(Budget::Share(0.01)), &source, &["budget 0.01", "reach", "give a budget between"]);
+        fails(run(Budget::Share(0.01)), &source, &["budget 0.01", "out of reach", "the least reachable is"]);
         fails(run(Budget::Params(1e9)), &source, &["budget 1B", "reach"]);
     }
 }

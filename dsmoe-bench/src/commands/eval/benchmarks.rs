@@ -15,7 +15,7 @@ use dsmoe_kernels::Isa;
 use dsmoe_kernels::comm::Communicator;
 use dsmoe_train::tasks::{Journal, Responder, model_sha256};
 
-use super::results::{TaskResult, TaskResults};
+use super::results::{LeftOut, TaskResult, TaskResults};
 use crate::cli::eval::{Eval, TaskFile};
 use crate::format;
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts_of};
@@ -24,6 +24,8 @@ use crate::processes::check_alike;
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
+/// The exit status of a result that is not what it should be.
+const OUT_OF_TOLERANCE: u8 = 3;
 /// The name of all benchmarks with files.
 pub(crate) const ALL: &str = "all";
 /// The name of the probes of the embedded world.
@@ -38,7 +40,7 @@ pub(super) fn run(args: &Eval, comm: &dyn Communicator, ui: &mut Ui) -> Result<E
     let bos = args.bos.unwrap_or(args.profile.bos());
     // So is a BOS rule that the tokenizer cannot follow.
     tokenizer.encode("", bos)?;
-    let loaded = load(args, ui)?;
+    let (loaded, left_out) = load(args, ui)?;
     check_alike(comm, args, &args.model, &[])?;
     if args.out.is_some() {
         catch_interrupts_of(comm.rank() == 0)?;
@@ -78,6 +80,7 @@ pub(super) fn run(args: &Eval, comm: &dyn Communicator, ui: &mut Ui) -> Result<E
         model_sha256: runner.hash,
         seconds: started.elapsed().as_secs_f64(),
         tasks: done,
+        left_out,
         files: Vec::new(),
     };
     if let Some(folder) = &folder {
@@ -88,11 +91,14 @@ pub(super) fn run(args: &Eval, comm: &dyn Communicator, ui: &mut Ui) -> Result<E
         }
     }
     ui.result(&results.json()?, |_| results.show())?;
-    Ok(ExitCode::SUCCESS)
+    match args.strict && !results.is_complete() {
+        true => Ok(ExitCode::from(OUT_OF_TOLERANCE)),
+        false => Ok(ExitCode::SUCCESS),
+    }
 }
 
 /// Loads the benchmarks asked for, from files or from the embedded world.
-fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
+fn load(args: &Eval, ui: &Ui) -> Result<(Vec<Loaded>, Vec<LeftOut>)> {
     if let Some(folder) = &args.task_data
         && !folder.is_dir()
     {
@@ -109,9 +115,10 @@ fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
     let options = Options { profile: args.profile, limit: args.limit, max_new_tokens: args.max_new_tokens };
     let mut tasks: Vec<&'static Task> = Vec::new();
     let mut loaded: Vec<Loaded> = Vec::new();
+    let mut left_out = Vec::new();
     for (at, name) in args.tasks.iter().enumerate() {
         if name == ALL {
-            tasks.extend(all(args, &source, ui)?);
+            tasks.extend(all(args, &source, &mut left_out)?);
         } else if name == WORLD {
             let world = World::new(args.world_seed);
             // A second mention changes nothing.
@@ -119,7 +126,11 @@ fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
                 let (name, profile) = (probe.name(), args.profile);
                 match probe.task().is_in(profile) {
                     true => loaded.push(world.load(probe, ITEMS, &options)?),
-                    false => ui.note(format_args!("{WORLD}: {name} left out, {profile} cannot run it")),
+                    false => left_out.push(LeftOut {
+                        task: name,
+                        reason: format!("{profile} cannot run it"),
+                        is_same: false,
+                    }),
                 }
             }
         } else {
@@ -135,22 +146,37 @@ fn load(args: &Eval, ui: &Ui) -> Result<Vec<Loaded>> {
         }
         loaded.push(Loaded::load(task, &source, &options)?);
     }
-    Ok(loaded)
+    for LeftOut { task, reason, .. } in &left_out {
+        ui.note(format_args!("{task}: left out, {reason}"));
+    }
+    Ok((loaded, left_out))
 }
 
 /// Returns the benchmarks with files.
-fn all(args: &Eval, source: &TaskFiles, ui: &Ui) -> Result<Vec<&'static Task>> {
+fn all(args: &Eval, source: &TaskFiles, left_out: &mut Vec<LeftOut>) -> Result<Vec<&'static Task>> {
     let mut found = Vec::new();
     let mut taken: Vec<(&str, Vec<PathBuf>)> = Vec::new();
     for task in &TASKS {
         let Some(files) = source.files_of(task)? else {
-            ui.note(format_args!("{}: left out, there are no files of it", task.name));
+            left_out.push(LeftOut {
+                task: task.name,
+                reason: "there are no files of it".to_owned(),
+                is_same: false,
+            });
             continue;
         };
         if let Some((other, _)) = taken.iter().find(|(_, others)| *others == files) {
-            ui.note(format_args!("{}: left out, its files are those of {other}", task.name));
+            left_out.push(LeftOut {
+                task: task.name,
+                reason: format!("its files are those of {other}"),
+                is_same: true,
+            });
         } else if !task.is_in(args.profile) {
-            ui.note(format_args!("{}: left out, {} cannot run it", task.name, args.profile));
+            left_out.push(LeftOut {
+                task: task.name,
+                reason: format!("{} cannot run it", args.profile),
+                is_same: false,
+            });
         } else {
             found.push(Task::named(task.name)?);
             taken.push((task.name, files));

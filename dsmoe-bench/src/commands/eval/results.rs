@@ -12,6 +12,7 @@ use dsmoe_datasets::tasks::{Loaded, Scored};
 use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Isa;
 use dsmoe_train::tasks::Ran;
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::cli::eval::Eval;
@@ -29,6 +30,15 @@ pub(super) struct TaskResult {
     pub(super) seconds: f64,
 }
 
+/// A benchmark that was asked for and not scored.
+#[derive(Debug, Serialize)]
+pub(super) struct LeftOut {
+    pub(super) task: &'static str,
+    pub(super) reason: String,
+    /// Another benchmark of the same files is scored in its place.
+    pub(super) is_same: bool,
+}
+
 /// The results of all benchmarks.
 pub(super) struct TaskResults<'a> {
     pub(super) args: &'a Eval,
@@ -40,6 +50,7 @@ pub(super) struct TaskResults<'a> {
     pub(super) model_sha256: String,
     pub(super) seconds: f64,
     pub(super) tasks: Vec<TaskResult>,
+    pub(super) left_out: Vec<LeftOut>,
     /// The files that were written.
     pub(super) files: Vec<PathBuf>,
 }
@@ -63,6 +74,12 @@ impl TaskResults<'_> {
         }
         // The results come last: where they are, the samples are.
         write(&results, serde_json::to_string_pretty(&self.json()?)?)
+    }
+
+    /// Reports whether all that was asked for was scored.
+    pub(super) fn is_complete(&self) -> bool {
+        self.left_out.iter().all(|task| task.is_same)
+            && self.tasks.iter().all(|task| task.scored.unscored.is_empty())
     }
 
     /// Returns the whole report.
@@ -150,6 +167,7 @@ impl TaskResults<'_> {
         });
         extras["tasks"] = Value::Object(tasks.collect());
         extras["files"] = json!(self.files);
+        extras["left_out"] = json!(self.left_out);
         extras
     }
 
@@ -189,6 +207,19 @@ impl TaskResults<'_> {
                     format::count(effective as u64),
                 ]);
             }
+        }
+        for LeftOut { task, reason, .. } in &self.left_out {
+            let dash = || "-".to_owned();
+            table.row([
+                (*task).to_owned(),
+                dash(),
+                dash(),
+                dash(),
+                format!("not scored: {reason}"),
+                dash(),
+                dash(),
+                "0".to_owned(),
+            ]);
         }
         let ran = self.ran();
         let seconds: f64 = self.tasks.iter().map(|task| task.seconds).sum();

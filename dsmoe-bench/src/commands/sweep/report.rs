@@ -18,6 +18,7 @@ pub(super) fn of(model: &Path, points: &[Point]) -> Report {
     Report {
         title: "One model at several budgets".to_owned(),
         subtitle: model.display().to_string(),
+        accent: Vec::new(),
         chapters: vec![Chapter::new("sweep", "Loss, tasks and time by active share", blocks)],
     }
 }
@@ -136,6 +137,7 @@ fn charts(points: &[Point]) -> Vec<Figure> {
         Figure::new("sweep-time", "Loss against the speed of decoding", [x, y], line(by_time.collect()));
     let is_drawn = |figure: &Figure| match &figure.plot {
         crate::report::Plot::Axes { series, .. } => series.iter().any(|one| one.points.len() > 1),
+        crate::report::Plot::Scatter { marks } => !marks.is_empty(),
         crate::report::Plot::Heat { .. } => true,
     };
     [share, time].into_iter().filter(is_drawn).collect()

@@ -6,10 +6,12 @@ mod tables;
 use super::collected::Collected;
 use super::frontier;
 use super::outputs::Output;
+use super::overview::Overview;
 use super::paper;
 use super::profile::{PaperModel, Role};
 use super::records::{BASE, Timing};
 use super::results::{Comparison, MethodResult, Results, Verdict};
+use super::shipped;
 use super::statistics::Measured;
 use crate::cli::values::word;
 use crate::format;
@@ -26,6 +28,7 @@ pub(crate) fn of(collected: &Collected, results: &Results) -> Report {
     Report {
         title: "DSMoE compared with other methods".to_owned(),
         subtitle: format!("profile {}: {}", setup.profile.name, setup.profile.about),
+        accent: view.gated().flat_map(|row| [Some(row.name.clone()), row.group.clone()]).flatten().collect(),
         chapters,
     }
 }
@@ -96,7 +99,13 @@ impl View<'_> {
             .filter(|method| method.tokens > tokens)
             .map(|method| format!(" ({} on {})", method.name, format::count(method.tokens)))
             .collect();
-        let mut blocks = vec![Block::Text(format!(
+        let timing = |method: &MethodResult| self.timing(method);
+        let overview = Overview::new(self.results, &timing);
+        let mut blocks: Vec<Block> = overview.verdict().map(Block::Text).into_iter().collect();
+        blocks.push(Block::Choice(overview.figures()));
+        blocks.push(overview.table().into());
+        blocks.extend(overview.slower().map(Block::Text));
+        blocks.push(Block::Text(format!(
             "All methods start from one dense model of {} parameters. Each is reduced to {} activated parameters ({} % of \
              the FFNs, and routers) and trained on {} tokens{} of the same text. The last chapter lists all settings. {} \
              seed{}.",
@@ -107,7 +116,7 @@ impl View<'_> {
             more.concat(),
             self.results.seeds.len(),
             if self.results.seeds.len() == 1 { "" } else { "s" },
-        ))];
+        )));
         for dsmoe in self.gated() {
             let found = |verdict: Verdict, words: &str| -> Option<String> {
                 let comparisons = self.results.comparisons.iter();
@@ -133,6 +142,9 @@ impl View<'_> {
                 judged.iter().filter(|agrees| **agrees).count(),
                 judged.len(),
             )));
+        }
+        if let Some(record) = shipped::compare(self.results) {
+            blocks.push(Block::Text(format!("Beside the record: {}.", record.text())));
         }
         if self.results.seeds.len() == 1 {
             blocks.push(Block::Text(
@@ -262,7 +274,7 @@ fn interval(value: &Measured) -> Cell {
 }
 
 /// Formats a number with four digits, or with three decimals if it is small.
-fn plain(value: f64) -> String {
+pub(super) fn plain(value: f64) -> String {
     match value.abs() {
         x if x >= 1e6 => format!("{value:.2e}"),
         x if x >= 1000.0 => format!("{value:.0}"),

@@ -291,7 +291,11 @@ impl<M: Step, const R: usize> ProductKernel for AddToStrips<'_, M, R> {
             });
             for row in rows.clone().step_by(R) {
                 for first in (0..PANEL).step_by(2 * S::LANES) {
-                    let mut acc: Sums<S::V, R> = [[s.splat(0.0); 2]; R];
+                    // From the sums so far, so that the number of groups of a call does not change a bit.
+                    let mut acc: Sums<S::V, R> = std::array::from_fn(|r| {
+                        let sums = &strip[to.of(row + r)][first..];
+                        [s.load(&sums[..S::LANES]), s.load(&sums[S::LANES..])]
+                    });
                     for (i, group) in groups.clone().enumerate() {
                         let b = b.group(panel, group, M::GROUP_STEPS);
                         let a = &a[(i * group_rows + row) * M::GROUP_WORDS..][..R * M::GROUP_WORDS];
@@ -300,7 +304,8 @@ impl<M: Step, const R: usize> ProductKernel for AddToStrips<'_, M, R> {
                         accumulate::<S, M, R>(s, &mut acc, a, (b, first), ahead);
                     }
                     for (r, acc) in acc.into_iter().enumerate() {
-                        add_to(s, &mut strip[to.of(row + r)][first..], acc);
+                        let sums = strip[to.of(row + r)][first..].chunks_exact_mut(S::LANES);
+                        sums.zip(acc).for_each(|(sums, acc)| s.store(sums, acc));
                     }
                 }
             }
