@@ -40,14 +40,15 @@ fn hashes(more: &[&str], recompute: bool) -> Vec<u64> {
     KNOWN.iter().enumerate().map(run).collect()
 }
 
-/// What the runs of [`KNOWN`] ended with before steps had lanes, by instruction set.
+/// What the runs of [`KNOWN`] ended with before steps had lanes, by instruction set. Those of DSMoE are from a build in which the
+/// kernels alone have since got another order of sums.
 const BEFORE_LANES: [(&str, [u64; 4]); 4] = [
-    ("scalar", [0xf371_922d_cb7a_654e, 0x93a0_b917_db46_e71a, 0xdd15_52f3_9f4e_10e2, 0x6349_842e_43c3_f0c0]),
-    ("avx2", [0x82c2_3e85_59ba_7c96, 0x6345_9046_cc69_1c66, 0xf244_ec2e_a290_5b95, 0x22be_f49b_256e_b6ec]),
-    ("avx512", [0xe500_e53f_852e_bfec, 0xe0ca_4b39_c34e_986a, 0xfc65_1424_6797_2002, 0x5588_2a72_47c6_7e81]),
+    ("scalar", [0xf371_922d_cb7a_654e, 0x4bad_6d98_7075_339c, 0x337a_5a16_ee60_19e7, 0x6349_842e_43c3_f0c0]),
+    ("avx2", [0x82c2_3e85_59ba_7c96, 0xa5a3_7bb2_77ad_1c64, 0x4be6_be0b_df3d_d309, 0x22be_f49b_256e_b6ec]),
+    ("avx512", [0xe500_e53f_852e_bfec, 0x0673_feaf_f20a_38f4, 0x69fb_6198_3393_bc48, 0x5588_2a72_47c6_7e81]),
     (
         "avx512bf16",
-        [0xe500_e53f_852e_bfec, 0xe0ca_4b39_c34e_986a, 0x86b9_179c_4444_c881, 0xc45d_b7f2_b39f_5171],
+        [0xe500_e53f_852e_bfec, 0x0673_feaf_f20a_38f4, 0x0ead_23c2_6d2e_8ba5, 0xc45d_b7f2_b39f_5171],
     ),
 ];
 
