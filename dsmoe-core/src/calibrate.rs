@@ -14,6 +14,8 @@
 //! ```
 
 mod experts;
+mod pass;
+mod weights;
 
 use std::ops::Range;
 use std::path::Path;
@@ -21,23 +23,20 @@ use std::sync::Arc;
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::comm::{Communicator, What, alone};
-use dsmoe_kernels::matmul::{Mat, Packed};
-use dsmoe_kernels::{Precision, add, attention, kept, linear, swiglu};
+use dsmoe_kernels::{Precision, add};
 
-use crate::checkpoint::{
-    Checkpoint, EMBEDDING, LayerNorm, LlamaTensors, WeightReader, attention_name, check_llama_tensors,
-    ffn_name, open_model,
-};
+use crate::checkpoint::{Checkpoint, EMBEDDING, LlamaTensors, WeightReader, check_llama_tensors, open_model};
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result};
-use crate::ffn::OUTPUT_BIAS;
-use crate::kept::LayerThresholds;
 use crate::model::block::Block;
-use crate::model::ropes::{Ropes, Turn};
-use crate::model::tensors::{attention_dims, check_input, in_pool};
+use crate::model::ropes::Ropes;
+use crate::model::tensors::{check_input, in_pool};
 use crate::params::TensorSpec;
 use crate::rounds::Rounds;
 pub use experts::{ExpertStats, ExpertSums, LayerExperts};
+use pass::{Ready, Scratch};
+use weights::vector;
+pub use weights::{Down, LayerWeights, Linear};
 
 /// A model's layers in order, and the hidden states of calibration sequences before the next one.
 #[derive(Debug)]
@@ -99,56 +98,6 @@ pub struct FfnTap<'a> {
     pub neurons: &'a [f32],
 }
 
-/// A linear layer: `y = x W^T + b`.
-#[derive(Clone, Debug)]
-pub struct Linear {
-    /// Name of the weight in the checkpoint.
-    pub name: String,
-    /// Rows of the weight.
-    pub outputs: usize,
-    /// Columns of the weight.
-    pub inputs: usize,
-    /// Its input.
-    pub input: Input,
-    /// W `[outputs, inputs]`, as stored.
-    pub weight: Buf,
-    /// b `[outputs]`, where the model has one; that of down may be the bias of the FFN's output.
-    pub bias: Option<Buf>,
-}
-
-/// The weights of one layer, in f32.
-#[derive(Clone, Debug)]
-pub struct LayerWeights {
-    /// Number of the layer.
-    pub layer: usize,
-    /// Weights `[hidden]` of the norms before attention, after it, before the FFN and after it; none where the family
-    /// has no such norm.
-    pub norms: [Option<Buf>; 4],
-    /// Weights of the norms of queries and of keys.
-    pub qk_norms: Option<[Buf; 2]>,
-    /// q, k, v, o, gate, up, down.
-    pub linears: [Linear; 7],
-    /// What the inputs of the linears have to exceed; none multiplies all.
-    pub thresholds: Option<LayerThresholds>,
-}
-
-/// Activations of one sequence.
-#[derive(Debug, Default)]
-struct Scratch {
-    x: Buf,
-    h: Buf,
-    rstd: Buf,
-    q: Buf,
-    k: Buf,
-    v: Buf,
-    a: Buf,
-    lse: Buf,
-    y: Buf,
-    gate: Buf,
-    up: Buf,
-    neurons: Buf,
-}
-
 /// A router that learns from fewer tokens is refused.
 const FEWEST_TOKENS: usize = 256;
 
@@ -184,16 +133,6 @@ pub fn check_router_text(sequences: &[Vec<u32>]) -> Result<usize> {
         false => Ok(tokens),
     }
 }
-
-const PROJECTIONS: [(&str, Input); 7] = [
-    ("self_attn.q_proj", Input::Attention),
-    ("self_attn.k_proj", Input::Attention),
-    ("self_attn.v_proj", Input::Attention),
-    ("self_attn.o_proj", Input::Heads),
-    ("mlp.gate_proj", Input::Ffn),
-    ("mlp.up_proj", Input::Ffn),
-    ("mlp.down_proj", Input::Neurons),
-];
 
 impl LayerStream {
     /// Opens the dense model in `dir` and embeds `sequences`, which are of one length. Without sequences the stream
@@ -301,53 +240,8 @@ impl LayerStream {
     /// The model has no layer `i`.
     pub fn layer(&self, i: usize) -> Result<LayerWeights> {
         assert!(i < self.config.num_layers, "calibrate: layer {i} of {}", self.config.num_layers);
-        let mut reader = WeightReader::resume(self.names, &self.checkpoint);
-        let architecture = &self.config.architecture;
-        let mut norms = [const { None }; 4];
-        for (values, norm) in norms.iter_mut().zip(LayerNorm::ALL) {
-            let name = norm.name(architecture.norms, i);
-            *values = name.map(|name| vector(&mut reader, name, self.config.hidden)).transpose()?;
-        }
-        let qk_norms = match self.config.qk_norm_widths(i) {
-            Some([q, k]) => Some([
-                vector(&mut reader, attention_name(i, "q_norm.weight"), q)?,
-                vector(&mut reader, attention_name(i, "k_norm.weight"), k)?,
-            ]),
-            None => None,
-        };
-        let mut linears = Vec::with_capacity(PROJECTIONS.len());
-        for (projection, input) in PROJECTIONS {
-            let name = format!("model.layers.{i}.{projection}.weight");
-            if !self.config.is_dense() && !matches!(input, Input::Attention | Input::Heads) {
-                // Experts are read by themselves.
-                linears.push(Linear {
-                    name,
-                    outputs: 0,
-                    inputs: 0,
-                    input,
-                    weight: Buf::default(),
-                    bias: None,
-                });
-                continue;
-            }
-            let shape = &self.checkpoint.need(&name)?.shape;
-            let (outputs, inputs) = (shape[0], shape[1]);
-            let has_bias = match input {
-                Input::Attention => architecture.qkv_bias,
-                Input::Heads => architecture.o_bias,
-                Input::Ffn | Input::Neurons => architecture.mlp_bias,
-            };
-            let (has_bias, bias) = match projection {
-                "mlp.down_proj" if architecture.output_bias => (true, ffn_name(i, OUTPUT_BIAS)),
-                _ => (has_bias, format!("model.layers.{i}.{projection}.bias")),
-            };
-            let bias = has_bias.then(|| vector(&mut reader, bias, outputs)).transpose()?;
-            let mut weight = Buf::zeros(outputs * inputs);
-            reader.read(&TensorSpec::matrix(name.clone(), outputs, inputs), &mut weight)?;
-            linears.push(Linear { name, outputs, inputs, input, weight, bias });
-        }
-        let linears = linears.try_into().expect("seven projections");
-        Ok(LayerWeights { layer: i, norms, qk_norms, linears, thresholds: None })
+        let reader = WeightReader::resume(self.names, &self.checkpoint);
+        LayerWeights::read(reader, &self.config, &self.checkpoint, i)
     }
 
     /// Runs all sequences through a layer of these weights and shows `tap` what its linears read, sequence by sequence
@@ -707,190 +601,6 @@ fn halves(value: f64) -> [f32; 2] {
 /// Puts [`halves`] together.
 fn whole([high, low]: [f32; 2]) -> f64 {
     f64::from_bits(u64::from(high.to_bits()) << 32 | u64::from(low.to_bits()))
-}
-
-fn vector(reader: &mut WeightReader<'_>, name: String, len: usize) -> Result<Buf> {
-    let mut values = Buf::zeros(len);
-    reader.read(&TensorSpec::norm(name, len), &mut values)?;
-    Ok(values)
-}
-
-impl LayerWeights {
-    /// Returns the linears that read `input`.
-    pub fn reading(&mut self, input: Input) -> impl Iterator<Item = &mut Linear> {
-        self.linears.iter_mut().filter(move |linear| linear.input == input)
-    }
-}
-
-/// A layer whose weights are ready for products: packed once for all sequences.
-struct Ready<'a> {
-    weights: &'a LayerWeights,
-    packed: [Option<Packed>; 7],
-}
-
-impl<'a> Ready<'a> {
-    /// Packs some of the linears.
-    fn new(weights: &'a LayerWeights, which: Range<usize>, precision: Precision) -> Ready<'a> {
-        let mut packed = [const { None }; 7];
-        for i in which {
-            let Linear { weight, outputs, inputs, .. } = &weights.linears[i];
-            packed[i] = Some(Packed::new(precision, Mat::new(weight, *outputs, *inputs)));
-        }
-        Ready { weights, packed }
-    }
-
-    /// Sets `y` `[tokens, outputs]` from `x` `[tokens, inputs]` by linear `i`, which is packed.
-    fn forward(&self, i: usize, y: &mut Buf, x: &[f32]) {
-        let Linear { outputs, inputs, bias, .. } = &self.weights.linears[i];
-        let Some(w) = &self.packed[i] else { unreachable!("calibrate: linear {i} is not packed") };
-        let rows = x.len() / inputs;
-        y.resize(rows * outputs);
-        let threshold = self.weights.thresholds.map_or(0.0, |thresholds| thresholds.inputs[i]);
-        if threshold > 0.0 {
-            let mut masked = Buf::zeros(x.len());
-            kept::mask(&mut masked, x, threshold);
-            linear::ForwardPacked { y, x: &masked, w, bias: bias.as_deref(), rows }.run();
-        } else {
-            linear::ForwardPacked { y, x, w, bias: bias.as_deref(), rows }.run();
-        }
-    }
-}
-
-/// A projection of neurons to outputs, packed.
-#[derive(Debug)]
-pub struct Down {
-    packed: Packed,
-    bias: Option<Vec<f32>>,
-}
-
-impl Down {
-    /// Packs `weight` `[outputs, inputs]`.
-    ///
-    /// # Panics
-    /// There are no inputs, or no whole number of outputs.
-    pub fn new(precision: Precision, weight: &[f32], inputs: usize, bias: Option<&[f32]>) -> Down {
-        let packed = Packed::new(precision, Mat::new(weight, weight.len() / inputs, inputs));
-        Down { packed, bias: bias.map(<[f32]>::to_vec) }
-    }
-
-    /// Packs that of a layer.
-    pub fn of(precision: Precision, weights: &LayerWeights) -> Down {
-        let [.., down] = &weights.linears;
-        Down::new(precision, &down.weight, down.inputs, down.bias.as_deref())
-    }
-
-    /// Sets `y` `[tokens, outputs]` to the output of `neurons` `[tokens, inputs]`.
-    pub fn forward(&self, y: &mut [f32], neurons: &[f32]) {
-        let rows = neurons.len() / self.packed.inputs();
-        linear::ForwardPacked { y, x: neurons, w: &self.packed, bias: self.bias.as_deref(), rows }.run();
-    }
-}
-
-/// Receives an input of a layer's linears, and the residual stream that the output joins.
-type See<'a> = dyn FnMut(Input, &[f32], &[f32]) + 'a;
-
-impl Scratch {
-    /// Sets `self.x` to the layer's output for one sequence of `states` `[seq, hidden]`.
-    fn layer(
-        &mut self,
-        states: &[f32],
-        layer: &Ready<'_>,
-        config: &Config,
-        ropes: &Ropes,
-        tap: &mut See<'_>,
-    ) {
-        self.attention(states, layer, config, ropes, tap);
-        let weights = layer.weights;
-        let block = Block::of(config);
-        // The residual stream is both read and shown while the scratch works on the neurons.
-        let residual = std::mem::take(&mut self.x);
-        self.read_by_ffn(&residual, layer, config);
-        let Scratch { h, y, neurons, .. } = self;
-        let input = if weights.norms[2].is_some() { &h[..] } else { &residual[..] };
-        tap(Input::Ffn, input, &residual);
-        tap(Input::Neurons, neurons, &residual);
-        layer.forward(6, y, neurons);
-        self.x = residual;
-        let Scratch { x, h, rstd, y, .. } = self;
-        block.join(x, y, weights.norms[3].as_deref(), h, rstd);
-    }
-
-    /// Sets `self.x` to `states` `[seq, hidden]`.
-    fn set_states(&mut self, states: &[f32], seq: usize) {
-        self.x.resize(states.len());
-        self.h.resize(states.len());
-        self.rstd.resize(seq);
-        self.x.copy_from_slice(states);
-    }
-
-    /// Returns what the FFN reads of `self.x`, and its neurons.
-    fn neurons(&mut self, layer: &Ready<'_>, config: &Config) -> (&[f32], &[f32]) {
-        let residual = std::mem::take(&mut self.x);
-        self.read_by_ffn(&residual, layer, config);
-        self.x = residual;
-        let input = if layer.weights.norms[2].is_some() { &self.h } else { &self.x };
-        (input, &self.neurons)
-    }
-
-    /// Sets the neurons, and `self.h` to what they read where that is not `residual` itself.
-    fn read_by_ffn(&mut self, residual: &[f32], layer: &Ready<'_>, config: &Config) {
-        let Scratch { h, rstd, gate, up, neurons, .. } = self;
-        let input = Block::of(config).input(layer.weights.norms[2].as_deref(), h, rstd, residual);
-        layer.forward(4, gate, input);
-        layer.forward(5, up, input);
-        neurons.resize(gate.len());
-        let activation = config.architecture.activation;
-        swiglu::Forward { c: neurons, a: gate, b: up, activation }.run();
-        let threshold = layer.weights.thresholds.map_or(0.0, |thresholds| thresholds.gate);
-        if threshold > 0.0 {
-            // The gate by itself: times 1.
-            let mut values = Buf::zeros(gate.len());
-            up.fill(1.0);
-            swiglu::Forward { c: &mut values, a: gate, b: up, activation }.run();
-            let skipped = neurons.iter_mut().zip(&values[..]).filter(|(_, gate)| gate.abs() <= threshold);
-            skipped.for_each(|(neuron, _)| *neuron = 0.0);
-        }
-    }
-
-    /// Sets `self.x` to one sequence of `states` `[seq, hidden]` and the layer's attention to it.
-    fn attention(
-        &mut self,
-        states: &[f32],
-        layer: &Ready<'_>,
-        config: &Config,
-        ropes: &Ropes,
-        tap: &mut See<'_>,
-    ) {
-        let block = Block::of(config);
-        let seq = states.len() / config.hidden;
-        self.set_states(states, seq);
-        let weights = layer.weights;
-        let [before_attention, after_attention, ..] = weights.norms.each_ref().map(Option::as_deref);
-        let [wq, wk, ..] = &weights.linears;
-        let Scratch { x, h, rstd, q, k, v, a, lse, y, .. } = self;
-
-        let input = block.input(before_attention, h, rstd, x);
-        tap(Input::Attention, input, states);
-        layer.forward(0, q, input);
-        layer.forward(1, k, input);
-        layer.forward(2, v, input);
-        let dims = attention_dims(config, weights.layer, 1, [seq, seq]);
-        lse.resize(seq * dims.heads);
-        for (i, (x, linear, heads)) in
-            [(&mut *q, wq, dims.heads), (&mut *k, wk, dims.kv_heads)].into_iter().enumerate()
-        {
-            if let Some(norms) = &weights.qk_norms {
-                block.norm_heads(x, linear.outputs, &norms[i], lse);
-            }
-            let turn = Turn { stride: linear.outputs, heads, seq, start: 0, positions: seq };
-            ropes.forward(weights.layer, x, turn);
-        }
-        a.resize(q.len());
-        attention::Forward { out: a, lse, q, k, v, dims }.run();
-        tap(Input::Heads, a, states);
-        layer.forward(3, y, a);
-        block.join(x, y, after_attention, h, rstd);
-    }
 }
 
 /// Sets `states` to the embeddings of `sequences`; the table is read once, in pieces.

@@ -36,7 +36,7 @@ pub use predict::Fitted;
 pub struct Grown {
     /// The plan.
     pub plan: GrowPlan,
-    /// What lesa's networks have learnt, one for each kind of matrix.
+    /// The training results of LESA's networks, one for each kind of matrix.
     pub fits: Vec<Fitted>,
 }
 

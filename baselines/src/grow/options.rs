@@ -25,7 +25,7 @@ pub enum GrowMethod {
     Stack,
 }
 
-/// What the network of lesa learns rows of.
+/// The form of the matrices whose rows LESA's networks predict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Space {
@@ -75,7 +75,7 @@ pub struct GrowOptions {
     pub fill: Fill,
     /// The way in which new layers are made.
     pub method: GrowMethod,
-    /// What lesa learns rows of.
+    /// The form of the matrices whose rows LESA predicts.
     pub space: Space,
     /// Norms of new layers that are no copies.
     pub norms: GrownNorms,

@@ -17,12 +17,12 @@ const LEARNING_RATE: f64 = 1e-3;
 /// Kinds of matrices of a layer.
 const KINDS: usize = 7;
 
-/// What the network of one kind of matrix has learnt.
+/// The training result of the network for one kind of matrix.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Fitted {
     /// The kind, e.g. `mlp.up_proj`.
     pub matrix: String,
-    /// Rows that were learnt.
+    /// Rows that the network was trained on.
     pub rows: usize,
     /// Mean loss of the first epoch.
     pub first_loss: f64,

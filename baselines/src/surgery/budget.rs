@@ -9,7 +9,7 @@ use super::{Shape, shape};
 use crate::error::{Error, Result};
 use crate::method::Budget;
 
-/// What the parts of a model with experts hold.
+/// The parameters that the parts of a model with experts hold.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Held {
     /// Everything but experts that are chosen from and their gates.

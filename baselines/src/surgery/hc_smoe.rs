@@ -32,13 +32,13 @@ pub(crate) static HC_SMOE: Entry<Settings> = Entry {
 settings! {
     /// Settings of HC-SMoE.
     pub(crate) struct Settings {
-        /// What describes an expert: outputs (mean over all tokens), routed-outputs (over those that run it), weights, router-logits, or random (a control).
+        /// Vector that stands for an expert: outputs (its mean output over all tokens), routed-outputs (over the tokens that run it), weights, router-logits, or random (a control).
         pub vectors: Vectors = Vectors::Outputs,
         /// Distance of two descriptions: euclidean or cosine.
         pub distance: Distance = Distance::Euclidean,
         /// Distance of two clusters: average, single, complete or ward.
         pub linkage: Linkage = Linkage::Average,
-        /// What becomes of a cluster: frequency (mean by use), average, or dominant (the member nearest to the mean).
+        /// Expert that replaces a cluster: frequency (the mean weighted by use), average (the plain mean), or dominant (the member nearest to the mean).
         pub merge: Merge = Merge::Frequency,
         /// Order of neurons before a merge: none (as they are) or weights (most like those of the most used member).
         pub alignment: Alignment = Alignment::None,
@@ -73,11 +73,11 @@ pub(crate) enum Distance {
     Cosine,
 }
 
-/// What becomes of a cluster.
+/// The expert that replaces a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Merge {
-    /// The mean of its members by their use.
+    /// The mean of its members, weighted by use.
     Frequency,
     /// The mean of its members.
     Average,
@@ -89,9 +89,9 @@ pub(crate) enum Merge {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Alignment {
-    /// As they are.
+    /// The order of every member stays.
     None,
-    /// That which is most like the most used member's.
+    /// The order that matches the weights of the most used member best.
     Weights,
 }
 

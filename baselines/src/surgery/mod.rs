@@ -31,11 +31,11 @@ pub(crate) use uncurl::UNCURL;
 pub(crate) enum Allocation {
     /// The same number of experts in every layer.
     Layer,
-    /// As many experts in a layer as it has among the most used of all layers.
+    /// The most used experts of the whole model stay, so a layer keeps as many as it has among them.
     Global,
 }
 
-/// What becomes of the gates of merged experts.
+/// The gates that a merged expert gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Gates {
@@ -92,7 +92,7 @@ fn shape(config: &Config) -> Result<Shape> {
     Ok(Shape { experts: spec.experts.clone(), sizes, top_k: Some(spec.top_k) })
 }
 
-/// What a method sees of a layer.
+/// The weights and statistics of one layer, which a method decides by.
 struct Seen<'a> {
     layer: usize,
     experts: &'a LayerExperts,

@@ -32,7 +32,7 @@ pub(crate) static UNCURL: Entry<Settings> = Entry {
 settings! {
     /// Settings of UNCURL.
     pub(crate) struct Settings {
-        /// What makes two experts alike: correlation or cosine of their gates' logits, or coactivation (tokens that run both).
+        /// Similarity of two experts: correlation or cosine of their gates' logits, or coactivation (the tokens that run both).
         pub affinity: Affinity = Affinity::Correlation,
         /// Order of neurons before a merge: weights (most like those of the most used member) or none (as they are).
         pub alignment: Alignment = Alignment::Weights,
@@ -41,7 +41,7 @@ settings! {
     }
 }
 
-/// What makes two experts alike.
+/// The similarity of two experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Affinity {

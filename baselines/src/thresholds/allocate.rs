@@ -18,7 +18,7 @@ const MOST_SKIPPED: f64 = 0.98;
 /// Of the calibration text this part, the last, measures errors of layers.
 const HELD_BACK: usize = 4;
 
-/// What a layer skips.
+/// The shares of inputs that a layer skips.
 pub(super) struct LayerShares {
     /// Quantiles of the magnitudes that each linear reads.
     inputs: [Table; LINEARS],

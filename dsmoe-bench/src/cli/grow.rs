@@ -26,7 +26,7 @@ pub(crate) struct Grow {
     /// Norms of layers that lesa, average and random make: the mean of both neighbours, or those of the first layer
     #[arg(long, default_value = "parents", value_parser = words::<GrownNorms>(&["parents", "first"]))]
     pub(crate) norms: GrownNorms,
-    /// What lesa learns rows of: the singular value decomposition over all layers, or the weights
+    /// Matrices whose rows lesa predicts: the singular value decomposition over all layers, or the weights
     #[arg(long, default_value = "svd", value_parser = words::<Space>(&["svd", "weights"]))]
     pub(crate) space: Space,
     /// Passes of lesa over all rows

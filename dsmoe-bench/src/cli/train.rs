@@ -113,7 +113,7 @@ pub(crate) struct Train {
     /// Device that computes: cpu, or a GPU such as cuda:0 (matrix products in bf16)
     #[arg(help_heading = MACHINE, long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,
-    /// What every process holds of its share alone (ZeRO stage): 1 moments of the optimiser, 2 gradients too, 3 parameters too.
+    /// State that is divided among processes (ZeRO stage): 1 the moments of the optimiser, 2 gradients too, 3 parameters too.
     /// The numbers are the same
     #[arg(long, value_name = "STAGE", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=3))]
     pub(crate) zero: u8,

@@ -20,7 +20,7 @@ pub(super) enum Form {
     Blocks { width: usize },
 }
 
-/// What a tensor of the new model is made of.
+/// The source of a tensor of the new model.
 #[derive(Debug)]
 pub(super) enum Source {
     /// The tensor of that name.

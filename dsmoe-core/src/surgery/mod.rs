@@ -29,12 +29,12 @@ use crate::masks::Masks;
 use form::{Form, Source};
 use tensors::Experts;
 
-/// What becomes of the experts of a layer.
+/// The new experts and gates of a layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSurgery {
     /// The new experts, in order.
     pub experts: Vec<NewExpert>,
-    /// What becomes of the gates.
+    /// The rule for the gates.
     pub router: RouterRule,
 }
 
@@ -56,7 +56,7 @@ pub struct Part {
     pub neurons: Option<Vec<u32>>,
 }
 
-/// What becomes of the gates of a layer.
+/// The rule for the gates of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RouterRule {
     /// A new expert has the gate of its first part; the others go.

@@ -9,6 +9,8 @@
 
 mod agree;
 mod alone;
+#[cfg(test)]
+mod cases;
 mod communicator;
 mod error;
 mod launch;

@@ -191,40 +191,19 @@ impl Communicator for Member {
 #[cfg(test)]
 mod tests {
     use super::{DEADLINE, members, on_threads};
+    use crate::comm::cases::moves_the_right_bytes;
     use crate::comm::{CommError, Communicator, What};
     use std::time::Duration;
 
     const OF: What = What::of("bytes");
 
-    /// The bytes that rank `from` sends to rank `to`, of a length of their own.
-    fn piece(from: usize, to: usize) -> Vec<u8> {
-        vec![(16 * from + to) as u8; (from + 2 * to) % 5]
-    }
-
     #[test]
     fn every_call_moves_the_right_bytes() {
         for size in [1, 2, 3, 4] {
             on_threads(size, |comm| {
-                let (me, all) = (comm.rank(), 0..size);
-                assert_eq!((comm.size(), comm.place().local, comm.place().locals), (size, me, size));
-                let send: Vec<Vec<u8>> = all.clone().map(|to| piece(me, to)).collect();
-                let want: Vec<Vec<u8>> = all.clone().map(|from| piece(from, me)).collect();
-                let lens = |pieces: &[Vec<u8>]| pieces.iter().map(Vec::len).collect::<Vec<_>>();
-                let mut recv = vec![0; want.concat().len()];
-                for _ in 0..3 {
-                    comm.all_to_all(OF, &send.concat(), &lens(&send), &mut recv, &lens(&want)).unwrap();
-                    assert_eq!(recv, want.concat());
-                    comm.barrier(OF).unwrap();
-                }
-                let want: Vec<Vec<u8>> = all.clone().map(|from| piece(from, 1)).collect();
-                let mut recv = vec![0; want.concat().len()];
-                comm.all_gather(OF, &piece(me, 1), &mut recv, &lens(&want)).unwrap();
-                assert_eq!(recv, want.concat());
-                for from in all {
-                    let mut bytes = [me as u8; 3];
-                    comm.broadcast(OF, from, &mut bytes).unwrap();
-                    assert_eq!(bytes, [from as u8; 3]);
-                }
+                let place = comm.place();
+                assert_eq!((comm.size(), place.local, place.locals), (size, comm.rank(), size));
+                moves_the_right_bytes(comm, 1);
             });
         }
     }

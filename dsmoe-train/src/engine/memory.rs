@@ -18,7 +18,7 @@ pub struct Share {
     pub lanes: usize,
     /// Micro-batches of a lane.
     pub accumulate: usize,
-    /// What each holds of its share alone.
+    /// The state that is divided among processes.
     pub zero: Zero,
 }
 

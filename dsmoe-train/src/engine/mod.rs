@@ -46,7 +46,7 @@ pub struct EngineOptions {
     pub lanes: usize,
     /// Micro-batches of a lane.
     pub accumulate: usize,
-    /// What every process holds of its share alone.
+    /// The state that is divided among processes.
     pub zero: Zero,
     /// The precision to which operands of matrix products are rounded.
     pub precision: Precision,

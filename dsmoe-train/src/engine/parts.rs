@@ -13,7 +13,7 @@ use dsmoe_kernels::comm::{Communicator, What};
 /// The memory of units and of the own parts.
 #[derive(Debug, Default)]
 pub(super) struct Parts {
-    /// What this process owns of the gradients of the lanes at work.
+    /// This process's part of the gradients of the current lanes.
     pub(super) own: Buf,
     /// Whole gradients of the units at work, of this process's lane.
     grads: BTreeMap<usize, Buf>,
@@ -85,10 +85,10 @@ impl Weights for Gathered {
     }
 }
 
-/// What a micro-batch is lent.
+/// The objects that a micro-batch borrows.
 pub(super) struct Lent<'a> {
     pub(super) model: &'a Model,
-    /// What this process owns of the parameters, where the model is without them.
+    /// This process's part of the parameters, if the model holds none.
     pub(super) own_params: &'a [f32],
     pub(super) parts: &'a mut Parts,
     pub(super) shards: &'a Shards,

@@ -55,7 +55,7 @@ impl Record {
     }
 }
 
-/// What one process knows of a step.
+/// The results of a step in one process.
 #[derive(Debug)]
 pub(super) struct Own<'a> {
     /// Asks all to stop after this step.
@@ -72,7 +72,7 @@ pub(super) struct Own<'a> {
     pub(super) squares: &'a [f64],
 }
 
-/// What all processes know of a step.
+/// The results of a step over all processes.
 #[derive(Debug, Default)]
 pub(super) struct All {
     /// True if any process asks to stop.

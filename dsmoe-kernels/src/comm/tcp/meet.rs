@@ -19,7 +19,7 @@ const TO_GREET: Duration = Duration::from_secs(10);
 /// Between attempts.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// What a launcher says of a process.
+/// The settings of a process from its launcher's variables.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Start {
     pub(super) rank: usize,
@@ -31,7 +31,7 @@ pub(super) struct Start {
     pub(super) job: u64,
 }
 
-/// What a process says of itself.
+/// The first message of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Greeting {
     rank: usize,

@@ -267,6 +267,7 @@ mod tests {
     use std::net::TcpListener;
 
     use super::*;
+    use crate::comm::cases::moves_the_right_bytes;
 
     const OF: What = What::of("bytes");
 
@@ -295,36 +296,14 @@ mod tests {
         })
     }
 
-    /// The bytes that rank `from` sends to rank `to`: of lengths of their own, some longer than a socket takes at once.
-    fn piece(from: usize, to: usize) -> Vec<u8> {
-        vec![(16 * from + to) as u8; (from + 2 * to) % 4 * 700_001]
-    }
-
     #[test]
     fn every_call_moves_the_right_bytes() {
         for size in [2, 3, 4] {
             on_sockets(size, |comm| {
-                let (me, all) = (comm.rank(), 0..size);
                 let Place { machine, machines, local, locals } = comm.place();
-                assert_eq!((machine, machines, local, locals), (0, 1, me, size));
-                let send: Vec<Vec<u8>> = all.clone().map(|to| piece(me, to)).collect();
-                let want: Vec<Vec<u8>> = all.clone().map(|from| piece(from, me)).collect();
-                let lens = |pieces: &[Vec<u8>]| pieces.iter().map(Vec::len).collect::<Vec<_>>();
-                let mut recv = vec![0; want.concat().len()];
-                for _ in 0..2 {
-                    comm.all_to_all(OF, &send.concat(), &lens(&send), &mut recv, &lens(&want)).unwrap();
-                    assert!(recv == want.concat());
-                    comm.barrier(OF).unwrap();
-                }
-                let want: Vec<Vec<u8>> = all.clone().map(|from| piece(from, 1)).collect();
-                let mut recv = vec![0; want.concat().len()];
-                comm.all_gather(OF, &piece(me, 1), &mut recv, &lens(&want)).unwrap();
-                assert!(recv == want.concat());
-                for from in all {
-                    let mut bytes = [me as u8; 3];
-                    comm.broadcast(OF, from, &mut bytes).unwrap();
-                    assert_eq!(bytes, [from as u8; 3]);
-                }
+                assert_eq!((machine, machines, local, locals), (0, 1, comm.rank(), size));
+                // Some pieces are longer than a socket takes at once.
+                moves_the_right_bytes(&comm, 700_001);
             });
         }
     }
