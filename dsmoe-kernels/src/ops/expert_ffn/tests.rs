@@ -444,6 +444,24 @@ fn threads_do_not_change_a_bit() {
     }
 }
 
+/// An answer must not depend on the texts that are computed beside it.
+#[test]
+fn the_tokens_beside_a_token_do_not_change_a_bit() {
+    for isa in Isa::available() {
+        for (width, n, core) in [(96, 5, 2), (300, 3, 1), (16, 60, 20)] {
+            // Inputs and routes of fewer tokens are the first of these.
+            let of = |tokens| {
+                let problem = Problem::new(Dims { core, ..dims(tokens, 70, width, n) }, scattered);
+                problem.forward(isa, &mut Scratch::default())
+            };
+            let all = of(90);
+            for tokens in [9, 20, 32, 33, 64] {
+                assert!(of(tokens) == all[..tokens * 70], "{isa:?}: {tokens} of 90 tokens, width {width}");
+            }
+        }
+    }
+}
+
 /// Error of a result of order 1 with bf16 operands, at inner dimensions up to a few hundred: eight bits are kept.
 const BF16_TOLERANCE: f64 = 0.02;
 
