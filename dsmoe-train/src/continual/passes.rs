@@ -142,3 +142,113 @@ pub(super) fn losses(
     }
     Ok(found)
 }
+
+#[cfg(test)]
+mod tests {
+    use dsmoe_core::init::LlamaSizes;
+    use dsmoe_core::params::Stored;
+    use dsmoe_datasets::{TokenSource, TokenStream};
+    use serde_json::Value;
+
+    use super::super::sharpness::{Slopes, ascend, step_scale};
+    use super::*;
+    use crate::optim::grad_norms;
+
+    /// The values that the script gives a tensor of that name, as stored.
+    fn formula(name: &str, count: usize) -> Vec<f32> {
+        let seed = name.bytes().enumerate().map(|(i, byte)| (i + 1) * usize::from(byte)).sum::<usize>() % 9973;
+        let value = |i: usize| ((i * 7919 + seed * 104_729) % 10_007) as f64 / 10_007.0 - 0.5;
+        let scaled = |v: f64| if name.contains("norm") { 1.0 + 0.1 * v } else { 0.4 * v };
+        (0..count).map(|i| scaled(value(i)) as f32).collect()
+    }
+
+    /// Where the value that is stored at `at` lies in memory.
+    fn place(entry: &dsmoe_core::params::Entry, at: usize) -> usize {
+        let within = match (entry.spec.stored, &entry.spec.stored_shape()[..]) {
+            (Stored::Transposed, &[rows, cols]) => at % cols * rows + at / cols,
+            _ => at,
+        };
+        entry.range.start + within
+    }
+
+    #[test]
+    fn gradients_and_scores_are_those_of_pytorch() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/sharpness.json");
+        let wanted: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let sizes = LlamaSizes {
+            vocab: 32,
+            hidden: 16,
+            intermediate: 24,
+            layers: 2,
+            heads: 2,
+            kv_heads: 1,
+            positions: 32,
+            bos_eos: [1, 2],
+        };
+        let mut model = Model::new(sizes.config().unwrap());
+        for entry in model.layout().entries().to_vec() {
+            for (at, value) in formula(&entry.spec.name, entry.range.len()).into_iter().enumerate() {
+                model.params_mut()[place(&entry, at)] = value;
+            }
+        }
+        let ids = (0..25u64).map(|i| ((5 * i * i + 3 * i + 7) % 31) as u32).collect();
+        let stream = TokenStream { ids, doc_starts: vec![0] };
+        let source = TokenSource { name: "text".to_owned(), weight: 1.0, tokens: (&stream).into() };
+        let (batch, seq, steps) = (3, 8, Some(1));
+        let config = TrainConfig { batch, seq, steps, valid_fraction: 0.0, ..TrainConfig::default() };
+        let config = config.resolve().unwrap();
+        let texts = [Mixture::new(&[source], config.split_options(), None).unwrap()];
+        let windows: Vec<Window> = (0..3).map(|window| Window { task: 0, window }).collect();
+
+        let mut passes = Passes::new(&model, &config).unwrap();
+        let first = passes.gradient(&model, &texts, &windows, (0, 0.0)).unwrap();
+        let here = passes.engine.grads().unwrap().to_vec();
+        let fisher = fisher(&model, &texts, &windows, &config).unwrap();
+        let scale = step_scale(0.05, first.norms.all);
+        let saved = model.params().to_vec();
+        ascend(model.params_mut(), &here, scale);
+        let second = passes.gradient(&model, &texts, &windows, (0, 0.0)).unwrap();
+        let uphill = passes.engine.grads().unwrap().to_vec();
+        let slopes = Slopes { here: &here, uphill: &uphill, scale, fisher: &fisher };
+        let scores = slopes.scores(&saved);
+
+        let number = |value: &Value| value.as_f64().unwrap();
+        for (got, key) in
+            [(first.lm_loss, "loss"), (second.lm_loss, "uphill_loss"), (first.norms.all, "norm")]
+        {
+            let want = number(&wanted[key]);
+            assert!((got / want - 1.0).abs() < 1e-5, "{key}: {got} and {want}");
+        }
+        assert!(second.lm_loss > first.lm_loss);
+        assert_eq!(grad_norms(model.layout(), &here), first.norms);
+        let tensors = wanted["tensors"].as_object().unwrap();
+        assert_eq!(tensors.len(), model.layout().entries().len());
+        for entry in model.layout().entries() {
+            let wanted = &tensors[&entry.spec.name];
+            let places: Vec<usize> = wanted["places"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|at| place(entry, at.as_u64().unwrap() as usize))
+                .collect();
+            for (key, got, tolerance) in [
+                ("here", &here, 1e-5),
+                ("uphill", &uphill, 1e-5),
+                ("fisher", &fisher, 1e-5),
+                // A curvature is a small difference over a small step.
+                ("score", &scores, 2e-4),
+            ] {
+                let want: Vec<f64> = wanted[key].as_array().unwrap().iter().map(number).collect();
+                let largest = want.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+                for (&at, want) in places.iter().zip(want) {
+                    let found = f64::from(got[at]);
+                    let name = &entry.spec.name;
+                    assert!((found - want).abs() < tolerance * largest + 1e-9, "{name} {key}: {found}, {want}");
+                }
+            }
+        }
+        let losses = losses(&model, &texts, &windows, &config).unwrap();
+        let mean = losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / 3.0;
+        assert!((mean - second.lm_loss).abs() < 1e-5, "{mean} and {}", second.lm_loss);
+    }
+}
