@@ -16,6 +16,7 @@ mod mixtures;
 mod plan;
 mod processes;
 mod prune;
+mod related;
 mod reproduce;
 mod snapshots;
 mod sweep;
