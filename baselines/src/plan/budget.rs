@@ -44,7 +44,8 @@ impl Curves {
     ) -> Result<Option<Curves>> {
         let width = features.first().map_or(0, Vec::len);
         let budgets = extra.first().map_or(0, Vec::len);
-        let alike = features.iter().all(|row| row.len() == width) && extra.iter().all(|row| row.len() == budgets);
+        let alike =
+            features.iter().all(|row| row.len() == width) && extra.iter().all(|row| row.len() == budgets);
         if width == 0 || budgets < 2 || heads == 0 || !alike || features.len() != extra.len() {
             return Err(Error::Numeric {
                 place: "plan".to_owned(),
@@ -179,9 +180,7 @@ pub fn at_mean_share(costs: &[Vec<f64>], shares: &[f64], target: f64) -> Vec<usi
         };
         costs.iter().map(least).collect()
     };
-    let mean = |chosen: &[usize]| {
-        chosen.iter().map(|&j| shares[j]).sum::<f64>() / chosen.len().max(1) as f64
-    };
+    let mean = |chosen: &[usize]| chosen.iter().map(|&j| shares[j]).sum::<f64>() / chosen.len().max(1) as f64;
     let fits = |chosen: &[usize]| mean(chosen) <= target + 1e-12;
     let free = at(0.0);
     if fits(&free) {

@@ -233,14 +233,14 @@ impl Ensemble {
             // Other streams than the first head had.
             self.heads[number] = Ensemble::head(width, outputs, fit.seed, self.heads.len() + number);
             let mut rng = Rng::new(fit.seed, SAMPLE_STREAM + number as u64);
-            let sample: Vec<usize> =
-                (0..rows.len()).map(|_| rng.below(rows.len() as u64) as usize).collect();
+            let sample: Vec<usize> = (0..rows.len()).map(|_| rng.below(rows.len() as u64) as usize).collect();
             let mut order = Order::new(&sample, fit, 1 + number as u64);
             let mut moving: Vec<Moving> = self.heads[number].iter().map(Moving::of).collect();
             let mut last = 0.0;
             for epoch in 0..fit.epochs {
                 let head = &mut self.heads[number];
-                last = order.epoch(|batch, hyper| step_head(head, (&h, width), batch, loss, (&mut moving, hyper)));
+                last = order
+                    .epoch(|batch, hyper| step_head(head, (&h, width), batch, loss, (&mut moving, hyper)));
                 if !show((number + 1) * fit.epochs + epoch + 1) {
                     return None;
                 }
@@ -329,7 +329,9 @@ impl Order {
 
 #[cfg(test)]
 mod tests {
-    use dsmoe_kernels::testing::{assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals};
+    use dsmoe_kernels::testing::{
+        assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
+    };
 
     use super::*;
 

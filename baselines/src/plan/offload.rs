@@ -137,7 +137,8 @@ pub fn draw(users: usize, count: usize, seed: u64) -> Vec<Vec<User>> {
 
 /// Returns the inputs of a network, `[samples, 6 users]`, not scaled.
 fn features(samples: &[Vec<User>]) -> Vec<f64> {
-    let of = |user: &User| [user.bits, CYCLES * user.bits, user.speed, user.gain, user.alpha, 1.0 - user.alpha];
+    let of =
+        |user: &User| [user.bits, CYCLES * user.bits, user.speed, user.gain, user.alpha, 1.0 - user.alpha];
     samples.iter().flatten().flat_map(of).collect()
 }
 
@@ -247,7 +248,8 @@ pub fn imitate(
         }
         (sum, grad)
     };
-    let passes: Vec<usize> = (1..=heads).map(|heads| fit.epochs * if heads == 1 { 1 } else { heads + 1 }).collect();
+    let passes: Vec<usize> =
+        (1..=heads).map(|heads| fit.epochs * if heads == 1 { 1 } else { heads + 1 }).collect();
     let (all, mut found) = (passes.iter().sum(), Vec::new());
     for count in 1..=heads {
         let before: usize = passes[..count - 1].iter().sum();

@@ -215,10 +215,10 @@ impl Scene {
         let at = |budget: usize| {
             let one = Scene {
                 processor: self.processor.at(budget),
-                server: self.server.as_ref().map(|server| Server {
-                    speeds: server.speeds.at(budget),
-                    start: server.start,
-                }),
+                server: self
+                    .server
+                    .as_ref()
+                    .map(|server| Server { speeds: server.speeds.at(budget), start: server.start }),
                 mu: self.mu,
             };
             let extra = |request: &Request| vec![request.extra[budget]];
@@ -396,7 +396,9 @@ mod tests {
                         let share = f64::from(i) / 100.0;
                         let both = matches!((a, b), (Spot::Server(_), Spot::Server(_)));
                         let cost = |request: &Request, spot: Spot, share: f64| match spot {
-                            Spot::Processor(j) => scene.cost_of(request, scene.processor.seconds(request, j), j),
+                            Spot::Processor(j) => {
+                                scene.cost_of(request, scene.processor.seconds(request, j), j)
+                            }
                             Spot::Server(j) => {
                                 let share = if both { share } else { 1.0 };
                                 let time = server.start + server.speeds.seconds(request, j) / share;

@@ -177,7 +177,9 @@ fn read(path: &Path) -> Result<Wanted> {
             Some(Data::Many(paths)) if !paths.is_empty() => paths,
             _ => return Err(missing("data", "add data = \"FILE\" with its text")),
         };
-        wanted.steps.push(task.steps.ok_or_else(|| missing("steps", "add steps = N; 0 to measure it alone"))?);
+        wanted
+            .steps
+            .push(task.steps.ok_or_else(|| missing("steps", "add steps = N; 0 to measure it alone"))?);
         let defaults = CorpusOptions::default();
         let spec = SourceSpec {
             name,

@@ -1,8 +1,8 @@
 //! `dsmoe generate`: continues a prompt.
 
 use anyhow::{Context, Result, bail};
-use dsmoe_core::checkpoint::Checkpoint;
 use dsmoe_core::Inference;
+use dsmoe_core::checkpoint::Checkpoint;
 use dsmoe_core::config::Config;
 use dsmoe_core::generate::{Finish, GenerateOptions, generate};
 use serde::Serialize;

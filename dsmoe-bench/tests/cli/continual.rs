@@ -46,7 +46,10 @@ fn tasks_are_learnt_and_resumed() {
     let found = json_of(&format!("{line} --out continual/run"));
     assert_eq!((list(&found["start"]).len(), list(&found["learnt"]).len()), (2, 2));
     for learnt in list(&found["learnt"]) {
-        assert!((number(&learnt["density"]) - 0.5).abs() < 0.01 && number(&learnt["flops"]) > 0.0, "{learnt}");
+        assert!(
+            (number(&learnt["density"]) - 0.5).abs() < 0.01 && number(&learnt["flops"]) > 0.0,
+            "{learnt}"
+        );
     }
     let rise = number(&found["learnt"][1]["losses"][0]) - number(&found["learnt"][0]["losses"][0]);
     assert!((rise - number(&found["forgetting"])).abs() < 1e-12);
@@ -63,7 +66,10 @@ fn tasks_are_learnt_and_resumed() {
     let again = json_of(&format!("{line} --out continual/run --resume"));
     assert_eq!(again["learnt"], found["learnt"]);
     assert_eq!(bytes(), whole);
-    shows(&succeeds(&format!("{line} --out continual/run --resume")), &["after", "density", "start", "forgetting"]);
+    shows(
+        &succeeds(&format!("{line} --out continual/run --resume")),
+        &["after", "density", "start", "forgetting"],
+    );
     write("continual/other.toml", TASKS.replace("replay = 6", "replay = 7"));
     let other = "continual continual/other.toml --model dense --out continual/run --resume";
     fails(other, &["continual.json", "method was", "another --out"]);

@@ -44,9 +44,7 @@ fn a_plan_is_profiled_trained_and_chooses() {
     assert_eq!(read("plan/made/heads.json"), heads);
 
     let prompt = "the-little-town-lies-on-a-river";
-    let choose = |more: &str| {
-        json_of(&format!("plan choose {plan} --prompt {prompt} --max-tokens 8 {more}"))
-    };
+    let choose = |more: &str| json_of(&format!("plan choose {plan} --prompt {prompt} --max-tokens 8 {more}"));
     let slow = choose("--deadline 1000 --mu 1000000");
     let one = &slow["requests"][0];
     assert_eq!((one["device"].as_str(), one["in_time"].as_bool()), (Some("processor"), Some(true)));
@@ -91,8 +89,14 @@ fn a_plan_is_compared_with_one_budget_for_all() {
     }
     let placements = list(&found["placements"]);
     let few = placements.iter().filter(|row| row["requests"] == 5);
-    assert!(few.clone().count() >= 6 && few.into_iter().all(|row| number(&row["cost"]) >= 1.0 - 1e-9), "{found}");
-    shows(&succeeds(&format!("plan eval {plan} --heads 2 --epochs 5 --scenes 1")), &["one budget", "oracle", "descent"]);
+    assert!(
+        few.clone().count() >= 6 && few.into_iter().all(|row| number(&row["cost"]) >= 1.0 - 1e-9),
+        "{found}"
+    );
+    shows(
+        &succeeds(&format!("plan eval {plan} --heads 2 --epochs 5 --scenes 1")),
+        &["one budget", "oracle", "descent"],
+    );
     fails(&format!("plan eval {plan} --active 0.123"), &["--active 0.123", "has the budgets"]);
     fails("plan eval dense", &["holds no profile", "dsmoe plan profile"]);
     fails("plan profile moe --data text.txt --out plan/no", &["no thresholds by budget"]);
@@ -111,5 +115,8 @@ fn the_papers_problem_is_imitated() {
     let rows = list(&found["results"]);
     assert_eq!(rows.len(), 5);
     assert!(rows.iter().all(|row| number(&row["cost"]) >= 1.0 - 1e-9), "{found}");
-    shows(&succeeds("plan offload --users 2 --samples 40 --heads 1 --epochs 1"), &["right decisions", "no method"]);
+    shows(
+        &succeeds("plan offload --users 2 --samples 40 --heads 1 --epochs 1"),
+        &["right decisions", "no method"],
+    );
 }

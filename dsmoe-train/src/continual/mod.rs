@@ -166,7 +166,11 @@ pub fn check(
         return Err(Error::field("seq", train.seq, allowed));
     }
     if train.valid_fraction == 0.0 || train.valid_samples == 0 {
-        return Err(Error::field("valid_fraction", "0", "a share above 0: losses are those of held-out text"));
+        return Err(Error::field(
+            "valid_fraction",
+            "0",
+            "a share above 0: losses are those of held-out text",
+        ));
     }
     let config = |steps: u64| {
         let lanes = Some(1);
@@ -268,9 +272,8 @@ impl State {
     }
 
     fn report(self, finished: bool, tasks: &[Task], start: Vec<f64>) -> ContinualReport {
-        let mean = |values: &[f64]| {
-            (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
-        };
+        let mean =
+            |values: &[f64]| (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64);
         let last = self.reports.last().map_or(&[][..], |(_, report)| &report.losses);
         let finals: Vec<f64> = self.reports.iter().map(|(at, _)| last[*at]).collect();
         let earlier = self.reports.split_last().map_or(&[][..], |(_, earlier)| earlier);

@@ -156,7 +156,8 @@ mod tests {
 
     /// The values that the script gives a tensor of that name, as stored.
     fn formula(name: &str, count: usize) -> Vec<f32> {
-        let seed = name.bytes().enumerate().map(|(i, byte)| (i + 1) * usize::from(byte)).sum::<usize>() % 9973;
+        let seed =
+            name.bytes().enumerate().map(|(i, byte)| (i + 1) * usize::from(byte)).sum::<usize>() % 9973;
         let value = |i: usize| ((i * 7919 + seed * 104_729) % 10_007) as f64 / 10_007.0 - 0.5;
         let scaled = |v: f64| if name.contains("norm") { 1.0 + 0.1 * v } else { 0.4 * v };
         (0..count).map(|i| scaled(value(i)) as f32).collect()
@@ -243,7 +244,10 @@ mod tests {
                 for (&at, want) in places.iter().zip(want) {
                     let found = f64::from(got[at]);
                     let name = &entry.spec.name;
-                    assert!((found - want).abs() < tolerance * largest + 1e-9, "{name} {key}: {found}, {want}");
+                    assert!(
+                        (found - want).abs() < tolerance * largest + 1e-9,
+                        "{name} {key}: {found}, {want}"
+                    );
                 }
             }
         }

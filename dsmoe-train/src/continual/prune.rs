@@ -145,7 +145,8 @@ mod tests {
                     Stored::Transposed => values[col * mask.rows() + row],
                 };
                 let mut groups: Vec<[Vec<f32>; 2]> = vec![Default::default(); mask.rows()];
-                for (row, col) in (0..mask.rows()).flat_map(|row| (0..mask.cols()).map(move |col| (row, col))) {
+                for (row, col) in (0..mask.rows()).flat_map(|row| (0..mask.cols()).map(move |col| (row, col)))
+                {
                     let group = if over == Over::Row { row } else { 0 };
                     groups[group][usize::from(mask.keeps(row, col))].push(at(row, col));
                 }
@@ -166,7 +167,10 @@ mod tests {
         for (name, mask) in second.iter() {
             let before = first.get(name).unwrap();
             let cells = (0..mask.rows()).flat_map(|row| (0..mask.cols()).map(move |col| (row, col)));
-            assert!(cells.into_iter().all(|(row, col)| !mask.keeps(row, col) || before.keeps(row, col)), "{name}");
+            assert!(
+                cells.into_iter().all(|(row, col)| !mask.keeps(row, col) || before.keeps(row, col)),
+                "{name}"
+            );
         }
         assert!((density(model.layout(), Some(&second)) - 0.25).abs() < 1e-3);
     }

@@ -209,7 +209,10 @@ mod tests {
             ("density = 0.5", "density is set; use it with prune magnitude or scores only"),
             ("prune = 'scores'\nrho = 0.0", "prune is scores with rho 0; use rho above 0"),
             ("prune = 'magnitude'\ndensity = 0.0", "density is 0; use a share from 0.001 to 1"),
-            ("prune = 'magnitude'\nwhen = 'end'\nevery = 3", "every is set; use it with prune magnitude or scores during"),
+            (
+                "prune = 'magnitude'\nwhen = 'end'\nevery = 3",
+                "every is set; use it with prune magnitude or scores during",
+            ),
             ("prune = 'dual-averaging'\ndensity = 0.5", "density is set"),
             ("replay_share = 0.5", "replay_share is set; use it with replay above 0 only"),
             ("random = 0.5", "random is set; use it with select below 1 only"),

@@ -46,11 +46,8 @@ impl Slopes<'_> {
         let least = SMALLEST_STEP * largest;
         let score = |i: usize| {
             let (g, up, w) = (here[i], uphill[i], params[i]);
-            let curvature = if g.abs() > least && scale > 0.0 {
-                ((up - g) / (scale * g)).max(0.0)
-            } else {
-                fisher[i]
-            };
+            let curvature =
+                if g.abs() > least && scale > 0.0 { ((up - g) / (scale * g)).max(0.0) } else { fisher[i] };
             -up * w + 0.5 * curvature * w * w
         };
         (0..params.len()).into_par_iter().map(score).collect()

@@ -87,7 +87,8 @@ impl Stream {
         let fresh = match self.pool.take() {
             None => {
                 let first = step * self.fresh as u64;
-                let windows: Vec<usize> = (first..first + self.fresh as u64).map(|n| self.sample(n)).collect();
+                let windows: Vec<usize> =
+                    (first..first + self.fresh as u64).map(|n| self.sample(n)).collect();
                 self.seen.extend(windows.iter().map(|&window| (window, 0.0)));
                 windows
             }
@@ -97,7 +98,8 @@ impl Stream {
                 outcome?
             }
         };
-        let mut all: Vec<Window> = fresh.into_iter().map(|window| Window { task: self.task, window }).collect();
+        let mut all: Vec<Window> =
+            fresh.into_iter().map(|window| Window { task: self.task, window }).collect();
         let mut rng = Rng::new(self.seed, REPLAY_STREAM ^ (self.task as u64) << 48 ^ step);
         all.extend((0..self.replayed).map(|_| replay[rng.below(replay.len() as u64) as usize]));
         Ok(all)
@@ -124,7 +126,8 @@ impl Stream {
             let first = number * pool.candidates as u64;
             let numbers = first..first + pool.candidates as u64;
             let windows: Vec<usize> = numbers.map(|number| self.sample(number)).collect();
-            let asked: Vec<Window> = windows.iter().map(|&window| Window { task: self.task, window }).collect();
+            let asked: Vec<Window> =
+                windows.iter().map(|&window| Window { task: self.task, window }).collect();
             let scores = score(&asked)?;
             self.scored += windows.len() as u64;
             self.seen.extend(windows.iter().copied().zip(scores.iter().copied()));
@@ -191,8 +194,7 @@ mod tests {
         assert!([1, 3, 5].iter().all(|place| chosen.contains(place)), "{chosen:?}");
         assert_eq!(chosen.len(), 5);
         assert!(chosen.is_sorted());
-        let others: Vec<Vec<usize>> =
-            (0..20).map(|seed| choose(&scores, 3, 5, Rng::new(seed, 2))).collect();
+        let others: Vec<Vec<usize>> = (0..20).map(|seed| choose(&scores, 3, 5, Rng::new(seed, 2))).collect();
         assert!(others.iter().any(|other| *other != chosen), "chance has no say");
     }
 

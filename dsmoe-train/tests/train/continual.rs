@@ -48,13 +48,7 @@ fn toml_of(text: &str) -> Method {
 }
 
 fn options(bed: &Bed, out: &str, method: Method) -> ContinualOptions {
-    ContinualOptions {
-        model: bed.source.clone(),
-        out: bed.path(out),
-        resume: false,
-        train: train(),
-        method,
-    }
+    ContinualOptions { model: bed.source.clone(), out: bed.path(out), resume: false, train: train(), method }
 }
 
 fn whole(bed: &Bed, out: &str, method: Method, tasks: &[Task]) -> ContinualReport {
@@ -95,7 +89,8 @@ fn one_task_of_plain_steps_is_a_run() {
     }
 }
 
-const ALL: &str = r#"{"prune": "scores", "every": 3, "select": 0.4, "select_every": 4, "replay": 12, "ewc": 0.5}"#;
+const ALL: &str =
+    r#"{"prune": "scores", "every": 3, "select": 0.4, "select_every": 4, "replay": 12, "ewc": 0.5}"#;
 
 #[test]
 fn what_is_interrupted_ends_as_a_whole() {
@@ -199,7 +194,8 @@ fn selection_among_equal_sequences_changes_nothing() {
 fn replay_and_a_pull_hold_what_was_learnt() {
     let bed = Bed::new(false);
     let plain = whole(&bed, "plain", method(r#"{"rho": 0}"#), &three(40));
-    let replayed = whole(&bed, "replayed", method(r#"{"rho": 0, "replay": 40, "replay_share": 0.5}"#), &three(40));
+    let replayed =
+        whole(&bed, "replayed", method(r#"{"rho": 0, "replay": 40, "replay_share": 0.5}"#), &three(40));
     let pulled = whole(&bed, "pulled", method(r#"{"rho": 0, "ewc": 3000}"#), &three(40));
     let forgetting = |report: &ContinualReport| report.forgetting.unwrap();
     let [plain_f, replayed_f, pulled_f] = [&plain, &replayed, &pulled].map(forgetting);
@@ -212,8 +208,9 @@ fn replay_and_a_pull_hold_what_was_learnt() {
     assert!((rise - plain_f).abs() < 1e-12);
     assert!((last.iter().sum::<f64>() / 3.0 - plain.mean_final.unwrap()).abs() < 1e-12);
     // Each task has its part of what is kept.
-    let kept: Vec<usize> =
-        (0..3).map(|task| replayed.learnt[2].replay.iter().filter(|kept| kept.task == task).count()).collect();
+    let kept: Vec<usize> = (0..3)
+        .map(|task| replayed.learnt[2].replay.iter().filter(|kept| kept.task == task).count())
+        .collect();
     assert_eq!(kept, [13, 13, 13]);
     assert!(plain.learnt[2].replay.is_empty());
 }
@@ -249,7 +246,10 @@ fn what_cannot_be_learnt_is_said() {
         (with("{}", &[task("big", 3, &big)], train()), "a token id of the text is 48"),
         (with("{}", &three(3), settings(&["sparsity=1", "seq=65"])), "seq is 65; use at most the model's"),
         (with("{}", &three(3), settings(&["sparsity=1", "valid_fraction=0"])), "valid_fraction is 0"),
-        (with("{}", &three(3), settings(&["active_target=0.5"])), "active_target is 0.5; use a model with experts"),
+        (
+            with("{}", &three(3), settings(&["active_target=0.5"])),
+            "active_target is 0.5; use a model with experts",
+        ),
     ] {
         assert!(error.starts_with(wanted), "{error}");
     }

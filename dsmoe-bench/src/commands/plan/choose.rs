@@ -101,7 +101,8 @@ fn model_of(profile: &Profile) -> Result<Inference> {
     if model_sha256(dir)? != profile.model_sha256 {
         bail!("{}: it has changed since it was profiled; profile it again", dir.display());
     }
-    let dtype = profile.dtype.parse().ok().context("the profile's precision is none; profile the model again")?;
+    let dtype =
+        profile.dtype.parse().ok().context("the profile's precision is none; profile the model again")?;
     load_inference(dir, dtype, Device::Cpu, GateArgs::default())
 }
 
@@ -176,7 +177,15 @@ fn chosen(profile: &Profile, requests: &[Request], placed: &Placement, i: usize)
 }
 
 fn show(chosen: &[Chosen]) -> String {
-    let mut table = Table::new(["request", "device", "budget", "share of server", "seconds", "in time", "extra loss, nats"]);
+    let mut table = Table::new([
+        "request",
+        "device",
+        "budget",
+        "share of server",
+        "seconds",
+        "in time",
+        "extra loss, nats",
+    ]);
     for (i, one) in chosen.iter().enumerate() {
         table.row([
             (i + 1).to_string(),

@@ -155,7 +155,15 @@ fn split(
 
 fn show(share: f64, splits: &[Split], placed: &[Placing]) -> String {
     let mut table = Table::new([
-        "not learnt", "requests", "one budget", "by chance", "one head", "ensemble", "cautious", "oracle", "error, one",
+        "not learnt",
+        "requests",
+        "one budget",
+        "by chance",
+        "one head",
+        "ensemble",
+        "cautious",
+        "oracle",
+        "error, one",
         "error, ensemble",
     ]);
     for split in splits {
@@ -181,7 +189,8 @@ fn show(share: f64, splits: &[Split], placed: &[Placing]) -> String {
     if placed.is_empty() {
         return text;
     }
-    let mut table = Table::new(["requests", "placement", "cost over the first", "deadlines missed", "decision"]);
+    let mut table =
+        Table::new(["requests", "placement", "cost over the first", "deadlines missed", "decision"]);
     for row in placed {
         table.row([
             row.requests.to_string(),

@@ -28,7 +28,8 @@ pub(super) fn run(args: &PlanOffload, ui: &mut Ui) -> Result<()> {
 }
 
 fn show(found: &[Imitation]) -> String {
-    let mut table = Table::new(["heads", "answer", "right decisions", "squared error", "cost over the optimum"]);
+    let mut table =
+        Table::new(["heads", "answer", "right decisions", "squared error", "cost over the optimum"]);
     for found in found {
         table.row([
             found.heads.to_string(),

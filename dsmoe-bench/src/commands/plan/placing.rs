@@ -54,11 +54,13 @@ pub(super) fn compare(scene: &Scene, curves: &[Vec<f64>], scenes: usize, seed: u
     for count in [FEW, MANY] {
         let mut ways: Vec<(&'static str, [f64; 3])> = Vec::new();
         for number in 0..scenes as u64 {
-            let requests = draw(scene, curves, count, Rng::new(seed, SCENE_STREAM ^ number << 8 ^ count as u64));
+            let requests =
+                draw(scene, curves, count, Rng::new(seed, SCENE_STREAM ^ number << 8 ^ count as u64));
             let placed = all_ways(scene, &requests, Rng::new(seed, SCENE_STREAM + 1 + number));
             let reference = placed.first().map_or(1.0, |(_, placed, _)| placed.cost);
             for (way, placed, seconds) in placed {
-                let missed = placed.times.iter().zip(&requests).filter(|(time, of)| **time > of.deadline * 1.000_001);
+                let missed =
+                    placed.times.iter().zip(&requests).filter(|(time, of)| **time > of.deadline * 1.000_001);
                 let found = [placed.cost / reference, missed.count() as f64 / count as f64, seconds];
                 match ways.iter_mut().find(|(name, _)| *name == way) {
                     Some((_, sums)) => sums.iter_mut().zip(found).for_each(|(sum, x)| *sum += x),

@@ -184,7 +184,12 @@ pub(super) fn run(args: &PlanProfile, ui: &mut Ui) -> Result<ExitCode> {
         model.set_active(*share)?;
         let point: Point = done_or(out, &share.to_string(), || measure(&model, args, &cut, ui))?;
         if point.losses.len() != cut.len() {
-            bail!("{}: has {} requests of {}; remove it", out.join(POINTS).display(), point.losses.len(), cut.len());
+            bail!(
+                "{}: has {} requests of {}; remove it",
+                out.join(POINTS).display(),
+                point.losses.len(),
+                cut.len()
+            );
         }
         points.push(point);
         if STOP.load(Ordering::Relaxed) {
@@ -409,7 +414,14 @@ fn summary<'a>(profile: &'a Profile, out: &'a Path) -> Summary<'a> {
 }
 
 fn show(summary: &Summary<'_>) -> String {
-    let head = ["budget", "active share", "over the largest, nats", "deviation", "prefill, tokens/s", "decode, tokens/s"];
+    let head = [
+        "budget",
+        "active share",
+        "over the largest, nats",
+        "deviation",
+        "prefill, tokens/s",
+        "decode, tokens/s",
+    ];
     let mut table = Table::new(head);
     for (j, share) in summary.shares.iter().enumerate() {
         let speed = |of: fn(&Speeds) -> &Vec<f64>| {

@@ -53,7 +53,8 @@ pub(super) fn run(args: &PlanTrain, ui: &mut Ui) -> Result<()> {
         let predicted = curves.predict(&row.features)?;
         let policy = dsmoe_baselines::plan::Policy { kappa: 0.0 };
         let expected = policy.expected(&predicted);
-        Ok(expected.iter().zip(row.extra()).map(|(q, t)| (q - t).powi(2)).sum::<f64>() / expected.len() as f64)
+        Ok(expected.iter().zip(row.extra()).map(|(q, t)| (q - t).powi(2)).sum::<f64>()
+            / expected.len() as f64)
     };
     let errors = rows.iter().map(error).collect::<Result<Vec<f64>>>()?;
     let squared_error = errors.iter().sum::<f64>() / errors.len().max(1) as f64;
