@@ -32,14 +32,10 @@ pub(crate) fn find_models(cli: &mut Cli, processes: usize, ui: &Ui) -> Result<()
         }
         models.into_iter().try_for_each(|path| replace(path, ui))?;
     } else if cfg!(feature = "hub")
-        && let Some((path, name)) = models.iter().find_map(|path| Some((path, name_of(path)?)))
+        && let Some(path) = models.iter().find(|path| name_of(path).is_some())
     {
-        bail!(
-            "{}: there is no such directory; it looks like a name on the Hugging Face Hub; add --hub to download it, or do it \
-             first: `hf download {}` prints the directory",
-            path.display(),
-            name.id
-        );
+        // The error that follows names the command of the Hub's tools.
+        ui.note(format_args!("note: {} is not here; --hub downloads it", path.display()));
     }
     Ok(())
 }

@@ -289,8 +289,9 @@ mod with_the_feature {
 
     #[test]
     fn without_the_option_it_is_named() {
-        let run = Hub::new(|_, _| None).run(&format!("inspect {MODEL} --quiet"), &[]);
-        check_failure(&run, MODEL, &["Hugging Face Hub", "add --hub", "`hf download org/name`"]);
+        let run = Hub::new(|_, _| None).run(&format!("inspect {MODEL}"), &[]);
+        assert_eq!((run.code, run.stdout.as_str()), (1, ""));
+        shows(&run.stderr, &["note: org/name is not here; --hub downloads it", "`hf download org/name`"]);
     }
 
     #[test]
