@@ -15,6 +15,7 @@ mod hub;
 mod mixtures;
 mod processes;
 mod prune;
+mod related;
 mod reproduce;
 mod snapshots;
 mod sweep;
