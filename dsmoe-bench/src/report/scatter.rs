@@ -10,8 +10,8 @@ const OUTLIER: f64 = 3.0;
 /// Fewest marks of which one can be an outlier.
 const ENOUGH: usize = 5;
 /// Width of a character (bold: of a highlighted one), height of a line of a name, and the radius that names keep from marks.
-const CHARACTER: f64 = 7.0;
-const BOLD_CHARACTER: f64 = 8.3;
+const CHARACTER: f64 = 7.6;
+const BOLD_CHARACTER: f64 = 8.6;
 const LINE: f64 = 14.0;
 const CLEAR: f64 = 8.0;
 /// Width of a chart for a narrow screen.
