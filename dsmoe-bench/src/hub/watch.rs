@@ -38,8 +38,7 @@ mod tests {
     fn silent_work_is_given_up() {
         let mut sum = 0;
         let patience = Duration::from_secs(30);
-        let outcome =
-            watched(patience, |n| sum += n, |tell| (1..4).map(|n| tell.send(n).is_ok()).all(|sent| sent));
+        let outcome = watched(patience, |n| sum += n, |tell| (1..4).all(|n| tell.send(n).is_ok()));
         assert_eq!((outcome, sum), (Ok(true), 6));
         let silent =
             watched(Duration::from_millis(20), |(): ()| (), |_| thread::sleep(Duration::from_secs(1)));
