@@ -80,6 +80,16 @@ pub(crate) struct PlanProfile {
     pub(crate) dry_run: bool,
 }
 
+impl Plan {
+    /// Returns the models that the command reads by a path which may be a name on the Hugging Face Hub.
+    pub(super) fn models(&mut self) -> Vec<&mut PathBuf> {
+        match &mut self.command {
+            PlanCommand::Profile(args) => vec![&mut args.model],
+            _ => Vec::new(),
+        }
+    }
+}
+
 /// The arguments of the networks.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct HeadArgs {

@@ -12,6 +12,7 @@ mod export;
 mod families;
 mod faults;
 mod golden;
+mod hub;
 mod mixtures;
 mod plan;
 mod processes;
