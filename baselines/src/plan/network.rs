@@ -362,7 +362,7 @@ mod tests {
         for (i, moving) in moving.iter().enumerate() {
             let at = if i < 2 { &net.backbone[i] } else { &net.heads[0][i - 2] };
             for (part, values) in [&at.weight, &at.bias].into_iter().enumerate() {
-                let want = finite_differences(&f64s(values), 1e-2, |values| {
+                let want = finite_differences(&f64s(values), 2e-3, |values| {
                     let mut net = net.clone();
                     let layer = if i < 2 { &mut net.backbone[i] } else { &mut net.heads[0][i - 2] };
                     let to = if part == 0 { &mut layer.weight } else { &mut layer.bias };

@@ -329,10 +329,12 @@ mod tests {
         }
         assert!((decision.cost - 36.0).abs() < 1e-12);
         assert!((costs.cost(&decision.shares) - 36.0).abs() < 1e-9);
-        // By himself each costs 9: the second alone goes to the server.
+        // At home each costs 9. The first two on the server cost (2 + 1)^2, the second alone 1, all of them 36.
         let best = costs.optimum();
-        assert_eq!(best.shares, [0.0, 1.0, 0.0]);
-        assert!((best.cost - 19.0).abs() < 1e-12);
+        for (share, want) in best.shares.iter().zip([2.0 / 3.0, 1.0 / 3.0, 0.0]) {
+            assert!((share - want).abs() < 1e-12);
+        }
+        assert!((best.cost - 18.0).abs() < 1e-12);
     }
 
     #[test]
@@ -378,8 +380,8 @@ mod tests {
 
     #[test]
     fn a_network_comes_near_the_optimum() {
-        let fit = Fit { epochs: 15, ..Fit::default() };
-        let found = imitate(2, 2000, 2, fit, &mut |_, _| true).unwrap();
+        let fit = Fit { epochs: 20, ..Fit::default() };
+        let found = imitate(2, 6000, 2, fit, &mut |_, _| true).unwrap();
         let [one, rest @ ..] = &found[..] else { panic!("nothing was found") };
         assert_eq!((one.choice, rest.len()), ("one", 4));
         assert!(one.accuracy > 0.8 && one.cost < 1.3, "{one:?}");
