@@ -168,7 +168,7 @@ pub(crate) struct Architecture {
 const TRAIN_EXAMPLES: &str = "\
 Examples:
   dsmoe bench train --hidden 512 --intermediate 1536 --layers 8
-  dsmoe bench train --device cuda:0";
+  dsmoe bench train --experts 32 --active 25%";
 
 #[derive(Debug, Args)]
 #[command(after_help = TRAIN_EXAMPLES)]
