@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use dsmoe_kernels::comm::{self, CommError, Communicator, What, alone};
 
-use super::{CONFIG_FILE, DEFAULT_SHARD_BYTES, TensorInfo, Writer, model_writer};
+use super::{CONFIG_FILE, DEFAULT_SHARD_BYTES, Manifest, Sums, TensorInfo, Writer, model_writer};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::files::{parent, remove_dir, sync_dir};
@@ -20,6 +20,8 @@ pub struct OutputDir {
     temporary: PathBuf,
     name: String,
     committed: bool,
+    /// Of the weights.
+    sums: Sums,
     /// The processes of which the first one writes.
     comm: Arc<dyn Communicator>,
 }
@@ -58,7 +60,8 @@ impl OutputDir {
         remove_dir(&temporary).map_err(Error::io(&temporary))?;
         remove_abandoned(parent, &format!(".{name}.tmp-"))?;
         fs::create_dir(&temporary).map_err(Error::io(&temporary))?;
-        Ok(OutputDir { target, temporary, name, committed: false, comm: Arc::clone(alone()) })
+        let (sums, comm) = (Sums::default(), Arc::clone(alone()));
+        Ok(OutputDir { target, temporary, name, committed: false, sums, comm })
     }
 
     /// Does as [`OutputDir::create`] for a directory made from `source`, which must survive.
@@ -95,7 +98,7 @@ impl OutputDir {
             }
             None => {
                 let (target, temporary, name) = (path.to_path_buf(), PathBuf::new(), String::new());
-                OutputDir { target, temporary, name, committed: true, comm }
+                OutputDir { target, temporary, name, committed: true, sums: Sums::default(), comm }
             }
         })
     }
@@ -111,7 +114,7 @@ impl OutputDir {
     /// The file system refuses.
     pub fn writer(&self, infos: Vec<TensorInfo>) -> Result<Writer> {
         match self.writes() {
-            true => Writer::create(&self.temporary, infos),
+            true => Ok(Writer::create(&self.temporary, infos)?.with_sums(&self.sums)),
             false => Ok(Writer::discarding(infos)),
         }
     }
@@ -122,7 +125,10 @@ impl OutputDir {
     /// Those of [`model_writer`].
     pub fn model_writer(&self, config: &Config, infos: Vec<TensorInfo>) -> Result<Writer> {
         match self.writes() {
-            true => model_writer(config, &self.temporary, infos, DEFAULT_SHARD_BYTES),
+            true => {
+                let writer = model_writer(config, &self.temporary, infos, DEFAULT_SHARD_BYTES)?;
+                Ok(writer.with_sums(&self.sums))
+            }
             false => Ok(Writer::discarding(infos)),
         }
     }
@@ -146,12 +152,13 @@ impl OutputDir {
         &self.temporary
     }
 
-    /// Makes the directory appear under its name; what was there is deleted after.
+    /// Writes the manifest and makes the directory appear under its name; what was there is deleted after.
     ///
     /// # Errors
     /// The file system refuses; what was there is then still there.
     pub fn commit(mut self) -> Result<()> {
         let target = &self.target;
+        Manifest::write(&self.temporary, &self.sums)?;
         sync_dir(&self.temporary).map_err(Error::io(&self.temporary))?;
         let parent = parent(target);
         if !target.exists() {
