@@ -17,9 +17,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dsmoe_core::checkpoint::{
-    Checkpoint, Dtype, FileSum, MANIFEST_FILE, Manifest, Sums, TensorInfo, Writer,
-};
+use dsmoe_core::checkpoint::{Checkpoint, Dtype, FileSum, MANIFEST_FILE, Manifest, Sums, TensorInfo, Writer};
 use dsmoe_core::files::write_synced;
 use dsmoe_core::params::{Entry, Layout};
 use dsmoe_core::shard::Shards;
@@ -574,17 +572,33 @@ mod tests {
             ("\"format_version\": 1", "\"format_version\": 2", "format_version"),
             ("\"step\": 2", "\"step\": 3", "disagree"),
             ("\"seq\": 1024", "\"seq\": 0", "seq is 0"),
-            ("\"weight\": ", "\"weight\": 9e9", "weight is 9"),
-            ("\"filtered\": 0", "\"filtered\": 7", "filtered is 7"),
-            ("\"active\": 0.5", "\"active\": 1.5", "budgets"),
-            ("-1.7", "-1e300", "bars is -1"),
-            ("\"sparsity_weight\": ", "\"sparsity_weight\": 1e99", "sparsity_weight is inf"),
-            ("abab", "xbab", "64 hexadecimal digits"),
             ("\"tokens\"", "\"token\"", "unknown field `token`"),
         ] {
             let message = written(&text.replacen(from, to, 1)).unwrap_err().to_string();
             assert!(message.contains(wanted) && message.lines().count() == 1, "{message}");
         }
+    }
+
+    #[test]
+    fn values_that_no_run_has_are_refused() {
+        for (at, value, wanted) in [
+            ("/controller/weight", 9e9, "weight is 9000000000"),
+            ("/controller/gain", 1e30, "gain is 1"),
+            ("/controller/state/filtered", -0.5, "filtered is -0.5"),
+            ("/controller/state/side", 2.0, "side is 2"),
+            ("/thresholds/knots/0/active", 1.5, "budgets"),
+            ("/thresholds/knots/0/bars/1", -1e300, "bars is -1000"),
+            ("/sparsity_weight", 1e99, "sparsity_weight is inf"),
+        ] {
+            let mut json = serde_json::to_value(state()).unwrap();
+            *json.pointer_mut(at).unwrap() = value.into();
+            let message = written(&json.to_string()).unwrap_err().to_string();
+            assert!(message.contains(wanted) && message.lines().count() == 1, "{at}: {message}");
+        }
+        let mut json = serde_json::to_value(state()).unwrap();
+        json["data_sha256"] = "xyz".into();
+        let message = written(&json.to_string()).unwrap_err().to_string();
+        assert!(message.contains("data_sha256 is xyz; use 64 hexadecimal digits"), "{message}");
     }
 
     #[test]

@@ -709,7 +709,8 @@ impl Work {
         if let Some(manifest) = Manifest::read(&path)?
             && let Some(file) = manifest.damaged(&path, |_| true)?
         {
-            let message = format!("it is not what was written; delete {} to train that layer again", path.display());
+            let message =
+                format!("it is not what was written; delete {} to train that layer again", path.display());
             return Err(Error::checkpoint(&file, message));
         }
         let file = path.join("report.json");

@@ -13,6 +13,7 @@ mod directions;
 mod frontier;
 mod inputs;
 mod jobs;
+mod limits;
 pub(crate) mod measure;
 mod measuring;
 pub(crate) mod merge;
@@ -26,6 +27,7 @@ mod records;
 mod results;
 mod setup;
 mod shipped;
+mod sound;
 pub(crate) mod speed;
 pub(crate) mod splice;
 mod stages;
@@ -58,7 +60,7 @@ use self::text::Text;
 use self::work::Work;
 use crate::cli::reproduce::Reproduce;
 use crate::files::{make_folder, read_json, write_json};
-use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
+use crate::interrupts::{INTERRUPTED, STOP, Unpolled, catch_interrupts};
 use crate::ui::{Ui, stderr_line};
 
 /// How long a process waits when others work on all models that are left.
@@ -83,8 +85,11 @@ pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("reproduce-{}", profile.name)));
+    let machine = limits::Machine::here(&out);
+    limits::check(&profile, &plan::dense(args, &profile)?.0, machine)?;
     let _lock = open(&out, args.resume)?;
     catch_interrupts()?;
+    let _unpolled = Unpolled::begin("run the same command with --resume to continue");
     match reproduce(args, &profile, &outputs, &jobs, &out, ui) {
         Err(error) if error.is::<Interrupted>() => {
             stderr_line("dsmoe: stopped; run the same command with --resume to continue");

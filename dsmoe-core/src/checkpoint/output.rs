@@ -10,7 +10,7 @@ use dsmoe_kernels::comm::{self, CommError, Communicator, What, alone};
 use super::{CONFIG_FILE, DEFAULT_SHARD_BYTES, Manifest, Sums, TensorInfo, Writer, model_writer};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::files::{parent, remove_dir, sync_dir};
+use crate::files::{parent, recover, remove_dir, sync_dir};
 
 /// A directory being written beside its target, `.NAME.tmp-PID`; [`OutputDir::commit`] renames it. Dropped without
 /// that, it is removed.
@@ -37,6 +37,7 @@ impl OutputDir {
     /// in it; or the file system refuses.
     pub fn create(path: &Path, force: bool) -> Result<OutputDir> {
         let wrong = |problem: &str| Err(Error::path(path, problem, "choose another {out}"));
+        recover(path).map_err(Error::io(path))?;
         let target =
             if path.exists() { path.canonicalize().map_err(Error::io(path))? } else { path.to_path_buf() };
         if target.exists() && !target.is_dir() {
@@ -54,11 +55,13 @@ impl OutputDir {
         let Some(name) = target.file_name().map(|name| name.to_string_lossy().into_owned()) else {
             return wrong("is not the name of a directory");
         };
+        if target != path {
+            recover(&target).map_err(Error::io(&target))?;
+        }
         let parent = parent(&target);
         fs::create_dir_all(parent).map_err(Error::io(parent))?;
         let temporary = parent.join(format!(".{name}.tmp-{}", std::process::id()));
         remove_dir(&temporary).map_err(Error::io(&temporary))?;
-        remove_abandoned(parent, &format!(".{name}.tmp-"))?;
         fs::create_dir(&temporary).map_err(Error::io(&temporary))?;
         let (sums, comm) = (Sums::default(), Arc::clone(alone()));
         Ok(OutputDir { target, temporary, name, committed: false, sums, comm })
@@ -223,24 +226,6 @@ fn is_empty(path: &Path) -> Result<bool> {
         Err(cause) if cause.kind() == ErrorKind::NotFound => Ok(true),
         Err(cause) => Err(Error::io(path)(cause)),
     }
-}
-
-/// Removes the leftovers `PREFIX<pid>` of processes that no longer run. Where processes are not listed
-/// in /proc nothing is removed.
-fn remove_abandoned(parent: &Path, prefix: &str) -> Result<()> {
-    if !Path::new("/proc/self").exists() {
-        return Ok(());
-    }
-    for entry in fs::read_dir(parent).map_err(Error::io(parent))? {
-        let entry = entry.map_err(Error::io(parent))?;
-        let name = entry.file_name();
-        let pid =
-            name.to_str().and_then(|name| name.strip_prefix(prefix)).and_then(|pid| pid.parse::<u32>().ok());
-        if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
-            remove_dir(&entry.path()).map_err(Error::io(&entry.path()))?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

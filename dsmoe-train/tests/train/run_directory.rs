@@ -108,11 +108,17 @@ fn every_flipped_bit_of_a_checkpoint_is_found_and_the_one_before_is_taken() {
     bed.part("out", 4, &["save_every=2"]);
     let checkpoints = out.join("checkpoints");
     let newest = checkpoints.join("step-00000004");
-    let before: Vec<_> = ["step-00000002", "step-00000004"].map(|name| copied(&checkpoints.join(name))).into();
+    let before: Vec<_> =
+        ["step-00000002", "step-00000004"].map(|name| copied(&checkpoints.join(name))).into();
     let restore = || {
+        for name in names(&checkpoints) {
+            std::fs::remove_dir_all(checkpoints.join(name)).unwrap();
+        }
         for (name, files) in ["step-00000002", "step-00000004"].iter().zip(&before) {
             std::fs::create_dir_all(checkpoints.join(name)).unwrap();
-            files.iter().for_each(|(file, bytes)| std::fs::write(checkpoints.join(name).join(file), bytes).unwrap());
+            files
+                .iter()
+                .for_each(|(file, bytes)| std::fs::write(checkpoints.join(name).join(file), bytes).unwrap());
         }
     };
     let mut random = 7u64;
@@ -235,6 +241,7 @@ fn what_is_not_finite_stops_the_run_and_saves_nothing() {
         let range = model.layout().get(tensor).unwrap().range.clone();
         model.params_mut()[range].fill(3e38);
         std::fs::create_dir_all(to).unwrap();
+        without_manifest(to);
         model.save(to, Dtype::F32).unwrap();
     };
     for (tensor, parts) in [
