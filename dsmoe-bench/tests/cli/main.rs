@@ -14,6 +14,7 @@ mod golden;
 mod mixtures;
 mod processes;
 mod prune;
+mod related;
 mod reproduce;
 mod snapshots;
 mod sweep;
