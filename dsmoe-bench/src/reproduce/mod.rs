@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
         check_text(args, &profile)?;
         if args.dry_run {
             let machine = limits::Machine::of_plans(Path::new("."));
-            limits::check(&profile, &plan::dense(args, &profile)?.0, machine)?;
+            check_limits(args, &profile, machine)?;
             experiments.plan(args, ui)?;
             return Ok(ExitCode::SUCCESS);
         }
@@ -108,7 +108,7 @@ fn in_folder(
 ) -> Result<ExitCode> {
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("reproduce-{}", profile.name)));
     let machine = limits::Machine::here(&out);
-    limits::check(&profile, &plan::dense(args, &profile)?.0, machine)?;
+    check_limits(args, &profile, machine)?;
     let _lock = open(&out, args.resume)?;
     catch_interrupts()?;
     let _unpolled = Unpolled::begin("run the same command with --resume to continue");
@@ -120,6 +120,14 @@ fn in_folder(
         }
         Err(error) => Err(error),
         Ok(()) => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Checks the sizes of a profile. One whose model is not known yet is refused by the stage that needs it.
+fn check_limits(args: &Reproduce, profile: &Profile, machine: limits::Machine) -> Result<()> {
+    match plan::dense(args, profile) {
+        Ok((dense, _)) => limits::check(profile, &dense, machine),
+        Err(_) => Ok(()),
     }
 }
 
