@@ -185,6 +185,20 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// Enters the present content of the file `name` of `dir` into the manifest there, if there is one that can be read.
+    ///
+    /// # Errors
+    /// The file cannot be read, or the file system refuses.
+    pub(crate) fn renew(dir: &Path, name: &str) -> Result<()> {
+        // One that is damaged is for `verify` to tell.
+        let Some(mut manifest) = Manifest::read(dir).ok().flatten() else { return Ok(()) };
+        let sum = FileSum::of_file(&dir.join(name), &mut |_| ())?;
+        manifest.files.insert(name.to_owned(), sum);
+        let (path, temporary) = (dir.join(MANIFEST_FILE), dir.join(format!(".{MANIFEST_FILE}.new")));
+        write_synced(&temporary, manifest.to_json().as_bytes()).map_err(Error::io(&temporary))?;
+        fs::rename(&temporary, &path).map_err(Error::io(&path))
+    }
+
     fn to_json(&self) -> String {
         let stored = |(name, sum): (&String, &FileSum)| StoredFile {
             name: name.clone(),
@@ -371,6 +385,10 @@ mod tests {
         assert!(!found.holds());
         assert_eq!([found.missing, found.changed], [["a.txt"], ["LICENSES/b"]]);
         assert_eq!(written.damaged(dir.path(), |_| true).unwrap(), Some(dir.path().join("LICENSES/b")));
+        Manifest::renew(dir.path(), "LICENSES/b").unwrap();
+        let renewed = Manifest::read(dir.path()).unwrap().unwrap();
+        assert_eq!(renewed.damaged(dir.path(), |_| true).unwrap(), Some(dir.path().join("a.txt")));
+        assert_eq!(renewed.damaged(dir.path(), |name| name != "a.txt").unwrap(), None);
     }
 
     #[test]
