@@ -27,6 +27,7 @@ const TOKEN_BYTES: u64 = 1 << 10;
 /// Sources of a profile that names none.
 const SOURCES: u64 = 4;
 const MOST_THREADS: usize = 1024;
+const MOST_SEEDS: u64 = 1024;
 
 /// What there is for a reproduction.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +60,14 @@ fn fits(name: &str, value: u64, each: u64, memory: u64) -> Result<()> {
         let needed = value as f64 * each as f64;
         let [needed, memory] = [needed, memory as f64].map(|bytes| format::bytes(bytes as u64));
         bail!("{name} is {value}, which takes {needed} of memory; use at most {most}, for {memory}");
+    }
+    Ok(())
+}
+
+/// Checks the number of seeds, before rows are listed for each.
+pub(super) fn check_seeds(profile: &Profile) -> Result<()> {
+    if profile.seeds > MOST_SEEDS {
+        bail!("seeds is {}; use at most {MOST_SEEDS}", profile.seeds);
     }
     Ok(())
 }

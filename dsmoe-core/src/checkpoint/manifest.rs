@@ -189,7 +189,7 @@ impl Manifest {
     ///
     /// # Errors
     /// The file cannot be read, or the file system refuses.
-    pub(crate) fn renew(dir: &Path, name: &str) -> Result<()> {
+    pub fn renew(dir: &Path, name: &str) -> Result<()> {
         // One that is damaged is for `verify` to tell.
         let Some(mut manifest) = Manifest::read(dir).ok().flatten() else { return Ok(()) };
         let sum = FileSum::of_file(&dir.join(name), &mut |_| ())?;
