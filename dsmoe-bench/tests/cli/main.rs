@@ -20,5 +20,6 @@ mod reproduce;
 mod snapshots;
 mod sweep;
 mod track;
+mod trust;
 mod variants;
 mod world;
