@@ -20,7 +20,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use dsmoe_core::checkpoint::copy_companions;
+use dsmoe_core::checkpoint::{Manifest, copy_companions};
 use dsmoe_core::shard::Shards;
 use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::overlap::TokenTexts;
@@ -447,8 +447,9 @@ impl Trainer {
         by_first(comm, of, || files::new_dir(&temporary))?;
         let saved = checkpoint::save_model(&temporary, &self.model, self.stepper.engine.optimizer(), comm)?;
         let written = by_first(comm, of, || {
-            saved?;
+            let sums = saved?;
             copy_companions(&self.options.source, &temporary)?;
+            Manifest::write(&temporary, &sums)?;
             files::move_into(&temporary, out)
         });
         if written.is_err() && comm.rank() == 0 {

@@ -17,6 +17,7 @@ pub(crate) mod reproduce;
 pub(crate) mod sweep;
 pub(crate) mod train;
 pub(crate) mod values;
+pub(crate) mod verify;
 
 use std::path::PathBuf;
 
@@ -38,6 +39,7 @@ use self::reconstruct::Reconstruct;
 use self::reproduce::Reproduce;
 use self::sweep::Sweep;
 use self::train::Train;
+use self::verify::Verify;
 
 /// Convert a dense Hugging Face model into a DSMoE model, train it, measure its cost and quality, and generate text.
 #[derive(Debug, Parser)]
@@ -118,6 +120,8 @@ pub(crate) enum Command {
     Init(Init),
     /// Show CPU features, threads, memory, GPUs and MPI, and report missing libraries and test data
     Doctor(Doctor),
+    /// Compare models, runs, checkpoints and caches with the hashes that were written with them
+    Verify(Verify),
     /// Prepare, verify, count and generate text for training; train a tokenizer
     Data(Data),
     /// Print a script that completes commands, options and values in a shell

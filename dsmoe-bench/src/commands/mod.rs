@@ -21,6 +21,7 @@ mod reconstruct;
 mod reproduce;
 mod sweep;
 mod train;
+mod verify;
 
 use std::process::ExitCode;
 use std::sync::{Arc, Once};
@@ -76,6 +77,7 @@ fn run_on(comm: &Arc<dyn Communicator>, cli: Cli, ui: &mut Ui) -> Result<ExitCod
         Command::Bench(args) => return on_worker(|| bench::run(args, ui)),
         Command::Completions(args) => completions::script(args, ui)?,
         Command::Man(args) => completions::manual(args, ui)?,
+        Command::Verify(args) => return verify::run(args, ui),
         Command::Data(args) => return data::run(args, ui),
         Command::Reproduce(args) => return reproduce::run(args, ui),
     }

@@ -22,5 +22,6 @@ mod reproduce;
 mod snapshots;
 mod sweep;
 mod track;
+mod trust;
 mod variants;
 mod world;
