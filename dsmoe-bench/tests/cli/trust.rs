@@ -160,7 +160,7 @@ fn weights_that_are_not_numbers_are_refused_by_every_command() {
             format!("convert {name} --experts 4 --out nan-out/x"),
             format!("convert {name} --as mixtral --experts 4 --top-k 2 --out nan-out/x"),
             format!("convert {name} {calib} --active-target 0.5 --out nan-out/x"),
-            format!("export {name} --as dense --out nan-out/x"),
+            format!("export {name} --as native --out nan-out/x"),
             format!("export {name} --as gguf --out nan-out/x.gguf"),
             format!("grow {name} --layers 3 --method copy --out nan-out/x"),
             format!("train {name} --out nan-out/run --steps 2 --batch 2 --seq 32 {text}"),
@@ -228,7 +228,7 @@ fn numbers_of_a_profile_have_limits_in_plans_and_in_runs() {
         ("late_step = 0.05", "1e-12", "late_step is"),
         ("hidden = 128", huge, "hidden"),
         ("layers = 6", huge, "layers"),
-        ("positions = 512", huge, "positions"),
+        ("positions = 512", huge, "max_position_embeddings"),
         ("batch = 16", huge, "batch"),
         ("seq = 128", huge, "seq"),
     ] {
