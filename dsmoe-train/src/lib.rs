@@ -5,6 +5,7 @@
 mod budgets;
 mod checkpoint;
 pub mod config;
+pub mod continual;
 pub mod engine;
 mod error;
 pub mod eval;

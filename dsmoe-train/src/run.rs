@@ -671,15 +671,15 @@ fn mixture_notes(mixture: &Mixture) -> Vec<String> {
 }
 
 /// What holds the share of active experts.
-struct Held {
-    controller: Option<BudgetController>,
+pub(crate) struct Held {
+    pub(crate) controller: Option<BudgetController>,
     thresholds: Option<ThresholdController>,
     /// Weight of the sparsity loss in the first step.
-    weight: f32,
+    pub(crate) weight: f32,
 }
 
 /// Returns what holds the share that `config` wants, and sets the default way in `config`.
-fn held(model: &Model, config: &mut TrainConfig, device: Device) -> Result<Held> {
+pub(crate) fn held(model: &Model, config: &mut TrainConfig, device: Device) -> Result<Held> {
     let none = Held { controller: None, thresholds: None, weight: 0.0 };
     if config.separability > 0.0 && (device != Device::Cpu || model.config().moe.is_none()) {
         let allowed = "0 on a GPU and for a model without gates";

@@ -1,6 +1,7 @@
 //! The command line: clap types alone, one file for each group of commands.
 
 pub(crate) mod bench;
+pub(crate) mod continual;
 pub(crate) mod data;
 pub(crate) mod doctor;
 pub(crate) mod eval;
@@ -8,6 +9,7 @@ pub(crate) mod gates;
 pub(crate) mod generate;
 pub(crate) mod grow;
 pub(crate) mod model;
+pub(crate) mod plan;
 pub(crate) mod processes;
 pub(crate) mod prune;
 pub(crate) mod reconstruct;
@@ -23,12 +25,14 @@ use clap::{Args, ColorChoice, Parser, Subcommand};
 use clap_complete::Shell;
 
 use self::bench::Bench;
+use self::continual::Continual;
 use self::data::Data;
 use self::doctor::Doctor;
 use self::eval::Eval;
 use self::generate::Generate;
 use self::grow::Grow;
 use self::model::{Convert, Export, Import, Init, Inspect};
+use self::plan::Plan;
 use self::processes::ProcessArgs;
 use self::prune::Prune;
 use self::reconstruct::Reconstruct;
@@ -102,10 +106,14 @@ pub(crate) enum Command {
     Import(Import),
     /// Train a DSMoE or dense model on text
     Train(Box<Train>),
+    /// Train a model on tasks in a row and prune it meanwhile, and measure what it forgets
+    Continual(Continual),
     /// Measure perplexity and the active share of experts on text, or score benchmarks
     Eval(Box<Eval>),
     /// Measure loss, benchmarks and time of one model at several shares of active experts
     Sweep(Box<Sweep>),
+    /// Choose the budget of every request by what a network of several heads predicts, under deadlines
+    Plan(Plan),
     /// Continue a prompt
     Generate(Generate),
     /// Make a model with random weights in Hugging Face layout
@@ -170,6 +178,8 @@ impl Command {
             Command::Eval(args) => args.against.iter_mut().chain([&mut args.model]).collect(),
             Command::Sweep(args) => args.against.iter_mut().chain([&mut args.model]).collect(),
             Command::Generate(args) => vec![&mut args.model],
+            Command::Continual(args) => vec![&mut args.model],
+            Command::Plan(args) => args.models(),
             _ => Vec::new(),
         }
     }

@@ -3,6 +3,7 @@
 mod bench;
 mod chat;
 mod completions;
+mod continual;
 mod convert;
 mod data;
 mod doctor;
@@ -14,6 +15,7 @@ mod import;
 mod init;
 mod inspect;
 mod methods;
+mod plan;
 mod prune;
 mod reconstruct;
 mod reproduce;
@@ -65,8 +67,10 @@ fn run_on(comm: &Arc<dyn Communicator>, cli: Cli, ui: &mut Ui) -> Result<ExitCod
         Command::Export(args) => export::run(args, ui)?,
         Command::Import(args) => import::run(args, ui)?,
         Command::Train(args) => return train::run(args, cli.threads, comm, ui),
+        Command::Continual(args) => return on_worker(|| continual::run(args, ui)),
         Command::Eval(args) => return on_worker(|| eval::run(args, &**comm, ui)),
         Command::Sweep(args) => return on_worker(|| sweep::run(args, ui)),
+        Command::Plan(args) => return on_worker(|| plan::run(args, ui)),
         Command::Generate(args) => on_worker(|| generate::run(args, ui))?,
         Command::Init(args) => init::run(args, ui)?,
         Command::Doctor(args) => doctor::run(args, ui)?,
