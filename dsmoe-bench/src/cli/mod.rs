@@ -8,6 +8,7 @@ pub(crate) mod gates;
 pub(crate) mod generate;
 pub(crate) mod grow;
 pub(crate) mod model;
+pub(crate) mod oracle;
 pub(crate) mod processes;
 pub(crate) mod prune;
 pub(crate) mod reconstruct;
@@ -28,6 +29,7 @@ use self::eval::Eval;
 use self::generate::Generate;
 use self::grow::Grow;
 use self::model::{Convert, Export, Import, Init, Inspect};
+use self::oracle::Oracle;
 use self::processes::ProcessArgs;
 use self::prune::Prune;
 use self::reconstruct::Reconstruct;
@@ -98,6 +100,8 @@ pub(crate) enum Command {
     Train(Box<Train>),
     /// Measure perplexity and the active share of experts on text, or score benchmarks
     Eval(Box<Eval>),
+    /// Find the best route of every token through the layers, beside a control
+    Oracle(Box<Oracle>),
     /// Measure loss, benchmarks and time of one model at several shares of active experts
     Sweep(Box<Sweep>),
     /// Continue a prompt

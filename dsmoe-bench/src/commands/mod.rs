@@ -14,6 +14,7 @@ mod import;
 mod init;
 mod inspect;
 mod methods;
+mod oracle;
 mod prune;
 mod reconstruct;
 mod reproduce;
@@ -62,6 +63,7 @@ fn run_on(comm: &Arc<dyn Communicator>, cli: Cli, ui: &mut Ui) -> Result<ExitCod
         Command::Import(args) => import::run(args, ui)?,
         Command::Train(args) => return train::run(args, cli.threads, comm, ui),
         Command::Eval(args) => return on_worker(|| eval::run(args, &**comm, ui)),
+        Command::Oracle(args) => on_worker(|| oracle::run(args, ui))?,
         Command::Sweep(args) => return on_worker(|| sweep::run(args, ui)),
         Command::Generate(args) => on_worker(|| generate::run(args, ui))?,
         Command::Init(args) => init::run(args, ui)?,

@@ -122,6 +122,8 @@ struct PackedDsmoe {
     output_bias: Vec<f32>,
     /// Chooses experts in place of the router.
     bound: Option<RouterBound>,
+    /// The number of routed experts that every token runs, in place of those above the threshold.
+    count: Option<usize>,
 }
 
 impl PackedDsmoe {
@@ -174,6 +176,9 @@ impl PackedFfn for PackedDsmoe {
         let (tokens, gates) = (x.len() / self.ffn.gated.hidden, &self.ffn.gates);
         let logits = matrix(logits, tokens, self.ffn.form.routed());
         routed.rebuild_for_inference(gates, self.ffn.bar, logits);
+        if let Some(count) = self.count {
+            routed.keep_largest(gates, count);
+        }
         if let Some(bound) = self.bound {
             let scores = match bound {
                 RouterBound::Oracle => self.contributions(x, experts),
@@ -201,6 +206,15 @@ impl PackedFfn for PackedDsmoe {
 
     fn set_threshold_logit(&mut self, logit: f32) -> bool {
         self.ffn.set_threshold_logit(logit)
+    }
+
+    fn choices(&self) -> usize {
+        self.ffn.form.routed()
+    }
+
+    fn set_choice(&mut self, choice: Option<usize>) -> bool {
+        self.count = choice.filter(|count| (1..=self.choices()).contains(count));
+        self.count == choice
     }
 
     fn set_router_bound(&mut self, bound: RouterBound) -> bool {
@@ -267,6 +281,7 @@ impl Ffn for DsmoeFfn {
             gating: params[self.gated.len()..].to_vec(),
             output_bias: self.gated.output_bias(params).to_vec(),
             bound: None,
+            count: None,
         })
     }
 
