@@ -370,9 +370,9 @@ mod tests {
     #[test]
     fn frozen_parts_keep_their_bits() {
         use dsmoe_core::{Model, config::MoeConfig, init::preset};
-        let config = preset("tiny").unwrap();
-        let moe = MoeConfig::new(dsmoe_router::RouterConfig::new(8));
-        let model = Model::new(dsmoe_core::Config { moe: Some(moe), ..config });
+        let mut config = preset("tiny").unwrap();
+        config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(8)));
+        let model = Model::new(config);
         let layout = model.layout();
         let config = TrainConfig { weight_decay: 0.5, ..TrainConfig::default() };
         let update = Update { config: &config, lr: 0.1, scale: 1.0, step: 1 };

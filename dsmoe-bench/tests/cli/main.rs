@@ -12,6 +12,7 @@ mod families;
 mod faults;
 mod golden;
 mod mixtures;
+mod oracle;
 mod processes;
 mod prune;
 mod reproduce;

@@ -31,7 +31,7 @@ pub use routes::{RouteKind, RouteSpace};
 
 use crate::error::{Error, Result};
 use crate::eval::{EvalOptions, evaluate_detailed};
-use noise::{CALIBRATED_ON, Copies};
+use noise::{Copies, MOST_PASSES};
 use routes::{Digits, keep_best, level, name};
 use state::{Control, State, Store};
 use tally::{Level, least_of_all, mean, mean_of, rank_correlation};
@@ -230,8 +230,7 @@ pub fn plan(model: &Inference, tokens: usize, options: &OracleOptions) -> Result
     let each = (options.beam / levels).max(1) as u64;
     let measured = all.unwrap_or(each * levels as u64 * most_options);
     let search = if all.is_some() { 0 } else { measured * (layers as u64 - 1) };
-    let calibration = levels as u64 * u64::from(CALIBRATED_ON) * 16;
-    let control = if options.control { measured + calibration } else { 0 };
+    let control = if options.control { measured + levels as u64 * MOST_PASSES } else { 0 };
     Ok(OraclePlan {
         layers,
         all_routes: space.count(MOST_ROUTES),

@@ -19,13 +19,15 @@ use super::tally::mean;
 use crate::error::Result;
 
 /// Copies whose mean loss decides the noise.
-pub(crate) const CALIBRATED_ON: u32 = 8;
+const CALIBRATED_ON: u32 = 8;
 /// Halvings of the range of s at the most.
 const STEPS: usize = 12;
 /// The mean loss may be off by this share.
 const TOLERANCE: f64 = 2e-3;
 const FIRST: f64 = 0.1;
 const LARGEST: f64 = 12.8;
+/// Passes that find the noise of a level at the most: without noise, up to the largest, and the halvings.
+pub(crate) const MOST_PASSES: u64 = 1 + (8 + STEPS as u64) * CALIBRATED_ON as u64;
 
 /// Makes noisy copies of a model.
 pub(crate) struct Copies {
@@ -74,14 +76,14 @@ impl Copies {
         measure: &mut Measure<'_>,
     ) -> Result<Option<f64>> {
         let copies = copies.min(CALIBRATED_ON);
+        if mean(&self.losses(0.0, 0, measure)?) >= target {
+            return Ok(None);
+        }
         let mut of = |s: f64| -> Result<f64> {
             let losses = (0..copies).map(|copy| Ok(mean(&self.losses(s, copy, measure)?)));
             let sum = losses.sum::<Result<f64>>()?;
             Ok(sum / f64::from(copies))
         };
-        if of(0.0)? >= target {
-            return Ok(None);
-        }
         let (mut low, mut high) = (0.0, FIRST);
         while of(high)? < target {
             if high >= LARGEST {

@@ -34,7 +34,7 @@ impl FromStr for RouteKind {
 }
 
 /// A route: the number of each layer's option.
-pub type Digits = Vec<u16>;
+pub(crate) type Digits = Vec<u16>;
 
 /// All routes of a model.
 #[derive(Clone, Debug, PartialEq)]

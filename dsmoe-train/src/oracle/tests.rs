@@ -55,10 +55,9 @@ fn found(
 
 /// A DSMoE model of two layers of four experts whose weights are large enough to matter.
 fn mixture(dir: &Path) -> PathBuf {
-    let config = preset("tiny").unwrap();
-    let mut moe = MoeConfig::new(RouterConfig::new(4));
-    moe.router.threshold = 0.5;
-    let mut model = Model::new(Config { moe: Some(moe), ..config });
+    let mut config = preset("tiny").unwrap();
+    config.moe = Some(MoeConfig::new(RouterConfig::new(4)));
+    let mut model = Model::new(config);
     let len = model.params().len();
     let mut noise = vec![0.0; len];
     Rng::new(3, 0).fill_normal(&mut noise, 0.3);
