@@ -22,6 +22,7 @@ Examples:
   dsmoe reproduce --print-profile quick > mine.toml; dsmoe reproduce --profile mine.toml --seeds 3 --out MINE
   dsmoe reproduce --profile paper-1b --model MODEL --mixture mixture.toml --task-data EVAL --dry-run
   dsmoe reproduce --profile smollm2-135m --model MODEL --data CORPORA --task-data EVAL --budgets 0.375 --out S135
+  dsmoe reproduce --profile related --seeds 1            # papers beside DSMoE and their claims
   dsmoe reproduce --profile small --shard 1/4 --out S1   # and 2/4, 3/4, 4/4 elsewhere; then
   dsmoe reproduce merge S1 S2 S3 S4 --out ALL";
 
@@ -34,7 +35,7 @@ Examples:
 pub(crate) struct Reproduce {
     #[command(subcommand)]
     pub(crate) command: Option<Sub>,
-    /// Profile: quick, small, smollm2-135m, paper-1b, paper-7b, or a TOML file
+    /// Profile: quick, small, smollm2-135m, paper-1b, paper-7b, related (experiments on other papers), or a TOML file
     #[arg(long, value_name = "NAME|FILE", default_value = "quick")]
     pub(crate) profile: String,
     /// Print an embedded profile as TOML and stop
@@ -43,7 +44,7 @@ pub(crate) struct Reproduce {
     /// Only these tables and figures, and the runs that they need
     #[arg(long, value_name = "OUTPUT,...", value_delimiter = ',', value_enum)]
     pub(crate) only: Vec<Output>,
-    /// Only these methods of the profile
+    /// Only these methods or experiments of the profile
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     pub(crate) methods: Vec<String>,
     /// Only rows at these of the profile's budgets, shares of the FFNs, and dense ones

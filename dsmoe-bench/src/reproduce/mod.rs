@@ -1,6 +1,6 @@
 //! `dsmoe reproduce`: the paper's comparison, from text to report.
 //!
-//! A [`profile::Profile`] defines the models. [`stages`] computes them, one stage after the other, and writes a
+//! A profile of experiments on other papers goes to [`related`]. Any other [`profile::Profile`] defines the models. [`stages`] computes them, one stage after the other, and writes a
 //! [`records::Run`] for each. [`analysis`] turns runs into [`results::Results`], and [`chapters`] turns these into a
 //! report.
 
@@ -23,6 +23,7 @@ mod plan;
 pub(crate) mod profile;
 mod publish;
 mod records;
+mod related;
 mod results;
 mod setup;
 mod shipped;
@@ -51,7 +52,8 @@ use self::jobs::{Planned, all_jobs};
 use self::outputs::{Output, Part};
 use self::profile::Profile;
 use self::publish::finish;
-use self::records::{BASE, RUNS, Run, SETUP, TIMINGS, Timing};
+use self::records::{BASE, RESULTS, RUNS, Run, SETUP, TIMINGS, Timing};
+use self::related::Experiments;
 use self::setup::Setup;
 use self::stages::Stages;
 use self::text::Text;
@@ -66,6 +68,15 @@ const COME_BACK: Duration = Duration::from_millis(500);
 
 /// Runs a reproduction, or prints its plan.
 pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
+    if let Some(experiments) = Experiments::of(args)? {
+        let profile = experiments.profile();
+        check_text(args, &profile)?;
+        if args.dry_run {
+            experiments.plan(args, ui)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        return in_folder(args, &profile, |out| experiments.run(args, out, ui));
+    }
     let mut profile = Profile::load(&args.profile)?;
     if let Some(seeds) = args.seeds {
         profile.seeds = seeds;
@@ -82,10 +93,19 @@ pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
         plan::run(args, &profile, &jobs, ui)?;
         return Ok(ExitCode::SUCCESS);
     }
+    in_folder(args, &profile, |out| reproduce(args, &profile, &outputs, &jobs, out, ui))
+}
+
+/// Does `work` in the directory of the results, which no other process may use meanwhile.
+fn in_folder(
+    args: &Reproduce,
+    profile: &Profile,
+    work: impl FnOnce(&Path) -> Result<()>,
+) -> Result<ExitCode> {
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("reproduce-{}", profile.name)));
     let _lock = open(&out, args.resume)?;
     catch_interrupts()?;
-    match reproduce(args, &profile, &outputs, &jobs, &out, ui) {
+    match work(&out) {
         Err(error) if error.is::<Interrupted>() => {
             stderr_line("dsmoe: stopped; run the same command with --resume to continue");
             let asked = STOP.load(Ordering::Relaxed);
@@ -184,7 +204,12 @@ fn forget_other_results(out: &Path, setup: &Setup) -> Result<()> {
     if before.as_ref() == Some(setup) {
         return Ok(());
     }
-    for name in ["results.json", "report.md", "report.html"] {
+    forget_results(out)
+}
+
+/// Removes results and report.
+fn forget_results(out: &Path) -> Result<()> {
+    for name in [RESULTS, "report.md", "report.html"] {
         let path = out.join(name);
         if path.is_file() {
             std::fs::remove_file(&path).with_context(|| path.display().to_string())?;

@@ -72,13 +72,7 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
     let precision = train.dtype;
     ui.note("measuring this machine");
     let speed = flops_per_second(&dense, precision);
-    let sources = match &profile.world {
-        Some(_) => 4,
-        None if args.names_text() => text::find(args, profile, &CorpusOptions::default())?.measured(),
-        None if !profile.held_out.is_empty() => profile.held_out.len(),
-        None => PAPER_SOURCES,
-    };
-    let costs = Costs { profile, sources, seq: train.seq };
+    let costs = Costs { profile, sources: sources(args, profile)?, seq: train.seq };
     let counts = Accounting::of(&dense);
     let budget = profile.budget(&dense)?;
     let (mut rows, mut elastic) = (Vec::new(), HashSet::new());
@@ -155,8 +149,18 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
     ui.result(&plan, show)
 }
 
+/// Returns the number of sources that models are measured on.
+pub(super) fn sources(args: &Reproduce, profile: &Profile) -> Result<usize> {
+    Ok(match &profile.world {
+        Some(_) => 4,
+        None if args.names_text() => text::find(args, profile, &CorpusOptions::default())?.measured(),
+        None if !profile.held_out.is_empty() => profile.held_out.len(),
+        None => PAPER_SOURCES,
+    })
+}
+
 /// Returns the dense model from its directory or from the sizes of the profile.
-fn dense(args: &Reproduce, profile: &Profile) -> Result<(Config, String)> {
+pub(super) fn dense(args: &Reproduce, profile: &Profile) -> Result<(Config, String)> {
     if let Some(dir) = &args.model {
         return Ok((Config::load(dir)?, dir.display().to_string()));
     }

@@ -24,12 +24,13 @@ use crate::files;
 pub(crate) const WORLD_TOKEN: u32 = 0;
 
 /// The embedded profiles by their names.
-const EMBEDDED: [(&str, &str); 5] = [
+const EMBEDDED: [(&str, &str); 6] = [
     ("quick", include_str!("profiles/quick.toml")),
     ("small", include_str!("profiles/small.toml")),
     ("paper-1b", include_str!("profiles/paper-1b.toml")),
     ("paper-7b", include_str!("profiles/paper-7b.toml")),
     ("smollm2-135m", include_str!("profiles/smollm2-135m.toml")),
+    ("related", include_str!("profiles/related.toml")),
 ];
 
 /// Rounds in which the size of the routers and the budget are made to fit.
@@ -113,7 +114,7 @@ pub(crate) struct WorldText {
 }
 
 /// An architecture by a preset's name or by sizes. The vocabulary is the tokenizer's; `vocab` is for plans without one.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ModelSpec {
     pub(crate) preset: Option<String>,
@@ -201,6 +202,24 @@ fn is_zero(count: &usize) -> bool {
 }
 
 impl Measure {
+    /// Returns the measurement of losses alone.
+    pub(crate) fn of_windows(windows: usize) -> Measure {
+        Measure {
+            windows,
+            sweep_windows: 1,
+            items: 1,
+            thresholds: Vec::new(),
+            late_step: 0.5,
+            prefill: 1,
+            decode: 1,
+            resamples: 1,
+            dtype: None,
+            agreement_windows: 0,
+            tasks: Vec::new(),
+            speed: None,
+        }
+    }
+
     /// Lists the thresholds of the sweep of [`Role::WithoutThreshold`].
     pub(crate) fn late_thresholds(&self) -> Vec<f64> {
         (0..).map(|i| f64::from(i) * self.late_step).take_while(|t| *t < LAST_THRESHOLD).collect()
@@ -303,7 +322,8 @@ impl TryFrom<toml::Table> for TrainSettings {
     }
 }
 
-fn one_line(cause: &toml::de::Error) -> String {
+/// Returns the message of an error of a TOML file on one line.
+pub(crate) fn one_line(cause: &toml::de::Error) -> String {
     cause.message().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
@@ -317,6 +337,14 @@ impl TrainSettings {
             }
         }
         table.extend(other.0.clone());
+        TrainSettings(table)
+    }
+
+    /// Returns the settings with a number added to their seed.
+    pub(crate) fn with_seed(&self, seed: u64) -> TrainSettings {
+        let mut table = self.0.clone();
+        let own = table.get("seed").and_then(toml::Value::as_integer).unwrap_or(0);
+        table.insert("seed".to_owned(), own.saturating_add_unsigned(seed).into());
         TrainSettings(table)
     }
 

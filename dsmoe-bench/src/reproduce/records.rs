@@ -21,6 +21,8 @@ pub(crate) const RUNS: &str = "runs";
 pub(crate) const TIMINGS: &str = "timings";
 /// File of the settings.
 pub(crate) const SETUP: &str = "setup.json";
+/// File of the results.
+pub(crate) const RESULTS: &str = "results.json";
 
 /// A model as a method made it, before training.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -9,7 +9,7 @@ use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::tasks::sha256;
 use dsmoe_datasets::tokens::identity;
 use dsmoe_datasets::world::{Domain, World};
-use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Mixture, TokenSource, Tokenizer, train_bpe};
+use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Mixture, SplitOptions, TokenSource, Tokenizer, train_bpe};
 use dsmoe_train::config::{NearDuplicates, TrainConfig};
 use dsmoe_train::run::TrainData;
 use serde::{Deserialize, Serialize};
@@ -56,6 +56,7 @@ impl Files {
 pub(crate) struct Text {
     sources: Vec<TokenSource>,
     texts: Option<TokenTexts>,
+    split: SplitOptions,
     pub(crate) held_out: Vec<HeldOut>,
     pub(crate) tokenizer: Tokenizer,
     /// A directory with the tokenizer's files.
@@ -115,9 +116,20 @@ impl Text {
             let (name, documents) = (domain.name().to_owned(), Vec::new());
             held_out.push(HeldOut { name, share, ids, documents });
         }
-        let mixture = Mixture::new(&parts, train.split_options(), None)?;
+        let split = train.split_options();
+        let mixture = Mixture::new(&parts, split, None)?;
         let (key, inputs) = hashed(&parts, &held_out, &tokenizer, &train)?;
-        Ok(Text { sources: parts, texts: None, held_out, tokenizer, tokenizer_dir, mixture, key, inputs })
+        Ok(Text {
+            sources: parts,
+            texts: None,
+            split,
+            held_out,
+            tokenizer,
+            tokenizer_dir,
+            mixture,
+            key,
+            inputs,
+        })
     }
 
     /// Loads text that the user names, with the tokenizer of `model`.
@@ -141,7 +153,8 @@ impl Text {
             .map(|held| texts::load(held, &tokenizer, train.bos, args.cache.as_deref(), ui))
             .transpose()?;
         let texts = drop.then(|| tokenizer.token_texts());
-        let mixture = Mixture::new(&parts, train.split_options(), texts.as_ref())?;
+        let split = train.split_options();
+        let mixture = Mixture::new(&parts, split, texts.as_ref())?;
         let (window, windows) = (train.seq + 1, profile.measure.windows);
         let held_out = match held {
             Some(held) => of_documents(&held, window, windows)?,
@@ -149,7 +162,7 @@ impl Text {
         };
         let (key, inputs) = hashed(&parts, &held_out, &tokenizer, &train)?;
         let tokenizer_dir = model.to_path_buf();
-        Ok(Text { sources: parts, texts, held_out, tokenizer, tokenizer_dir, mixture, key, inputs })
+        Ok(Text { sources: parts, texts, split, held_out, tokenizer, tokenizer_dir, mixture, key, inputs })
     }
 
     /// Returns the text of a training.
@@ -160,6 +173,19 @@ impl Text {
     /// Returns the first sequences that a training of this seed reads.
     pub(crate) fn calibration(&self, samples: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
         Ok(self.mixture.sequences(samples, seed)?)
+    }
+
+    /// Returns the text of a training on one source.
+    pub(crate) fn train_data_of(&self, source: &str) -> Result<TrainData> {
+        let found = self.sources.iter().find(|one| one.name == source);
+        let found = found.with_context(|| format!("there is no text {source}"))?;
+        Ok(TrainData { sources: vec![found.clone()], texts: self.texts.clone() })
+    }
+
+    /// Returns the first sequences that a training of this seed on one source reads.
+    pub(crate) fn calibration_of(&self, source: &str, samples: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
+        let TrainData { sources, texts } = self.train_data_of(source)?;
+        Ok(Mixture::new(&sources, self.split, texts.as_ref())?.sequences(samples, seed)?)
     }
 }
 

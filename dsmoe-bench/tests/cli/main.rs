@@ -15,6 +15,7 @@ mod mixtures;
 mod oracle;
 mod processes;
 mod prune;
+mod related;
 mod reproduce;
 mod snapshots;
 mod sweep;

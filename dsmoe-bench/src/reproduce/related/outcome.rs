@@ -1,0 +1,199 @@
+//! Results of experiments: what results.json holds, the table of claims, and the report.
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::experiment::{Experiment, Numbers, Value, Verdict, mean, shown};
+use crate::format::Table;
+use crate::report::{Block, Cell, Chapter, Report, Tabular};
+
+/// The contents of results.json.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Outcome {
+    pub(crate) format_version: u32,
+    pub(crate) setup: Setup,
+    pub(crate) experiments: Vec<Found>,
+}
+
+/// The definition and the inputs of the experiments.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Setup {
+    pub(crate) format_version: u32,
+    pub(crate) program: String,
+    /// Revision that the program was built from; `unknown` outside a repository.
+    pub(crate) git_revision: String,
+    pub(crate) profile: super::definition::Definition,
+    /// Hashes of text and tokenizer.
+    pub(crate) inputs: serde_json::Value,
+    /// Hashes of the dense models, by seed.
+    pub(crate) dense_models: Vec<String>,
+    pub(crate) dense_params: u64,
+}
+
+/// The numbers of an experiment over seeds, and what they say about its claims.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Found {
+    pub(crate) name: String,
+    pub(crate) title: String,
+    pub(crate) setting: String,
+    pub(crate) numbers: String,
+    pub(crate) rows: Vec<Row>,
+    pub(crate) claims: Vec<Decided>,
+}
+
+/// The numbers of one row.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Row {
+    pub(crate) name: String,
+    pub(crate) cells: Vec<Measured>,
+}
+
+/// A number over seeds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Measured {
+    pub(crate) column: String,
+    pub(crate) mean: f64,
+    pub(crate) min: f64,
+    pub(crate) max: f64,
+    /// In the order of the seeds.
+    pub(crate) seeds: Vec<f64>,
+}
+
+/// A claim and what the numbers say about it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Decided {
+    pub(crate) paper: String,
+    pub(crate) ours: String,
+    pub(crate) agrees: Verdict,
+    pub(crate) why: String,
+}
+
+impl Found {
+    /// Combines the numbers of all seeds.
+    pub(crate) fn new(experiment: &Experiment, seeds: &[Vec<Value>]) -> Result<Found> {
+        let numbers = Numbers(seeds);
+        let mut rows: Vec<Row> = Vec::new();
+        for value in seeds.first().into_iter().flatten() {
+            let seeds = numbers.of(&value.row, &value.column).context(experiment.name)?;
+            let measured = Measured {
+                column: value.column.clone(),
+                mean: mean(&seeds),
+                min: seeds.iter().copied().fold(f64::INFINITY, f64::min),
+                max: seeds.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+                seeds,
+            };
+            match rows.iter_mut().find(|row| row.name == value.row) {
+                Some(row) => row.cells.push(measured),
+                None => rows.push(Row { name: value.row.clone(), cells: vec![measured] }),
+            }
+        }
+        let decide = |claim: &super::experiment::Claim| {
+            let (agrees, ours) = claim.decide(&numbers).context(experiment.name)?;
+            Ok(Decided { paper: claim.paper.to_owned(), ours, agrees, why: claim.why(agrees) })
+        };
+        Ok(Found {
+            name: experiment.name.to_owned(),
+            title: experiment.title.to_owned(),
+            setting: experiment.setting.to_owned(),
+            numbers: experiment.numbers.to_owned(),
+            rows,
+            claims: experiment.claims.iter().map(decide).collect::<Result<_>>()?,
+        })
+    }
+
+    /// Lists the columns in the order in which they occur.
+    fn columns(&self) -> Vec<&str> {
+        let mut columns: Vec<&str> = Vec::new();
+        for cell in self.rows.iter().flat_map(|row| &row.cells) {
+            if !columns.contains(&&*cell.column) {
+                columns.push(&cell.column);
+            }
+        }
+        columns
+    }
+
+    fn table(&self) -> Tabular {
+        let columns = self.columns();
+        let mut table = Tabular::new(&self.name, &self.numbers, "row").note(&*self.setting);
+        table.extend(columns.iter().copied());
+        for row in &self.rows {
+            let cell = |column: &&str| match row.cells.iter().find(|cell| cell.column == *column) {
+                Some(found) => Cell { text: found.text(), value: Some(found.mean), tip: None },
+                None => "–".into(),
+            };
+            let cells = [row.name.as_str().into()].into_iter().chain(columns.iter().map(cell)).collect();
+            table.row(cells);
+        }
+        table
+    }
+}
+
+impl Measured {
+    fn text(&self) -> String {
+        match self.seeds.len() {
+            1 => shown(self.mean),
+            _ => format!("{} ({} to {})", shown(self.mean), shown(self.min), shown(self.max)),
+        }
+    }
+}
+
+impl Outcome {
+    /// Returns the table of all claims.
+    pub(crate) fn claims(&self) -> Tabular {
+        let seeds = self.seeds();
+        let note = format!(
+            "Numbers are means over {seeds} seed{}. A claim holds if its row is better than every control at every seed; it does not \
+             if it is not better than one of them in the mean; otherwise the seeds disagree.",
+            if seeds == 1 { "" } else { "s" }
+        );
+        let mut table =
+            Tabular::new("claims", "Claims", "system | paper's claim | ours | agrees | why").note(note);
+        for found in &self.experiments {
+            for claim in &found.claims {
+                let agrees = claim.agrees.to_string();
+                table.row(
+                    [&found.title, &claim.paper, &claim.ours, &agrees, &claim.why]
+                        .map(|text| text.as_str().into())
+                        .to_vec(),
+                );
+            }
+        }
+        table
+    }
+
+    fn seeds(&self) -> usize {
+        self.experiments
+            .iter()
+            .flat_map(|found| &found.rows)
+            .flat_map(|row| &row.cells)
+            .next()
+            .map_or(0, |cell| cell.seeds.len())
+    }
+
+    /// Returns the report.
+    pub(crate) fn report(&self) -> Report {
+        let mut chapters = vec![Chapter::new("claims", "Claims", vec![self.claims().into()])];
+        chapters.extend(
+            self.experiments
+                .iter()
+                .map(|found| Chapter::new(&found.name, &found.title, vec![Block::Table(found.table())])),
+        );
+        Report {
+            title: "Systems beside DSMoE".to_owned(),
+            subtitle: format!("profile {}: {}", self.setup.profile.name, self.setup.profile.about),
+            accent: Vec::new(),
+            chapters,
+        }
+    }
+
+    /// Writes the table of claims for a console.
+    pub(crate) fn show(&self) -> String {
+        let mut table = Table::new(["system", "ours", "agrees"]);
+        for found in &self.experiments {
+            for claim in &found.claims {
+                table.row([found.title.clone(), claim.ours.clone(), claim.agrees.to_string()]);
+            }
+        }
+        table.show()
+    }
+}
