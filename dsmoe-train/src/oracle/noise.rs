@@ -19,7 +19,7 @@ use super::tally::mean;
 use crate::error::Result;
 
 /// Copies whose mean loss decides the noise.
-const CALIBRATED_ON: u32 = 8;
+const CALIBRATED_ON: u32 = 16;
 /// Halvings of the range of s at the most.
 const STEPS: usize = 12;
 /// The mean loss may be off by this share.

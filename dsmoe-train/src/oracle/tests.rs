@@ -53,7 +53,7 @@ fn found(
     run(Oracle { model: &mut model, source: &source, ids, options, state, made_by }, watch)
 }
 
-/// A DSMoE model of two layers of four experts whose weights are large enough to matter.
+/// A DSMoE model of four layers of four experts whose weights are large enough to matter.
 fn mixture(dir: &Path) -> PathBuf {
     let mut config = preset("tiny").unwrap();
     config.moe = Some(MoeConfig::new(RouterConfig::new(4)));
@@ -126,11 +126,16 @@ fn a_control_has_the_mean_loss_of_its_level() {
     let (report, tokens) = found(&dir, &ids, with_control, None, &mut |_, _, _| {}).unwrap();
     let (without, same) = found(&dir, &ids, options(seq), None, &mut |_, _, _| {}).unwrap();
     assert_eq!(tokens, same);
+    // No noise makes the model as bad as one whose FFNs are nearly all gone.
     for (of, plain) in report.levels.iter().zip(&without.levels) {
-        assert_eq!((of.oracle, of.control.is_some()), (plain.oracle, of.routes > 1), "{of:?}");
+        assert_eq!(
+            (of.oracle, of.control.is_some()),
+            (plain.oracle, of.routes > 1 && of.mean < 7.0),
+            "{of:?}"
+        );
         if let Some(control) = of.control {
-            // The mean of all copies, of which eight were matched.
-            assert!((control.mean / of.mean - 1.0).abs() < 0.06, "{of:?}");
+            // All ten copies are matched.
+            assert!((control.mean / of.mean - 1.0).abs() < 0.01, "{of:?}");
             assert!(control.oracle < control.mean && control.noise > 0.0);
             assert_eq!(of.beyond, Some(control.oracle - of.oracle));
         }
@@ -146,11 +151,11 @@ fn what_is_interrupted_goes_on_to_the_same_result() {
     let dir = mixture(work.path());
     let state = work.path().join("state");
     let vocab = Config::load(&dir).unwrap().vocab_size;
-    let (ids, kind) = (text(40, vocab), RouteKind::Experts);
+    let (ids, kind) = (text(40, vocab), RouteKind::BigSkip);
     for exact_up_to in [MOST_ROUTES, 1] {
         let options = OracleOptions { kind, exact_up_to, beam: 9, control: true, ..options(20) };
         let want = found(&dir, &ids, options, None, &mut |_, _, _| {}).unwrap();
-        for (stop, at) in [("searching", 3), ("routes", 6), ("control", 4)] {
+        for (stop, at) in [("searching", 1), ("routes", 2), ("control", 2)] {
             if exact_up_to > 1 && stop == "searching" {
                 continue;
             }
@@ -190,28 +195,28 @@ fn experts_are_those_of_the_largest_gates() {
     let kind = RouteKind::Experts;
     let (report, tokens) =
         found(&dir, &ids, OracleOptions { kind, ..options(20) }, None, &mut |_, _, _| {}).unwrap();
-    assert_eq!((report.measured, report.levels.len(), report.exact), (25, 9, true));
+    assert_eq!((report.measured, report.levels.len(), report.exact), (625, 17, true));
     assert!(report.own_choice.is_some());
     let mut model = Inference::load(&dir, Precision::F32).unwrap();
     // All experts of all layers: a threshold of 0 opens them too.
     model.set_threshold(0.0).unwrap();
     let all = measure(&model, &ids, 20).unwrap();
-    assert!((report.levels[8].mean - mean(&all.losses)).abs() < 1e-12);
-    assert!(all.active.iter().all(|&n| n == 8));
-    // As many as the model's own threshold opens, token by token: its loss is that of a route where all tokens agree.
+    assert!((report.levels[16].mean - mean(&all.losses)).abs() < 1e-12);
+    assert!(all.active.iter().all(|&n| n == 16));
+    // Nothing at all.
     let mut model = Inference::load(&dir, Precision::F32).unwrap();
-    model.set_routes(&[dsmoe_core::ffn::Route::Skip; 2]).unwrap();
+    model.set_routes(&[dsmoe_core::ffn::Route::Skip; 4]).unwrap();
     let none = measure(&model, &ids, 20).unwrap();
     assert!(none.active.iter().all(|&n| n == 0));
     assert!((report.levels[0].mean - mean(&none.losses)).abs() < 1e-12);
     // A search whose beams hold everything finds what enumeration does.
     let wide = OracleOptions { kind, exact_up_to: 1, beam: 4096, ..options(20) };
     let (searched, same) = found(&dir, &ids, wide, None, &mut |_, _, _| {}).unwrap();
-    assert!(!searched.exact && searched.measured == 25);
+    assert!(!searched.exact && searched.measured == 625);
     assert_eq!(same.loss, tokens.loss);
     let narrow = OracleOptions { beam: 1, ..wide };
     let (narrow, _) = found(&dir, &ids, narrow, None, &mut |_, _, _| {}).unwrap();
-    assert!(narrow.any.oracle >= searched.any.oracle && narrow.measured <= 25);
+    assert!(narrow.any.oracle >= searched.any.oracle && narrow.measured < 625);
 }
 
 #[test]
@@ -240,6 +245,6 @@ fn what_cannot_be_is_one_line_with_the_help() {
     let planned = plan(&model, 40, &OracleOptions { kind: RouteKind::Experts, ..good }).unwrap();
     assert_eq!(
         (planned.all_routes, planned.exact, planned.predicted, planned.passes),
-        (Some(25), true, 38, 25)
+        (Some(625), true, 38, 625)
     );
 }

@@ -127,8 +127,7 @@ fn half(lab: &mut Lab<'_, '_>, model: &Model) -> Result<Half> {
             seed,
         };
         let source = || Ok(Weights::load(&model.dir)?);
-        let work =
-            Oracle { model: &mut duo, source: &source, ids: &ids, options, state: None, made_by: "" };
+        let work = Oracle { model: &mut duo, source: &source, ids: &ids, options, state: None, made_by: "" };
         let (found, _) = oracle::run(work, &mut |_, _, _| {})?;
         middle(&found)
     })?;
