@@ -53,7 +53,7 @@ struct Routes<'a> {
 }
 
 pub(crate) fn run(args: &Oracle, ui: &mut Ui) -> Result<()> {
-    if let Some(out) = args.out.as_ref().filter(|out| out.exists() && !args.force && !args.dry_run) {
+    if let Some(out) = args.out.as_ref().filter(|out| out.exists() && !args.force) {
         bail!("{} exists; give another --out, or --force to replace it", out.display());
     }
     let texts = open(&args.data, &options(&args.data))?;
