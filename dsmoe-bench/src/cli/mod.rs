@@ -167,6 +167,7 @@ impl Command {
             Command::Export(args) => vec![&mut args.model],
             Command::Import(args) => vec![&mut args.model],
             Command::Train(args) => args.teacher.iter_mut().chain([&mut args.model]).collect(),
+            Command::Oracle(args) => vec![&mut args.model],
             Command::Eval(args) => args.against.iter_mut().chain([&mut args.model]).collect(),
             Command::Sweep(args) => args.against.iter_mut().chain([&mut args.model]).collect(),
             Command::Generate(args) => vec![&mut args.model],
