@@ -116,17 +116,17 @@ fn with_spec(config: &Config, spec: DuoSpec) -> Config {
     config
 }
 
-/// Returns `spec` with the share of big tokens that reaches `budget`, a part of `dense` parameters, and the plan of the model.
-fn choose(config: &Config, spec: DuoSpec, budget: Budget, dense: u64) -> Result<(DuoSpec, Plan)> {
+/// Returns `spec` with the share of big tokens that reaches `budget`, a part of `source` parameters, and the plan of the model.
+fn choose(config: &Config, spec: DuoSpec, budget: Budget, source: u64) -> Result<(DuoSpec, Plan)> {
     let counts = Accounting::of(&with_spec(config, spec));
     let [least, most] = [0.0, 1.0].map(|share| counts.activated(share));
-    let asked = budget.params(dense);
+    let asked = budget.params(source);
     let share = (asked - least) / (most - least);
     // A budget of the dense model's own size leaves out the router.
     let slack = 1e-2;
     if !(-slack..=1.0 + slack).contains(&share) {
         let side = if share < 0.0 { "below all small" } else { "above all big" };
-        return Err(Error::out_of_reach(budget, format!("is {side}"), [least, most], dense));
+        return Err(Error::out_of_reach(budget, format!("is {side}"), [least, most], source));
     }
     let share = share.clamp(0.0, 1.0);
     let spec = DuoSpec { share, ..spec };
@@ -227,7 +227,6 @@ impl Configured for DuoRouter {
 }
 
 impl DuoRouter {
-    /// A share is one of the dense model, whose FFN is the big one.
     fn choose(&self, dir: &Path, config: &Config, budget: Budget) -> Result<(DuoSpec, Plan)> {
         let Some(spec) = config.ffn.as_deref().and_then(spec_of) else {
             let help = "use a model that the method duo made";
@@ -235,10 +234,8 @@ impl DuoRouter {
                 dsmoe_core::Error::field(&dir.join(CONFIG_FILE), "ffn.type", "is not duo", help).into()
             );
         };
-        let mut dense = config.clone();
-        dense.ffn = None;
         let spec = DuoSpec { stage: Stage::Router, temperature: self.0.temperature, ..spec };
-        choose(config, spec, budget, Accounting::of(&dense).total)
+        choose(config, spec, budget, Accounting::of(config).total)
     }
 }
 

@@ -94,7 +94,7 @@ fn a_router_learns_which_tokens_are_big() {
     assert_eq!(made.plan.active_target, config.ffn.as_ref().unwrap().active_target());
     assert_eq!(Config::load(&duo).unwrap().ffn.as_ref().unwrap().active_target(), None);
     let activated = Accounting::of(&config).activated(made.plan.active_target.unwrap());
-    let asked = 0.9 * Accounting::of(&Config::load(&model).unwrap()).total as f64;
+    let asked = 0.9 * Accounting::of(&Config::load(&duo).unwrap()).total as f64;
     assert!((activated / asked - 1.0).abs() < 1e-9 && (made.plan.activated - activated).abs() < 1e-6);
 
     let mut model = Model::load(&out).unwrap();

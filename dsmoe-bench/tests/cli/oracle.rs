@@ -60,11 +60,11 @@ fn a_duo_model_is_made_trained_routed_and_measured() {
     let train = "--data text.txt --steps 3 --batch 2 --seq 32 --lr 1e-3";
     succeeds(&format!("train duo/random {train} --out duo/run"));
     let made = json_of("prune duo/run --method duo-router --budget 95% --out duo/routed");
-    let share = number(&made["plan"]["active_target"]);
+    let share = number(&made["active_target"]);
     assert!(share > 0.0 && share < 1.0, "{made}");
     let trained = succeeds(&format!("train duo/routed {train} --out duo/router-run"));
     assert!(!trained.is_empty());
-    shows(&read("duo/router-run/config.toml"), &["active_target"]);
+    shows(&read("duo/router-run/run.toml"), &["active_target"]);
     for model in ["duo/run", "duo/router-run"] {
         let found = json_of(&format!("eval {model} {TEXT} --dtype f32"));
         let active = number(&found["active_ratio"]);
