@@ -5,6 +5,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::matmul::{Mat, Packed};
 use dsmoe_kernels::{Precision, linear};
 use dsmoe_router::Routing;
 use dsmoe_router::expert_map::ExpertMap;
@@ -59,11 +60,48 @@ impl MixtureRouter {
     }
 
     fn logits(&self, x: &[f32], params: &[f32]) -> Array2<f32> {
-        let shape = (x.len() / self.hidden, self.config.num_experts);
-        let mut logits = Array2::zeros(shape);
-        let y = logits.as_slice_mut().expect("a new array is contiguous");
-        linear::Forward { y, x, w: &params[..self.len()], bias: None, dims: self.dims(shape.0) }.run();
+        let w = &params[..self.len()];
+        self.logits_by(x, |y, rows| linear::Forward { y, x, w, bias: None, dims: self.dims(rows) }.run())
+    }
+
+    /// Returns the logits that `product` sets for the rows of `x`.
+    fn logits_by(&self, x: &[f32], product: impl FnOnce(&mut [f32], usize)) -> Array2<f32> {
+        let rows = x.len() / self.hidden;
+        let mut logits = Array2::zeros((rows, self.config.num_experts));
+        product(logits.as_slice_mut().expect("a new array is contiguous"), rows);
         logits
+    }
+
+    /// Returns the matrix in the order in which products read it.
+    pub(super) fn pack(&self, params: &[f32]) -> Packed {
+        let w = Mat::new(&params[..self.len()], self.config.num_experts, self.hidden);
+        Packed::new(Precision::F32, w)
+    }
+
+    /// Routes `x` by a packed matrix.
+    pub(super) fn forward_packed<'a>(
+        &self,
+        saved: &'a mut RouterSaved,
+        x: &[f32],
+        w: &Packed,
+    ) -> HostRouted<'a> {
+        let logits = self.logits_by(x, |y, rows| linear::ForwardPacked { y, x, w, bias: None, rows }.run());
+        self.route(saved, &logits, 0.0)
+    }
+
+    /// Routes tokens by their logits; `weight` is that of the balance loss.
+    fn route<'a>(&self, saved: &'a mut RouterSaved, logits: &Array2<f32>, weight: f64) -> HostRouted<'a> {
+        let routed = saved.gates.insert(mixture::route(&self.config, logits.view()));
+        let balance_loss = if weight == 0.0 { 0.0 } else { weight * mixture::balance_loss(routed) };
+        let routing = match &self.map {
+            None => &routed.routing,
+            Some(map) => {
+                let mapped = saved.mapped.get_or_insert_default();
+                map.route(&routed.routing, mapped);
+                mapped
+            }
+        };
+        HostRouted { routing, balance_loss }
     }
 
     fn weight(&self, training: GateTraining) -> f64 {
@@ -84,18 +122,8 @@ impl HostGate for MixtureRouter {
         training: Option<GateTraining>,
     ) -> HostRouted<'a> {
         let saved: &mut RouterSaved = saved.downcast_mut().expect("saved by the router of a mixture");
-        let routed = saved.gates.insert(mixture::route(&self.config, self.logits(x, params).view()));
         let weight = training.map_or(0.0, |training| self.weight(training));
-        let balance_loss = if weight == 0.0 { 0.0 } else { weight * mixture::balance_loss(routed) };
-        let routing = match &self.map {
-            None => &routed.routing,
-            Some(map) => {
-                let mapped = saved.mapped.get_or_insert_default();
-                map.route(&routed.routing, mapped);
-                mapped
-            }
-        };
-        HostRouted { routing, balance_loss }
+        self.route(saved, &self.logits(x, params), weight)
     }
 
     fn backward(&self, args: GateBackward<'_>) {
