@@ -5,12 +5,14 @@
 
 mod definition;
 mod duo_llm;
+mod esacl;
 mod experiment;
 mod experts;
 mod factorllm;
 mod hc_smoe;
 mod lab;
 mod lesa;
+mod memtl;
 mod outcome;
 mod plan;
 mod seer_moe;
@@ -46,7 +48,7 @@ use outcome::{Found, Outcome, Setup};
 use plan::{Row, count};
 
 /// All experiments.
-static ALL: [Experiment; 7] = [
+static ALL: [Experiment; 9] = [
     hc_smoe::EXPERIMENT,
     uncurl::EXPERIMENT,
     seer_moe::EXPERIMENT,
@@ -54,6 +56,8 @@ static ALL: [Experiment; 7] = [
     lesa::EXPERIMENT,
     factorllm::EXPERIMENT,
     duo_llm::EXPERIMENT,
+    esacl::EXPERIMENT,
+    memtl::EXPERIMENT,
 ];
 
 /// The numbers of an experiment and seed, as `runs/` keeps them.
