@@ -7,8 +7,10 @@ mod controls;
 mod depth;
 mod divergence;
 pub mod dsmoe;
+pub mod duo;
 mod error;
 mod experts;
+mod factorllm;
 mod gradients;
 pub mod grow;
 mod linalg;
@@ -27,6 +29,7 @@ mod surgery;
 mod thresholds;
 pub mod topk;
 
+pub use duo::DuoFfn;
 pub use error::{Error, Result};
 pub use method::{Asked, Budget, Configured, Counts, Job, Made, Method, Plan, Progress, Source};
 pub use registry::{method, methods};
@@ -36,4 +39,5 @@ pub use topk::TopkMoeFfn;
 /// Registers readers for the FFNs of these methods, so that their model directories load in this process. Idempotent.
 pub fn register() {
     topk::register();
+    duo::register();
 }

@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use crate::method::Method;
 use crate::{
-    cmoe, controls, depth, dsmoe, llama_moe, llm_pruner, moefication, neurons, random_k, sparse, surgery,
-    thresholds,
+    cmoe, controls, depth, dsmoe, duo, factorllm, llama_moe, llm_pruner, moefication, neurons, random_k,
+    sparse, surgery, thresholds,
 };
 
 /// Lists all methods.
@@ -23,6 +23,9 @@ pub fn methods() -> &'static [&'static dyn Method] {
         &llama_moe::LLAMA_MOE,
         &moefication::MOEFICATION,
         &cmoe::CMOE,
+        &factorllm::FACTORLLM,
+        &duo::DUO,
+        &duo::DUO_ROUTER,
         &dsmoe::LTE,
         &random_k::RANDOM_K,
         &controls::DENSE,

@@ -48,7 +48,12 @@ struct Case {
 
 fn cases() -> [Case; 4] {
     let topk = |n, k| TopKConfig::new(n, k).unwrap();
-    let gate = |network, normalize, noise| GateSpec { network, normalize, noise };
+    let gate = |network, normalize, noise| GateSpec {
+        network,
+        normalize,
+        noise,
+        bias: network == GateNetwork::Linear,
+    };
     let llama_moe =
         TopkSpec { router: topk(6, 2), gate: gate(GateNetwork::Mlp, false, true), balance_weight: 0.5 };
     let residual =

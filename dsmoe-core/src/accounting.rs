@@ -4,8 +4,9 @@
 //! attention  = sum over layers of 2 d H hd + 2 d KV hd          ffn = sum over layers of 3 d D, biases of gate and up
 //! embedding  = vocab d (twice when untied)                      norms = those of the layers, of heads, and the last
 //! total      = attention + ffn + router + embedding + norms + biases (of q, k, v, o and down)
-//! activated  = attention + embedding + norms + biases + (ffn - shared) k / n + shared + router, of masked matrices the
-//!              kept weights, of those with thresholds the used ones; shared are experts that every token runs beside those that it is routed to
+//! activated  = attention + embedding + norms + biases + (ffn - shared - 2 instead) k / n + shared + instead + router, of masked matrices the
+//!              kept weights, of those with thresholds the used ones; shared are experts that every token runs beside those that it is routed to,
+//!              instead are FFNs of which a token runs one or, in its place, the expert
 //! flops      = 2 (activated matrix weights, head included, embedding excluded) + sum over layers of 4 H hd context
 //! ```
 //!
@@ -56,6 +57,8 @@ pub struct Accounting {
     windowed: (u64, u64),
     /// Weights of experts that every token runs beside those that it is routed to, which are in `ffn`.
     shared: u64,
+    /// Weights of FFNs that a token runs where it does not run the expert, which are in `ffn`.
+    instead: u64,
     /// Weights of attention and of FFNs that are masked, or that a token skips by thresholds, mean over tokens.
     pruned_attention: u64,
     pruned_ffn: u64,
@@ -69,7 +72,7 @@ impl Accounting {
         let architecture = &config.architecture;
         let (mut query_width, mut windowed, mut attention) = (0, (0, 0), 0);
         let (mut norms, mut biases, mut expert_biases) = (hidden, 0, 0);
-        let (mut ffn, mut shared, mut router, mut router_matrices) = (0, 0, 0, 0);
+        let (mut ffn, mut shared, mut instead, mut router, mut router_matrices) = (0, 0, 0, 0, 0);
         let layer_norms = if architecture.norms == Norms::Both { 4 } else { 2 };
         for i in 0..config.num_layers {
             let [queries, keys] = config.attention_widths(i).map(wide);
@@ -89,6 +92,7 @@ impl Accounting {
                     false => {
                         ffn += values;
                         shared += if spec.name.starts_with(ffn::SHARED_EXPERT) { values } else { 0 };
+                        instead += if spec.name.starts_with(ffn::SMALL_FFN) { values } else { 0 };
                         expert_biases += if spec.shape.len() == 1 { values } else { 0 };
                     }
                     true => {
@@ -119,6 +123,7 @@ impl Accounting {
             query_width,
             windowed,
             shared,
+            instead,
             pruned_attention: 0,
             pruned_ffn: 0,
         };
@@ -198,7 +203,8 @@ impl Accounting {
             None if self.router == 0 => self.num_experts,
             None => mean_active_experts,
         };
-        self.shared as f64 + (values - self.shared) as f64 * active / self.num_experts
+        let always = self.shared + self.instead;
+        always as f64 + (values - always - self.instead) as f64 * active / self.num_experts
     }
 }
 

@@ -107,16 +107,36 @@ impl Routed {
     pub fn reroute(&mut self, config: &RouterConfig, scores: ArrayView2<'_, f64>) {
         let Routed { gates, mask, routing, .. } = self;
         assert_eq!(scores.dim(), mask.dim(), "reroute: scores of the routed pairs");
-        let mut order: Vec<usize> = Vec::with_capacity(mask.ncols());
-        for (mut mask, scores) in mask.outer_iter_mut().zip(scores.outer_iter()) {
-            let open = mask.iter().filter(|open| **open).count();
-            order.clear();
-            order.extend(0..scores.len());
-            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
-            mask.fill(false);
-            order[..open].iter().for_each(|&i| mask[i] = true);
-        }
+        open_largest(mask, scores, |mask| mask.iter().filter(|open| **open).count());
         rebuild(routing, config, gates, mask);
+    }
+
+    /// Opens the `count` experts of the largest logits for every token, the first among equals, in place of those that are
+    /// open.
+    ///
+    /// # Panics
+    /// There are fewer experts.
+    pub fn keep_largest(&mut self, config: &RouterConfig, count: usize) {
+        let Routed { logits, gates, mask, routing } = self;
+        open_largest(mask, logits.mapv(f64::from).view(), |_| count);
+        rebuild(routing, config, gates, mask);
+    }
+}
+
+/// Opens the `count` experts of the largest scores in every row of `mask`, the first among equals.
+fn open_largest(
+    mask: &mut Array2<bool>,
+    scores: ArrayView2<'_, f64>,
+    count: impl Fn(ArrayView1<'_, bool>) -> usize,
+) {
+    let mut order: Vec<usize> = Vec::with_capacity(mask.ncols());
+    for (mut mask, scores) in mask.outer_iter_mut().zip(scores.outer_iter()) {
+        let open = count(mask.view());
+        order.clear();
+        order.extend(0..scores.len());
+        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+        mask.fill(false);
+        order[..open].iter().for_each(|&i| mask[i] = true);
     }
 }
 

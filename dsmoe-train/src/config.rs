@@ -95,6 +95,9 @@ dsmoe_core::with_defaults! {
         pub router_lr_scale: f64 = 1.0,
         /// Numbers of the decoder layers that are trained, all other parameters stay as they are; default everything.
         pub train_layers: Option<Vec<usize>> = None,
+        /// Parts of the model that are trained, of `ffn`, `routers`, `attention`, `norms` and `embedding` (with the head); all
+        /// other parameters stay as they are; default everything.
+        pub train_parts: Option<Vec<Part>> = None,
         /// Seed of the order of the windows; default 0.
         pub seed: u64 = 0,
         /// Steps between checkpoints, apart from the one at the end; default none.
@@ -131,6 +134,31 @@ pub enum Hold {
     Threshold,
     /// The weight of the sparsity loss is adjusted.
     Loss,
+}
+
+/// What is trained; all else stays as it is.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Trained {
+    /// Decoder layers; none for everything.
+    pub layers: Option<Vec<usize>>,
+    /// Parts; none for all of them.
+    pub parts: Option<Vec<Part>>,
+}
+
+/// A part of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Part {
+    /// The projections of FFNs and of their experts, with their biases.
+    Ffn,
+    /// Routers and gates.
+    Routers,
+    /// The projections of attention, with their biases.
+    Attention,
+    /// All norms.
+    Norms,
+    /// The embedding and the head.
+    Embedding,
 }
 
 /// The treatment of text that is on both sides.
@@ -261,7 +289,9 @@ impl TrainConfig {
     /// Returns the share of active experts that `model` was made for, if these settings leave it to the model.
     pub fn made_for(&self, model: &Config) -> Option<f64> {
         let explicit = self.sparsity.is_some() || self.active_target.is_some() || self.active_range.is_some();
-        model.moe.as_ref().and_then(|moe| moe.active_target).filter(|_| !explicit)
+        let of_experts = model.moe.as_ref().and_then(|moe| moe.active_target);
+        let of_spec = || model.ffn.as_ref().and_then(|spec| spec.active_target());
+        of_experts.or_else(of_spec).filter(|_| !explicit)
     }
 
     /// Checks every field and fills in what follows from others: `steps` from `tokens`, `warmup_steps`, and the
@@ -327,6 +357,10 @@ impl TrainConfig {
             let allowed = "two ascending shares above 0 and up to 1, or one {active_target}";
             return Err(Error::field("active_range", format!("{low} to {high}"), allowed));
         }
+        if self.train_parts.as_ref().is_some_and(Vec::is_empty) {
+            let allowed = "a list of ffn, routers, attention, norms and embedding";
+            return Err(Error::field("train_parts", "empty", allowed));
+        }
         match (self.sparsity, self.active_target, self.active_range) {
             (Some(_), Some(_), _) => return Err(exclusive("sparsity", "active_target")),
             (Some(_), _, Some(_)) => return Err(exclusive("sparsity", "active_range")),
@@ -343,6 +377,17 @@ impl TrainConfig {
             }
             _ => Ok(self),
         }
+    }
+
+    /// Returns what is trained.
+    pub(crate) fn trained(&self) -> Trained {
+        Trained { layers: self.train_layers.clone(), parts: self.train_parts.clone() }
+    }
+
+    /// Returns the setting that leaves parts of the model as they are, if there is one.
+    pub(crate) fn freezes(&self) -> Option<&'static str> {
+        let parts = self.train_parts.as_ref().map(|_| "train_parts");
+        self.train_layers.as_ref().map(|_| "train_layers").or(parts)
     }
 
     /// Returns the number of tokens predicted in one optimiser step.
@@ -466,6 +511,8 @@ mod tests {
             (vec!["active_range=[0.5]"], ["setting `active_range=[0.5]`", "length"]),
             (vec!["active_range=[0.5, 1.0]", "hold=loss"], ["hold is loss", "threshold"]),
             (vec!["hold=loss"], ["hold is set", "active_target"]),
+            (vec!["train_parts=[]"], ["train_parts is empty", "a list of ffn, routers"]),
+            (vec!["train_parts=['heads']"], ["unknown variant `heads`", "`embedding`"]),
             (vec!["keep=0"], ["keep is 0", "use 1 to"]),
             (vec!["lanes=0"], ["lanes is 0", "use 1 to"]),
             (vec!["steps=0"], ["steps is 0", "use 1 to"]),

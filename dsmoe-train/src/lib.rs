@@ -12,6 +12,7 @@ pub mod eval;
 mod files;
 pub mod metrics;
 pub mod optim;
+pub mod oracle;
 mod ranks;
 pub mod reconstruct;
 pub mod run;

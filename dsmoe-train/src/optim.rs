@@ -10,7 +10,7 @@ use dsmoe_kernels::adamw;
 use dsmoe_kernels::buf::Buf;
 use rayon::prelude::*;
 
-use crate::config::TrainConfig;
+use crate::config::{Part, TrainConfig, Trained};
 
 /// Keeps clipping of a zero gradient finite.
 const CLIP_EPS: f64 = 1e-6;
@@ -123,16 +123,30 @@ impl Squares {
     }
 }
 
-/// Returns whether a tensor stays as it is where the layers `trained` are trained alone.
-fn is_frozen(trained: Option<&[usize]>, entry: &Entry) -> bool {
-    trained.is_some_and(|layers| entry.layer.is_none_or(|layer| !layers.contains(&layer)))
+/// Returns whether a tensor stays as it is.
+fn is_frozen(trained: &Trained, entry: &Entry) -> bool {
+    let is_out = |layers: &Vec<usize>| entry.layer.is_none_or(|layer| !layers.contains(&layer));
+    trained.layers.as_ref().is_some_and(is_out)
+        || trained.parts.as_ref().is_some_and(|parts| !parts.contains(&part_of(entry)))
+}
+
+/// Returns the part that a tensor belongs to.
+fn part_of(entry: &Entry) -> Part {
+    let name = &entry.spec.name;
+    match entry.layer {
+        _ if entry.spec.router => Part::Routers,
+        None if entry.spec.shape.len() > 1 => Part::Embedding,
+        Some(_) if name.contains(".mlp.") => Part::Ffn,
+        Some(_) if name.contains(".self_attn.") && !name.contains("norm") => Part::Attention,
+        _ => Part::Norms,
+    }
 }
 
 /// Joins neighbours in the layout that are updated alike, without those that stay as they are: the first of them, and their
 /// range. The padding between them is zero in every arena.
 fn runs<'l>(
     layout: &'l Layout,
-    trained: Option<&'l [usize]>,
+    trained: &'l Trained,
 ) -> impl Iterator<Item = (&'l TensorSpec, Range<usize>)> {
     let kind = move |entry: &Entry| (entry.spec.decay, entry.spec.router, is_frozen(trained, entry));
     let runs = layout.entries().chunk_by(move |a, b| kind(a) == kind(b));
@@ -191,8 +205,7 @@ pub struct AdamW {
     pub params: Arc<Buf>,
     /// Their places in the arena, in order.
     owned: Vec<Range<usize>>,
-    /// The decoder layers that are trained; none trains everything.
-    trained: Option<Vec<usize>>,
+    trained: Trained,
 }
 
 impl AdamW {
@@ -210,24 +223,24 @@ impl AdamW {
             v: Buf::zeros(len),
             params: Arc::new(Buf::zeros(0)),
             owned,
-            trained: None,
+            trained: Trained::default(),
         }
     }
 
-    /// Trains the decoder layers of these numbers and nothing else from now on; none trains everything.
-    pub fn train_layers(&mut self, layers: Option<Vec<usize>>) {
-        self.trained = layers;
+    /// Trains these parameters and nothing else from now on.
+    pub fn train_only(&mut self, trained: Trained) {
+        self.trained = trained;
     }
 
     /// Returns whether some tensors stay as they are.
     #[cfg(feature = "cuda")]
     pub(crate) fn freezes(&self) -> bool {
-        self.trained.is_some()
+        self.trained != Trained::default()
     }
 
     /// Sets the gradients of tensors that stay as they are to 0, so that they are in no norm.
     pub(crate) fn drop_frozen(&self, grads: &mut [f32], layout: &Layout) {
-        for entry in layout.entries().iter().filter(|entry| is_frozen(self.trained.as_deref(), entry)) {
+        for entry in layout.entries().iter().filter(|entry| is_frozen(&self.trained, entry)) {
             grads[entry.range.clone()].fill(0.0);
         }
     }
@@ -261,7 +274,7 @@ impl AdamW {
             assert!(fits, "adamw: {} values for the layout", values.len());
         }
         let [params_apart, grads_apart] = [params.len(), grads.len()].map(|len| len == m.len());
-        for (spec, range) in runs(layout, trained.as_deref()) {
+        for (spec, range) in runs(layout, trained) {
             let hyper = update.hyper(spec.decay, spec.router);
             for (range, place) in places(owned, range) {
                 let at = |apart| if apart { place.clone() } else { range.clone() };
@@ -338,7 +351,7 @@ mod tests {
         let mut grads = vec![0.0; layout.len()];
         Rng::new(1, 0).fill_normal(&mut grads, 1.0);
         let (mut all, mut some) = (AdamW::new(layout), AdamW::new(layout));
-        some.train_layers(Some(vec![1]));
+        some.train_only(Trained { layers: Some(vec![1]), parts: None });
         let (mut with_all, mut with_some) = (vec![1.0; layout.len()], vec![1.0; layout.len()]);
         all.step(Some(&mut with_all), &grads, layout, &update);
         some.step(Some(&mut with_some), &grads, layout, &update);
@@ -351,6 +364,39 @@ mod tests {
             assert_eq!(of(&with_some) == of(&with_all), is_trained, "{name}");
             assert_eq!(of(&with_some).iter().all(|&x| x == 1.0), !is_trained, "{name}");
             assert_eq!(grads[range].iter().all(|&x| x == 0.0), !is_trained, "{name}");
+        }
+    }
+
+    #[test]
+    fn frozen_parts_keep_their_bits() {
+        use dsmoe_core::{Model, config::MoeConfig, init::preset};
+        let mut config = preset("tiny").unwrap();
+        config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(8)));
+        let model = Model::new(config);
+        let layout = model.layout();
+        let config = TrainConfig { weight_decay: 0.5, ..TrainConfig::default() };
+        let update = Update { config: &config, lr: 0.1, scale: 1.0, step: 1 };
+        let mut grads = vec![0.0; layout.len()];
+        Rng::new(1, 0).fill_normal(&mut grads, 1.0);
+        for (part, inside) in [
+            (Part::Ffn, &["gate_proj", "up_proj", "down_proj"][..]),
+            (Part::Routers, &["router"]),
+            (Part::Attention, &["q_proj", "k_proj", "v_proj", "o_proj"]),
+            (Part::Norms, &["norm"]),
+            (Part::Embedding, &["embed_tokens", "lm_head"]),
+        ] {
+            let mut optimizer = AdamW::new(layout);
+            optimizer.train_only(Trained { layers: None, parts: Some(vec![part]) });
+            let mut params = vec![1.0; layout.len()];
+            optimizer.step(Some(&mut params), &grads, layout, &update);
+            let mut moved = 0;
+            for entry in layout.entries() {
+                let (name, values) = (&entry.spec.name, &params[entry.range.clone()]);
+                let is_trained = inside.iter().any(|part| name.contains(part));
+                assert_eq!(values.iter().any(|&x| x != 1.0), is_trained, "{part:?} {name}");
+                moved += usize::from(is_trained);
+            }
+            assert!(moved > 0, "{part:?}");
         }
     }
 

@@ -138,7 +138,7 @@ impl Trainer {
         };
         let saved = optimizer.as_ref().map(|_| state.step);
         let mut optimizer = optimizer.unwrap_or(owned);
-        optimizer.train_layers(state.config.train_layers.clone());
+        optimizer.train_only(state.config.trained());
 
         let origin = made_for.map_or("", |_| "# active_target is the model's own.\n");
         let header = header(&model, &mixture, &state);
@@ -562,8 +562,10 @@ fn check_stage(model: &Model, config: &TrainConfig, options: &RunOptions) -> Res
         let found = if outline { "3 for a whole model" } else { "below 3 for a model without parameters" };
         return Err(Error::field("zero", found, "Model::load_outline for 3, Model::load otherwise"));
     }
-    if options.zero.on(options.comm.size()) != Zero::Moments && config.train_layers.is_some() {
-        return Err(Error::field("train_layers", "set with gradients in parts", "it with {zero} 1 only"));
+    if options.zero.on(options.comm.size()) != Zero::Moments
+        && let Some(field) = config.freezes()
+    {
+        return Err(Error::field(field, "set with gradients in parts", "it with {zero} 1 only"));
     }
     Ok(())
 }

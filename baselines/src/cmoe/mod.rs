@@ -74,7 +74,7 @@ impl Cmoe {
         let shared = self.0.shared.unwrap_or_else(|| (active / 2).max(1));
         let router = TopKConfig::new(self.0.experts - shared, active - shared).expect("k of n");
         let router = TopKConfig { num_residual: shared, scores: Scores::One, score_scale: 1.0, ..router };
-        let gate = GateSpec { network: GateNetwork::Neuron, normalize: false, noise: false };
+        let gate = GateSpec { network: GateNetwork::Neuron, normalize: false, noise: false, bias: false };
         TopkSpec { router, gate, balance_weight: 0.0 }
     }
 
@@ -159,7 +159,7 @@ fn join(
     let gate: Gate = spec.gate(hidden);
     let (mut z, mut acts, mut values) = (Buf::default(), GateActs::default(), Vec::new());
     stream.join_ffn(weights, &mut |y, tap| {
-        let weights = GateWeights { a: &layer.gate[0], b: &layer.gate[1], noise: &[] };
+        let weights = GateWeights { a: &layer.gate[0], b: &layer.gate[1], bias: &[], noise: &[] };
         gate.forward(&mut z, &mut acts, tap.x, weights, false);
         let rows = tap.x.len() / hidden;
         let shape = (rows, spec.router.num_experts);

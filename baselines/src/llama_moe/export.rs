@@ -156,6 +156,8 @@ fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
         ("ffn.num_residual", format!("is {}", spec.router.num_residual))
     } else if spec.gate.normalize {
         ("ffn.normalize", "is true, as LLaMA-MoE's gate cannot have it".to_owned())
+    } else if spec.gate.bias {
+        ("ffn.bias", "is true, as LLaMA-MoE's gate cannot have it".to_owned())
     } else if family != "llama" || !config.architecture.differences().is_empty() {
         ("base_model_type", format!("is {family}, and LLaMA-MoE's models are LLaMA's without biases"))
     } else if theta != ROPE_THETA || rope.scaling != RopeScaling::None {

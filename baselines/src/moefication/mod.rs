@@ -5,7 +5,6 @@
 //! SiLU has no zeros, so an expert's score is a norm of its neurons' values in place of the sum of the positive ones.
 
 mod coactivation;
-mod router;
 
 use dsmoe_core::Config;
 use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights, check_router_text};
@@ -16,9 +15,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
 use crate::settings::{Entry, SettingValues, Settings as _, settings, wrong};
+use crate::topk::fit::{self, Examples, Loss, Training};
 use crate::topk::{GateNetwork, GateSpec, LayerExperts, TopkSpec, check_experts, nearest, open_dense, write};
-
-use router::{Examples, Training};
 
 /// Neurons of an expert by default, as in the published examples.
 const EXPERT_WIDTH: usize = 32;
@@ -123,11 +121,21 @@ impl Settings {
     }
 }
 
+/// The router's training.
+fn training(top_k: usize, epochs: usize, seed: u64) -> Training {
+    Training { top_k, epochs, batch: 512, learning_rate: 0.01, loss: Loss::Ranking, seed }
+}
+
+/// B at the start: the router ranks experts by the directions of their centers.
+fn identity(n: usize) -> Vec<f32> {
+    (0..n * n).map(|i| if i / n == i % n { 1.0 } else { 0.0 }).collect()
+}
+
 /// The FFN that runs k of n experts.
 fn spec(n: usize, k: usize) -> TopkSpec {
     let router = TopKConfig::new(n, k).expect("k of n");
     let router = TopKConfig { scores: Scores::One, score_scale: 1.0, ..router };
-    let gate = GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false };
+    let gate = GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false, bias: false };
     TopkSpec { router, gate, balance_weight: 0.0 }
 }
 
@@ -170,8 +178,9 @@ impl Configured for MoEfication {
                 }
             };
             let examples = examples(&mut stream, &weights, &order, (settings.score, n), every)?;
-            let training = Training { top_k: spec.router.top_k, epochs: settings.epochs, seed: job.seed };
-            let (gate, captured) = router::train(&spec.gate(config.hidden), &examples, centers, training);
+            let training = training(spec.router.top_k, settings.epochs, job.seed);
+            let (gate, captured) =
+                fit::train(&spec.gate(config.hidden), &examples, vec![centers, identity(n)], training);
             measured.push((format!("layer {i}: share of scores captured"), captured));
             layers.push(LayerExperts { order, gate });
             stream.advance(&weights)?;
@@ -239,8 +248,8 @@ mod tests {
         let (order, centers) = clusters::neurons(rows[0].to_vec(), HIDDEN, 4, 1);
         let spec = spec(4, 1);
         let examples = Examples { inputs: Vec::new(), scores: Vec::new() };
-        let start = Training { top_k: 1, epochs: 0, seed: 0 };
-        let (gate, _) = router::train(&spec.gate(HIDDEN), &examples, centers, start);
+        let start = vec![centers, identity(4)];
+        let (gate, _) = fit::train(&spec.gate(HIDDEN), &examples, start, training(1, 0, 0));
 
         let moe = TopkMoeFfn::new(HIDDEN, WIDTH, spec);
         let mut dense_params = Buf::zeros(block_len(&dense.tensors()));

@@ -73,13 +73,17 @@ struct PackedTopk {
     router: Vec<f32>,
     /// The bias of the output; empty where there is none.
     output_bias: Vec<f32>,
+    /// The number of experts that the gate chooses, in place of the spec's.
+    top_k: Option<usize>,
 }
 
 impl PackedFfn for PackedTopk {
     fn forward(&self, args: FfnInference<'_>) {
         let FfnInference { y, x, record, scratch } = args;
         let mut saved = RouterSaved::default();
-        let routed = self.ffn.router().forward(&mut saved, x, &self.router, None);
+        let mut router = self.ffn.router();
+        router.spec.router.top_k = self.top_k.unwrap_or(router.spec.router.top_k);
+        let routed = router.forward(&mut saved, x, &self.router, None);
         routed.count(record);
         let (dims, routes) = (self.ffn.dims(x.len() / self.ffn.gated.hidden), routes(routed.routing));
         let (pairs, weights, scratch) = (Pairs::Routed(&routes), &self.weights, &mut scratch.experts);
@@ -93,6 +97,15 @@ impl PackedFfn for PackedTopk {
 
     fn num_experts(&self) -> Option<usize> {
         self.ffn.num_experts()
+    }
+
+    fn choices(&self) -> usize {
+        self.ffn.spec.router.num_experts
+    }
+
+    fn set_choice(&mut self, choice: Option<usize>) -> bool {
+        self.top_k = choice.filter(|k| (1..=self.choices()).contains(k));
+        self.top_k == choice
     }
 }
 
@@ -122,6 +135,7 @@ impl Ffn for TopkMoeFfn {
             weights: PackedWeights::new(precision, &self.gated.weights(params), self.dims(0)),
             router: params[self.router_start()..][..self.router().inference_len()].to_vec(),
             output_bias: self.gated.output_bias(params).to_vec(),
+            top_k: None,
         })
     }
 
@@ -200,7 +214,7 @@ mod tests {
     }
 
     fn spec(router: TopKConfig, network: GateNetwork) -> TopkSpec {
-        let gate = GateSpec { network, normalize: false, noise: false };
+        let gate = GateSpec { network, normalize: false, noise: false, bias: false };
         TopkSpec { router, gate, balance_weight: 0.0 }
     }
 
@@ -283,7 +297,7 @@ mod tests {
         ] {
             let plain = TopKConfig::new(EXPERTS - num_residual, 2).unwrap();
             let router = TopKConfig { num_residual, scores, ..plain };
-            let gate = GateSpec { network, normalize, noise };
+            let gate = GateSpec { network, normalize, noise, bias: network == GateNetwork::Linear };
             let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, TopkSpec { router, gate, balance_weight });
             let params = params(&ffn, 3);
             let (x, dy) = (normals(TOKENS * HIDDEN, 4), normals(TOKENS * HIDDEN, 5));
@@ -335,7 +349,7 @@ mod tests {
     #[test]
     fn noise_is_a_function_of_the_seed_and_inference_has_none() {
         let router = TopKConfig::new(EXPERTS, 2).unwrap();
-        let gate = GateSpec { network: GateNetwork::Mlp, normalize: false, noise: true };
+        let gate = GateSpec { network: GateNetwork::Mlp, normalize: false, noise: true, bias: false };
         let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, TopkSpec { router, gate, balance_weight: 0.01 });
         let params = params(&ffn, 6);
         let x = normals(TOKENS * HIDDEN, 7);

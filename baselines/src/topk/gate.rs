@@ -6,6 +6,7 @@
 //! z   = tanh(u) B^T           mlp;  z = u  linear;  z = |silu(u) v|, v = r x B^T  neuron
 //! raw = x N^T                 noise, in training
 //! dB += dz^T tanh(u),  du = (dz B) (1 - tanh(u)^2),  dA += (r du)^T x,  dN += draw^T x
+//! z += c                      with a bias (FactorLLM): dc += sum over tokens of dz
 //! neuron: with g = sign(silu(u) v) dz   du = g v silu'(u),  dv = g silu(u),  dB += (r dv)^T x,  dx += r dv B
 //! dx += r du A + draw N - r^2 (<du, u> + <dv, v>) x      the last term for a normalised input
 //! ```
@@ -25,11 +26,12 @@ pub(crate) struct Gate {
     pub(crate) num_experts: usize,
 }
 
-/// A gate's matrices, or their gradients: A, B and N; empty where the gate has none.
+/// A gate's tensors, or their gradients: A, B, the bias c and N; empty where the gate has none.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GateWeights<'a> {
     pub(crate) a: &'a [f32],
     pub(crate) b: &'a [f32],
+    pub(crate) bias: &'a [f32],
     pub(crate) noise: &'a [f32],
 }
 
@@ -38,6 +40,7 @@ pub(crate) struct GateWeights<'a> {
 pub(crate) struct GateGrads<'a> {
     pub(crate) a: &'a mut [f32],
     pub(crate) b: &'a mut [f32],
+    pub(crate) bias: &'a mut [f32],
     pub(crate) noise: &'a mut [f32],
 }
 
@@ -77,18 +80,19 @@ impl TopkSpec {
 }
 
 impl Gate {
-    /// The numbers of values of A, B and N.
-    pub(crate) fn lens(&self) -> [usize; 3] {
+    /// The numbers of values of A, B, the bias and N.
+    pub(crate) fn lens(&self) -> [usize; 4] {
         let (n, wide) = (self.num_experts, self.num_experts * self.hidden);
         let b = match self.spec.network {
             GateNetwork::Mlp => n * n,
             GateNetwork::Neuron => wide,
             GateNetwork::Linear => 0,
         };
-        [wide, b, if self.spec.noise { wide } else { 0 }]
+        let bias = if self.spec.bias { n } else { 0 };
+        [wide, b, bias, if self.spec.noise { wide } else { 0 }]
     }
 
-    /// A, B and N under LLaMA-MoE's names; a neuron's are named by their projections.
+    /// A, B, the bias and N under LLaMA-MoE's names; a neuron's are named by their projections.
     pub(crate) fn tensors(&self) -> Vec<TensorSpec> {
         let tensor = |name: &str, cols| {
             TensorSpec::router(format!("gate.{name}.weight"), vec![self.num_experts, cols])
@@ -102,8 +106,27 @@ impl Gate {
                 vec![tensor("gate_network.gate", self.hidden), tensor("gate_network.up", self.hidden)]
             }
         };
+        let bias = || TensorSpec::router("gate.gate_network.bias", vec![self.num_experts]);
+        tensors.extend(self.spec.bias.then(bias));
         tensors.extend(self.spec.noise.then(|| tensor("weight_noise", self.hidden).training_only()));
         tensors
+    }
+
+    /// Returns views of tensors in the order of [`Gate::tensors`], N left out.
+    pub(crate) fn weights<'a>(&self, tensors: &'a [Vec<f32>]) -> GateWeights<'a> {
+        let (mut tensors, lens) = (tensors.iter(), self.lens());
+        let mut next =
+            |i: usize| if lens[i] == 0 { &[][..] } else { tensors.next().map_or(&[][..], |of| &of[..]) };
+        GateWeights { a: next(0), b: next(1), bias: next(2), noise: &[] }
+    }
+
+    /// Does as [`Gate::weights`] for gradients.
+    pub(crate) fn grads<'a>(&self, tensors: &'a mut [Vec<f32>]) -> GateGrads<'a> {
+        let (mut tensors, lens) = (tensors.iter_mut(), self.lens());
+        let mut next = |i: usize| {
+            if lens[i] == 0 { &mut [][..] } else { tensors.next().map_or(&mut [][..], |of| &mut of[..]) }
+        };
+        GateGrads { a: next(0), b: next(1), bias: next(2), noise: &mut [] }
     }
 
     fn dims(&self, rows: usize, inputs: usize) -> linear::Dims {
@@ -152,6 +175,11 @@ impl Gate {
                 z.iter_mut().zip(values).for_each(|(z, (&u, &v))| *z = (u * sigmoid(u) * v).abs());
             }
         }
+        if !weights.bias.is_empty() {
+            for z in z.chunks_exact_mut(n) {
+                z.iter_mut().zip(weights.bias).for_each(|(z, c)| *z += c);
+            }
+        }
         if noisy {
             raw.resize(rows * n);
             linear::Forward { y: raw, x, w: weights.noise, bias: None, dims: wide }.run();
@@ -163,6 +191,11 @@ impl Gate {
         let NetworkBackward { dx, grads, dz, draw, acts, x, weights } = args;
         let (rows, n) = (x.len() / self.hidden, self.num_experts);
         let wide = self.dims(rows, self.hidden);
+        if !grads.bias.is_empty() {
+            for dz in dz.chunks_exact(n) {
+                grads.bias.iter_mut().zip(dz).for_each(|(dc, dz)| *dc += dz);
+            }
+        }
         let mut du = Buf::zeros(rows * n);
         let mut dv = Buf::default();
         match self.spec.network {
@@ -221,7 +254,7 @@ mod tests {
     const TOKENS: usize = 5;
 
     /// <z, dz> + <raw, draw> in f64 loops.
-    fn loss(gate: &Gate, x: &[f64], [a, b, noise]: [&[f64]; 3], dz: &[f32], draw: &[f32]) -> f64 {
+    fn loss(gate: &Gate, x: &[f64], [a, b, bias, noise]: [&[f64]; 4], dz: &[f32], draw: &[f32]) -> f64 {
         let dot = |x: &[f64], w: &[f64]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>();
         let mut loss = 0.0;
         for (t, x) in x.chunks_exact(HIDDEN).enumerate() {
@@ -238,7 +271,8 @@ mod tests {
                     u.iter().zip(v).map(|(u, v)| (u / (1.0 + (-u).exp()) * v).abs()).collect()
                 }
             };
-            loss += z.iter().zip(&dz[t * EXPERTS..]).map(|(z, &dz)| z * f64::from(dz)).sum::<f64>();
+            let z = z.iter().enumerate().map(|(i, z)| z + bias.get(i).unwrap_or(&0.0));
+            loss += z.zip(&dz[t * EXPERTS..]).map(|(z, &dz)| z * f64::from(dz)).sum::<f64>();
             for (row, &draw) in noise.chunks_exact(HIDDEN).zip(&draw[t * EXPERTS..]) {
                 loss += dot(x, row) * f64::from(draw);
             }
@@ -249,38 +283,42 @@ mod tests {
     #[test]
     fn gradients_are_differences_of_the_formulas() {
         use dsmoe_kernels::testing::{assert_close, f64s, finite_differences};
-        for (network, normalize, noise) in [
-            (GateNetwork::Mlp, false, true),
-            (GateNetwork::Mlp, true, false),
-            (GateNetwork::Linear, false, true),
-            (GateNetwork::Linear, true, true),
-            (GateNetwork::Neuron, false, false),
-            (GateNetwork::Neuron, true, true),
+        for (network, normalize, noise, bias) in [
+            (GateNetwork::Mlp, false, true, false),
+            (GateNetwork::Mlp, true, false, false),
+            (GateNetwork::Linear, false, true, false),
+            (GateNetwork::Linear, false, false, true),
+            (GateNetwork::Linear, true, true, true),
+            (GateNetwork::Neuron, false, false, false),
+            (GateNetwork::Neuron, true, true, false),
         ] {
-            let spec = GateSpec { network, normalize, noise };
+            let spec = GateSpec { network, normalize, noise, bias };
             let gate = Gate { spec, hidden: HIDDEN, num_experts: EXPERTS };
-            let [a, b, noises] = gate.lens();
-            let [x, a, b, noises] =
-                [(TOKENS * HIDDEN, 1), (a, 2), (b, 3), (noises, 4)].map(|(n, seed)| normals(n, seed));
-            let weights = GateWeights { a: &a, b: &b, noise: &noises };
+            let [a, b, c, noises] = gate.lens();
+            let [x, a, b, c, noises] =
+                [(TOKENS * HIDDEN, 1), (a, 2), (b, 3), (c, 7), (noises, 4)].map(|(n, seed)| normals(n, seed));
+            let weights = GateWeights { a: &a, b: &b, bias: &c, noise: &noises };
             let (dz, draw) = (normals(TOKENS * EXPERTS, 5), normals(TOKENS * EXPERTS, 6));
             let (mut z, mut acts) = (Buf::default(), GateActs::default());
             gate.forward(&mut z, &mut acts, &x, weights, noise);
-            let [mut dx, mut da, mut db, mut dn] = [&x, &a, &b, &noises].map(|of| vec![0.0; of.len()]);
-            let grads = GateGrads { a: &mut da, b: &mut db, noise: &mut dn };
+            let [mut dx, mut da, mut db, mut dc, mut dn] =
+                [&x, &a, &b, &c, &noises].map(|of| vec![0.0; of.len()]);
+            let grads = GateGrads { a: &mut da, b: &mut db, bias: &mut dc, noise: &mut dn };
             let draws = noise.then_some(&draw[..]);
             let (acts, dx_of) = (&acts, &mut dx);
             gate.backward(NetworkBackward { dx: dx_of, grads, dz: &dz, draw: draws, acts, x: &x, weights });
 
-            let (x, a, b, noises) = (f64s(&x), f64s(&a), f64s(&b), f64s(&noises));
+            let [x, a, b, c, noises] = [&x, &a, &b, &c, &noises].map(|of| f64s(of));
             let value: f64 = z.iter().zip(&dz).map(|(&z, &dz)| f64::from(z) * f64::from(dz)).sum();
-            assert!((value - loss(&gate, &x, [&a, &b, &[]], &dz, &draw)).abs() < 1e-4, "{spec:?}");
+            assert!((value - loss(&gate, &x, [&a, &b, &c, &[]], &dz, &draw)).abs() < 1e-4, "{spec:?}");
             let h = 1e-5;
-            let by_x = finite_differences(&x, h, |x| loss(&gate, x, [&a, &b, &noises], &dz, &draw));
-            let by_a = finite_differences(&a, h, |a| loss(&gate, &x, [a, &b, &noises], &dz, &draw));
-            let by_b = finite_differences(&b, h, |b| loss(&gate, &x, [&a, b, &noises], &dz, &draw));
-            let by_n = finite_differences(&noises, h, |n| loss(&gate, &x, [&a, &b, n], &dz, &draw));
-            for (name, got, want) in [("x", &dx, by_x), ("a", &da, by_a), ("b", &db, by_b), ("n", &dn, by_n)]
+            let by_x = finite_differences(&x, h, |x| loss(&gate, x, [&a, &b, &c, &noises], &dz, &draw));
+            let by_a = finite_differences(&a, h, |a| loss(&gate, &x, [a, &b, &c, &noises], &dz, &draw));
+            let by_b = finite_differences(&b, h, |b| loss(&gate, &x, [&a, b, &c, &noises], &dz, &draw));
+            let by_c = finite_differences(&c, h, |c| loss(&gate, &x, [&a, &b, c, &noises], &dz, &draw));
+            let by_n = finite_differences(&noises, h, |n| loss(&gate, &x, [&a, &b, &c, n], &dz, &draw));
+            for (name, got, want) in
+                [("x", &dx, by_x), ("a", &da, by_a), ("b", &db, by_b), ("c", &dc, by_c), ("n", &dn, by_n)]
             {
                 assert_close(&format!("{spec:?} d{name}"), got, &want, 1e-5);
             }
@@ -289,11 +327,11 @@ mod tests {
 
     #[test]
     fn an_input_of_zeros_is_no_nan() {
-        let spec = GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false };
+        let spec = GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false, bias: false };
         let gate = Gate { spec, hidden: HIDDEN, num_experts: EXPERTS };
         let (a, b) = (normals(EXPERTS * HIDDEN, 1), normals(EXPERTS * EXPERTS, 2));
         let mut z = Buf::default();
-        let weights = GateWeights { a: &a, b: &b, noise: &[] };
+        let weights = GateWeights { a: &a, b: &b, bias: &[], noise: &[] };
         gate.forward(&mut z, &mut GateActs::default(), &[0.0; HIDDEN], weights, false);
         assert_eq!(z[..], [0.0; EXPERTS]);
     }

@@ -27,13 +27,15 @@ struct Stored {
     gate: GateNetwork,
     normalize: bool,
     noise: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    bias: bool,
     balance_weight: f64,
 }
 
 impl TopkSpec {
     fn stored(&self) -> Stored {
         let TopKConfig { num_experts, top_k, num_residual, scores, score_scale } = self.router;
-        let GateSpec { network, normalize, noise } = self.gate;
+        let GateSpec { network, normalize, noise, bias } = self.gate;
         Stored {
             num_experts,
             top_k,
@@ -44,6 +46,7 @@ impl TopkSpec {
             gate: network,
             normalize,
             noise,
+            bias,
             balance_weight: self.balance_weight,
         }
     }
@@ -54,14 +57,22 @@ impl TopkSpec {
         if !(score_scale.is_finite() && score_scale > 0.0) {
             return Err(wrong("score_scale", stored.score_scale, "a positive number"));
         }
+        let &Stored { num_experts, top_k, num_residual, scores, bias, .. } = stored;
+        if bias && stored.gate != GateNetwork::Linear {
+            return Err(dsmoe_router::Error::range("bias", bias, "false, but for a linear gate"));
+        }
         if !(stored.balance_weight.is_finite() && stored.balance_weight >= 0.0) {
             return Err(wrong("balance_weight", stored.balance_weight, "0 or a positive number"));
         }
-        let &Stored { num_experts, top_k, num_residual, scores, .. } = stored;
         let router = TopKConfig::new(num_experts, top_k)?;
         Ok(TopkSpec {
             router: TopKConfig { num_residual, scores, score_scale, ..router },
-            gate: GateSpec { network: stored.gate, normalize: stored.normalize, noise: stored.noise },
+            gate: GateSpec {
+                network: stored.gate,
+                normalize: stored.normalize,
+                noise: stored.noise,
+                bias: stored.bias,
+            },
             balance_weight: stored.balance_weight,
         })
     }

@@ -2,6 +2,7 @@
 
 mod convert;
 mod ffn;
+pub(crate) mod fit;
 mod gate;
 mod kind;
 mod router;
@@ -12,6 +13,6 @@ pub(crate) use convert::{LayerExperts, check_experts, nearest, open_dense, write
 pub use ffn::TopkMoeFfn;
 #[cfg(test)]
 pub(crate) use ffn::infer;
-pub(crate) use gate::{Gate, GateActs, GateGrads, GateWeights, NetworkBackward};
+pub(crate) use gate::{Gate, GateActs, GateWeights};
 pub(crate) use kind::{register, spec_of};
 pub use spec::{GateNetwork, GateSpec, TopkSpec};

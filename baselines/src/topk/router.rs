@@ -39,9 +39,9 @@ impl TopkRouter {
     }
 
     fn weights<'a>(&self, params: &'a [f32], noisy: bool) -> GateWeights<'a> {
-        let [a, b, noise] = self.gate().lens();
-        let [a, b, noise] = split(params, [a, b, if noisy { noise } else { 0 }]);
-        GateWeights { a, b, noise }
+        let [a, b, bias, noise] = self.gate().lens();
+        let [a, b, bias, noise] = split(params, [a, b, bias, if noisy { noise } else { 0 }]);
+        GateWeights { a, b, bias, noise }
     }
 
     fn balance_weight(&self, training: GateTraining) -> f64 {
@@ -105,8 +105,8 @@ impl HostGate for TopkRouter {
             let pairs = values.iter().zip(acts.raw.iter());
             pairs.map(|(ds, raw)| ds / (1.0 + (-raw).exp())).collect::<Vec<f32>>()
         });
-        let [a, b, noise] = split_mut(grads, self.gate().lens());
-        let grads = GateGrads { a, b, noise };
+        let [a, b, bias, noise] = split_mut(grads, self.gate().lens());
+        let grads = GateGrads { a, b, bias, noise };
         let weights = self.weights(params, noisy);
         let draw = draw.as_deref();
         self.gate().backward(NetworkBackward { dx, grads, dz: &dlogits, draw, acts, x, weights });

@@ -47,4 +47,6 @@ pub struct GateSpec {
     pub normalize: bool,
     /// Logits are noisy in training, with a trained standard deviation.
     pub noise: bool,
+    /// A bias is added to the logits (FactorLLM).
+    pub bias: bool,
 }

@@ -1,6 +1,7 @@
 //! Every method, from a dense directory to the model that it makes.
 
 mod common;
+mod duo;
 mod llama_moe_golden;
 mod llm_pruner;
 mod neurons;

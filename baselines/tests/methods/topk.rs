@@ -46,7 +46,7 @@ fn weights(dir: &Path) -> Vec<u8> {
 }
 
 /// Every way of making experts of both methods.
-const WAYS: [(&str, &[&str]); 8] = [
+const WAYS: [(&str, &[&str]); 10] = [
     ("llama-moe", &[]),
     ("llama-moe", &["construction=clustering", "experts=4", "scale=n"]),
     ("llama-moe", &["construction=sharing-inner", "gate=linear", "noise=false"]),
@@ -54,6 +54,11 @@ const WAYS: [(&str, &[&str]); 8] = [
     ("moefication", &["experts=8", "epochs=3"]),
     ("moefication", &["experts=12", "rows=up", "score=l1", "epochs=0"]),
     ("moefication", &["experts=8", "split=co-activation", "epochs=3"]),
+    ("factorllm", &["epochs=3", "experts=8"]),
+    (
+        "factorllm",
+        &["split=clustering", "label=subset", "target=share", "scaled=false", "experts=8", "epochs=2"],
+    ),
     ("random-k", &[]),
 ];
 
@@ -104,6 +109,8 @@ fn all_experts_are_the_dense_model() {
         ("llama-moe", &["gate=linear", "scale=n", "construction=clustering"]),
         ("llama-moe", &["gate=linear", "scale=n", "construction=sharing-inter"]),
         ("random-k", &["scale=n"]),
+        ("factorllm", &["experts=8", "epochs=1"]),
+        ("factorllm", &["experts=8", "epochs=0", "split=random", "label=norm"]),
     ] {
         let out = dir.path().join("all");
         let made = run(name, &model, &out, 1.0, set).unwrap();
@@ -194,6 +201,51 @@ fn training_moves_every_part_of_the_gate_and_the_loss_goes_down() {
     assert!(last < 0.95 * first, "{first} to {last}");
 }
 
+/// Inputs with one large direction in four: the experts that answer them differ.
+#[test]
+fn a_router_of_factorllm_learns_its_labels_and_training_leaves_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dense(dir.path());
+    let found = |made: &Made, name: &str| {
+        let of = |layer: usize| format!("layer {layer}: {name}");
+        let value = |layer| made.measured.iter().find(|(known, _)| *known == of(layer)).expect(name).1;
+        (value(0) + value(1)) / 2.0
+    };
+    let taught = |out: &str, set: &[&str]| {
+        let set: Vec<&str> =
+            ["experts=8", "learning_rate=0.01"].into_iter().chain(set.iter().copied()).collect();
+        Run::new("factorllm", &set, 0.8, &tokens(64, SEQ)).run(&model, &dir.path().join(out)).unwrap()
+    };
+    let random = taught("random", &["epochs=0"]);
+    for (out, set) in [
+        ("single", &["epochs=40"][..]),
+        ("subset", &["epochs=40", "label=subset"]),
+        ("norm", &["epochs=40", "label=norm", "target=share"]),
+    ] {
+        let made = taught(out, set);
+        let [before, after] = [&random, &made].map(|made| found(made, "share of labels found"));
+        assert!(after > before + 0.05, "{out}: {before} to {after}");
+        let errors = ["error of the labels", "error of the router", "error of random experts"];
+        let [labels, router, chance] = errors.map(|name| found(&made, name));
+        // The other labels do not look at the error of the sum.
+        assert!(out != "subset" || (labels < router && router < chance), "{out}: {labels} {router} {chance}");
+    }
+
+    let mut model = Model::load(&dir.path().join("subset")).unwrap();
+    let ids = tokens(4, SEQ).concat();
+    let (inputs, targets) = (&ids[..ids.len() - 1], &ids[1..]);
+    let mut workspace = TrainWorkspace::new(&model, inputs.len(), Precision::F32);
+    let mut grads = Buf::zeros(model.layout().len());
+    let args = StepArgs { loss_scale: 1.0 / inputs.len() as f32, ..StepArgs::default() };
+    let batch = Batch { inputs, targets, seq: inputs.len() };
+    model.train_step(&mut grads, batch, &args, &mut workspace).unwrap();
+    for entry in model.layout().entries().iter().filter(|entry| entry.spec.name.contains(".mlp.")) {
+        let is_still = grads[entry.range.clone()].iter().all(|&g| g == 0.0);
+        assert_eq!(is_still, entry.spec.name.contains(".gate."), "{}", entry.spec.name);
+    }
+    assert_eq!(model.params_mut().len(), grads.len());
+}
+
 #[test]
 fn budgets_of_the_published_shapes() {
     let (moe, one, seven) = ("llama-moe", "llama-3.2-1b", "llama-2-7b");
@@ -207,6 +259,8 @@ fn budgets_of_the_published_shapes() {
         ("random-k", one, "735M", &[], "3 of 8 experts", 732_497_920.0, 262_144.0),
         ("random-k", one, "1.0", &[], "8 of 8 experts", 1_235_814_400.0, 262_144.0),
         (moe, one, "735M", residual, "3 of 8 experts, 1 of them always", 732_497_920.0, 230_160.0),
+        // 2 of 4: L (d n + n) with the bias.
+        ("factorllm", one, "61%", &[], "2 of 4 experts", 833_161_216.0, 131_136.0),
         ("moefication", one, "735M", &[], "94 of 256 experts", 726_206_464.0, 9_437_184.0),
     ] {
         let (config, what) = (preset(shape).unwrap(), format!("{name} {shape} {budget}"));
@@ -248,6 +302,17 @@ fn what_cannot_be_is_one_line_with_the_help() {
         ("epochs=1001", &["epochs: cannot be 1001"]),
     ] {
         fails(Run::new("moefication", &[set], 0.8, &calibration), &model, parts);
+    }
+    for (set, parts) in [
+        (&["experts=65"][..], &["experts: cannot be 65", "2 to 64"][..]),
+        (&["experts=7"], &["96 is not divisible by 7"]),
+        (&["label=best"], &["label: cannot be \"best\"", "subset"]),
+        (&["direction=both"], &["direction: cannot be \"both\"", "student"]),
+        (&["learning_rate=0"], &["learning_rate: cannot be 0", "above 0"]),
+        (&["epochs=1001"], &["epochs: cannot be 1001"]),
+        (&["experts=48", "label=subset"], &["label: cannot be subset for", "more than 20000 subsets"]),
+    ] {
+        fails(Run::new("factorllm", set, 0.8, &calibration), &model, parts);
     }
     for (budget, part) in [("12M", "is above 8 of 8 experts"), ("1k", "is below 1 of 8 experts")] {
         let run = Run { budget: budget.parse().unwrap(), ..Run::new("llama-moe", &[], 0.8, &calibration) };

@@ -9,6 +9,7 @@ pub(crate) mod gates;
 pub(crate) mod generate;
 pub(crate) mod grow;
 pub(crate) mod model;
+pub(crate) mod oracle;
 pub(crate) mod plan;
 pub(crate) mod processes;
 pub(crate) mod prune;
@@ -32,6 +33,7 @@ use self::eval::Eval;
 use self::generate::Generate;
 use self::grow::Grow;
 use self::model::{Convert, Export, Import, Init, Inspect};
+use self::oracle::Oracle;
 use self::plan::Plan;
 use self::processes::ProcessArgs;
 use self::prune::Prune;
@@ -110,6 +112,8 @@ pub(crate) enum Command {
     Continual(Continual),
     /// Measure perplexity and the active share of experts on text, or score benchmarks
     Eval(Box<Eval>),
+    /// Find the best route of every token through the layers, beside a control
+    Oracle(Box<Oracle>),
     /// Measure loss, benchmarks and time of one model at several shares of active experts
     Sweep(Box<Sweep>),
     /// Choose the budget of every request by what a network of several heads predicts, under deadlines
@@ -175,6 +179,7 @@ impl Command {
             Command::Export(args) => vec![&mut args.model],
             Command::Import(args) => vec![&mut args.model],
             Command::Train(args) => args.teacher.iter_mut().chain([&mut args.model]).collect(),
+            Command::Oracle(args) => vec![&mut args.model],
             Command::Eval(args) => args.against.iter_mut().chain([&mut args.model]).collect(),
             Command::Sweep(args) => args.against.iter_mut().chain([&mut args.model]).collect(),
             Command::Generate(args) => vec![&mut args.model],

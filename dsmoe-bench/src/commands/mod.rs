@@ -15,6 +15,7 @@ mod import;
 mod init;
 mod inspect;
 mod methods;
+mod oracle;
 mod plan;
 mod prune;
 mod reconstruct;
@@ -69,6 +70,7 @@ fn run_on(comm: &Arc<dyn Communicator>, cli: Cli, ui: &mut Ui) -> Result<ExitCod
         Command::Train(args) => return train::run(args, cli.threads, comm, ui),
         Command::Continual(args) => return on_worker(|| continual::run(args, ui)),
         Command::Eval(args) => return on_worker(|| eval::run(args, &**comm, ui)),
+        Command::Oracle(args) => on_worker(|| oracle::run(args, ui))?,
         Command::Sweep(args) => return on_worker(|| sweep::run(args, ui)),
         Command::Plan(args) => return on_worker(|| plan::run(args, ui)),
         Command::Generate(args) => on_worker(|| generate::run(args, ui))?,

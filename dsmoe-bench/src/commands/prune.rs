@@ -153,6 +153,10 @@ fn show(report: &Report<'_>) -> String {
     let [total, activated] = [report.params_total, report.params_activated].map(millions);
     let of_budget = format::percent(report.reached);
     text += &match (report.source_held, report.params_dense) {
+        (Some(_), _) if report.counts == Counts::Activated => format!(
+            ", {}; {total} parameters held, {activated} of them activated ({of_budget} of the budget)\n",
+            report.reached_by,
+        ),
         (Some(held), _) => format!(
             ", {}; {total} parameters held ({of_budget} of the budget, {} of {} held before), {activated} of them activated\n",
             report.reached_by,

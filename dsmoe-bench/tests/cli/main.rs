@@ -14,6 +14,7 @@ mod faults;
 mod golden;
 mod hub;
 mod mixtures;
+mod oracle;
 mod plan;
 mod processes;
 mod prune;

@@ -15,7 +15,7 @@ const PROFILE: &str = r#"
 name = "tiny-related"
 about = "seconds"
 seeds = 2
-experiments = ["hc-smoe", "uncurl", "seer-moe", "thresholds", "lesa", "esacl", "memtl"]
+experiments = ["hc-smoe", "uncurl", "seer-moe", "thresholds", "lesa", "factorllm", "duo-llm", "esacl", "memtl"]
 world = { seed = 0, bytes = 150_000, vocab = 512 }
 model = { hidden = 32, intermediate = 64, layers = 3, heads = 2, kv_heads = 2, positions = 512 }
 pretrain = { steps = 10, batch = 4, seq = 64, lr = 4e-3, bos = "always" }
@@ -52,7 +52,7 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
     let experiments = list(&found["experiments"]);
     assert_eq!(
         texts(&found["experiments"], "name"),
-        ["hc-smoe", "uncurl", "seer-moe", "thresholds", "lesa", "esacl", "memtl"]
+        ["hc-smoe", "uncurl", "seer-moe", "thresholds", "lesa", "factorllm", "duo-llm", "esacl", "memtl"]
     );
     let mut claims = 0;
     for experiment in experiments {
@@ -66,7 +66,7 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
             claims += 1;
         }
     }
-    assert_eq!(claims, 14);
+    assert_eq!(claims, 20);
     let report = read("related/whole/report.md");
     shows(
         &report,
@@ -83,7 +83,7 @@ fn the_plan_counts_the_stages() {
     let plan = json_of(&related("plan", ["", ""], "--dry-run --quiet"));
     let stages = plan["stages"].as_u64().unwrap();
     let of = list(&plan["rows"]).iter().map(|row| row["stages"].as_u64().unwrap()).sum::<u64>();
-    assert_eq!((stages, list(&plan["rows"]).len()), (of, 16));
+    assert_eq!((stages, list(&plan["rows"]).len()), (of, 20));
     let log = whole();
     let last = log.lines().rfind(|line| line.starts_with('[')).unwrap();
     assert!(last.starts_with(&format!("[{stages}/{stages}] imitated memtl-s1")), "{last} of {stages}");

@@ -117,6 +117,12 @@ fn check_longrope(model: &Path, config: &Config) -> Result<()> {
 
 /// Refuses a mixture that its family's own format does not hold: transformers has no class for it.
 fn check_mixture(model: &Path, config: &Config) -> Result<()> {
+    if let Some(spec) =
+        config.ffn.as_ref().filter(|spec| spec.as_mixture().is_none() && spec.blocks().is_none())
+    {
+        let problem = format!("is {:?}, which transformers does not know", spec.kind());
+        return Err(Error::field(&model.join(CONFIG_FILE), "ffn.type", problem, "export it {as} native"));
+    }
     if config.mixture().is_none() || config.model_type() != "dsmoe" {
         return Ok(());
     }

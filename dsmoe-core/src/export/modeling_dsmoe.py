@@ -310,8 +310,8 @@ class TopkGate(nn.Module):
     def __init__(self, hidden, num_experts, settings):
         super().__init__()
         self.normalize, self.noise = settings["normalize"], settings["noise"]
-        self.gate_network = Router(hidden, num_experts)
-        network = one_of(settings, "gate", ("linear", "mlp", "neuron"))
+        network, bias = one_of(settings, "gate", ("linear", "mlp", "neuron")), settings.get("bias", False)
+        self.gate_network = Router(hidden, num_experts, bias=bias)
         if network == "mlp":
             self.gate_network = nn.Sequential(self.gate_network, nn.Tanh(), Router(num_experts, num_experts))
         if network == "neuron":

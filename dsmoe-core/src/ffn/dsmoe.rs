@@ -121,6 +121,8 @@ struct PackedDsmoe {
     output_bias: Vec<f32>,
     /// Chooses experts in place of the router.
     bound: Option<RouterBound>,
+    /// The number of routed experts that every token runs, in place of those above the threshold.
+    count: Option<usize>,
 }
 
 impl PackedDsmoe {
@@ -171,6 +173,9 @@ impl PackedFfn for PackedDsmoe {
         let (tokens, gates) = (x.len() / self.ffn.gated.hidden, &self.ffn.gates);
         let logits = matrix(logits, tokens, self.ffn.form.routed());
         routed.rebuild_for_inference(gates, self.ffn.bar, logits);
+        if let Some(count) = self.count {
+            routed.keep_largest(gates, count);
+        }
         if let Some(bound) = self.bound {
             let scores = match bound {
                 RouterBound::Oracle => self.contributions(x, experts),
@@ -198,6 +203,15 @@ impl PackedFfn for PackedDsmoe {
 
     fn set_threshold_logit(&mut self, logit: f32) -> bool {
         self.ffn.set_threshold_logit(logit)
+    }
+
+    fn choices(&self) -> usize {
+        self.ffn.form.routed()
+    }
+
+    fn set_choice(&mut self, choice: Option<usize>) -> bool {
+        self.count = choice.filter(|count| (1..=self.choices()).contains(count));
+        self.count == choice
     }
 
     fn set_router_bound(&mut self, bound: RouterBound) -> bool {
@@ -264,6 +278,7 @@ impl Ffn for DsmoeFfn {
             gating: self.gating().pack(&params[self.gated.len()..]),
             output_bias: self.gated.output_bias(params).to_vec(),
             bound: None,
+            count: None,
         })
     }
 

@@ -16,6 +16,7 @@ mod gated;
 mod gating;
 pub(crate) mod kept;
 mod mixture;
+mod route;
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -42,6 +43,7 @@ pub use gated::{Gated, add_output_bias};
 pub(crate) use gating::Gating;
 pub use mixture::MixtureFfn;
 pub(crate) use mixture::SHARED_EXPERT;
+pub use route::Route;
 
 use crate::config::{Config, MixtureSpec};
 use crate::error::{Error, Result, shown};
@@ -120,6 +122,18 @@ pub trait PackedFfn: std::fmt::Debug + Send + Sync {
         false
     }
 
+    /// Returns the number of choices that can be made for all tokens in place of its own: of experts, the k of the largest
+    /// logits for k from 1.
+    fn choices(&self) -> usize {
+        0
+    }
+
+    /// Makes it take that one of its [`choices`](PackedFfn::choices), counted from 1, for all tokens; none leaves the choice to
+    /// it. Returns whether there is such a choice.
+    fn set_choice(&mut self, choice: Option<usize>) -> bool {
+        choice.is_none()
+    }
+
     /// Sets `y = ffn(x)`.
     fn forward(&self, args: FfnInference<'_>);
 
@@ -141,6 +155,9 @@ pub trait PackedFfn: std::fmt::Debug + Send + Sync {
         false
     }
 }
+
+/// Beginning of the names of the projections of a second FFN, which tokens run that do not run the first.
+pub const SMALL_FFN: &str = "small.";
 
 /// Converts a routing for the expert kernels.
 pub fn routes(routing: &Routing) -> expert_ffn::Routes<'_> {
@@ -164,6 +181,11 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
     /// Makes the FFN of a layer, whose sizes are [`Config::layer`]'s. Tensors that only training reads are
     /// [`crate::params::TensorSpec::training_only`].
     fn build(&self, config: &Config, layer: usize) -> Box<dyn Ffn>;
+
+    /// Returns the share of active experts that training has to hold, where there is one.
+    fn active_target(&self) -> Option<f64> {
+        None
+    }
 
     /// Returns the number of experts of a layer.
     fn num_experts(&self, layer: usize) -> usize;

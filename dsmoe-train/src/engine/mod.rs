@@ -243,7 +243,11 @@ pub fn new(
         }
         #[cfg(feature = "cuda")]
         Device::Cuda(_) if optimizer.freezes() => {
-            return Err(Error::field("train_layers", "set for a GPU", "it with {device} cpu only"));
+            return Err(Error::field(
+                "train_layers or train_parts",
+                "set for a GPU",
+                "it with {device} cpu only",
+            ));
         }
         #[cfg(feature = "cuda")]
         Device::Cuda(_) if options.lanes > 1 => {

@@ -4,9 +4,11 @@
 //! claims are data: which row should be better than which controls, where. The numbers decide by the rule of [`experiment`].
 
 mod definition;
+mod duo_llm;
 mod esacl;
 mod experiment;
 mod experts;
+mod factorllm;
 mod hc_smoe;
 mod lab;
 mod lesa;
@@ -46,12 +48,14 @@ use outcome::{Found, Outcome, Setup};
 use plan::{Row, count};
 
 /// All experiments.
-static ALL: [Experiment; 7] = [
+static ALL: [Experiment; 9] = [
     hc_smoe::EXPERIMENT,
     uncurl::EXPERIMENT,
     seer_moe::EXPERIMENT,
     thresholds::EXPERIMENT,
     lesa::EXPERIMENT,
+    factorllm::EXPERIMENT,
+    duo_llm::EXPERIMENT,
     esacl::EXPERIMENT,
     memtl::EXPERIMENT,
 ];

@@ -119,6 +119,17 @@ impl PackedFfn for PackedMixture {
     fn num_experts(&self) -> Option<usize> {
         self.ffn.num_experts()
     }
+
+    fn choices(&self) -> usize {
+        self.ffn.router.config.num_experts
+    }
+
+    fn set_choice(&mut self, choice: Option<usize>) -> bool {
+        let known = choice.filter(|k| (1..=self.choices()).contains(k));
+        let own = self.ffn.spec.router(self.ffn.layer).top_k;
+        self.ffn.router.config.top_k = known.unwrap_or(own);
+        known == choice
+    }
 }
 
 impl Ffn for MixtureFfn {

@@ -4,9 +4,10 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::crew::with_crew;
 use dsmoe_kernels::matmul::Packed;
 use dsmoe_kernels::{Precision, attention, cross_entropy, linear};
-use dsmoe_router::RoutingStats;
+use dsmoe_router::{Routing, RoutingStats};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
+use ndarray::Array2;
 
 use super::cache::Cache;
 use super::lent::{Lent, OfUnits};
@@ -14,7 +15,7 @@ use super::pack::{Embedding, Layer, Parts, Source, fill, linears, optional, pack
 use crate::accounting::Accounting;
 use crate::config::{Config, LayerShape};
 use crate::error::{Error, Result};
-use crate::ffn::{Ffn, FfnInference, FfnScratch, Gated, Record, RouterBound, kept};
+use crate::ffn::{Ffn, FfnInference, FfnScratch, Gated, Record, Route, RouterBound, kept};
 use crate::kept::{KeptScratch, LinearsForward, UsedWeights};
 use crate::model::arena::Model;
 use crate::model::block::Block;
@@ -164,6 +165,27 @@ impl CpuInference {
         }
     }
 
+    /// Returns the numbers of choices of every layer's FFN.
+    pub(crate) fn choices(&self) -> Vec<usize> {
+        self.layers.iter().map(|layer| layer.ffn.choices()).collect()
+    }
+
+    pub(crate) fn set_routes(&mut self, routes: &[Route]) -> Result<()> {
+        if self.lent.is_some() {
+            return Err(Error::argument("layers that are lent take no routes", "load the whole model"));
+        }
+        assert_eq!(routes.len(), self.layers.len(), "inference: routes and layers");
+        for (i, (layer, &route)) in self.layers.iter_mut().zip(routes).enumerate() {
+            layer.skips_ffn = route == Route::Skip;
+            let choice = if let Route::Choice(choice) = route { Some(choice) } else { None };
+            if !layer.ffn.set_choice(choice) {
+                let problem = format!("{route:?}: layer {i} has {} choices", layer.ffn.choices());
+                return Err(Error::argument(problem, "give a choice of the model, or skip"));
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn set_thresholds(&mut self, logits: &[f32]) -> Result<()> {
         if let Some(lent) = &mut self.lent {
             assert_eq!(logits.len(), lent.ffns.len(), "inference: thresholds and layers");
@@ -307,7 +329,13 @@ impl CpuInference {
             block.join(x, y, layer.after_attention.as_deref(), h, rstd);
             let input = block.input(layer.before_ffn.as_deref(), h, rstd, x);
             let record = stats.as_deref_mut().map(|stats| Record { stats, layer: i });
-            layer.ffn.forward(FfnInference { y, x: input, record, scratch });
+            match layer.skips_ffn {
+                false => layer.ffn.forward(FfnInference { y, x: input, record, scratch }),
+                true => {
+                    y.fill(0.0);
+                    count_skipped(record, layer.ffn.num_experts(), tokens);
+                }
+            }
             block.join(x, y, layer.after_ffn.as_deref(), h, rstd);
         }
         let Workspace { x, h, rstd, .. } = workspace;
@@ -354,6 +382,7 @@ impl Layer {
                     kept::pack(gated, (i, thresholds), params, precision)
                 }
             },
+            skips_ffn: false,
             after_ffn: optional(source, ranges.after_ffn.as_ref())?,
         })
     }
@@ -379,6 +408,14 @@ impl Layer {
         for ((x, weight), width) in rows.into_iter().zip(self.qk_norm.iter().flatten()).zip(widths) {
             block.norm_heads(x, width, weight, scratch);
         }
+    }
+}
+
+/// Counts `tokens` tokens that run no expert.
+fn count_skipped(record: Option<Record<'_>>, num_experts: Option<usize>, tokens: usize) {
+    if let Some((Record { stats, layer }, n)) = record.zip(num_experts) {
+        let none = Array2::from_elem((tokens, n), false);
+        stats.add(layer, &Routing::from_mask(none.view(), |_, _| 0.0));
     }
 }
 

@@ -28,7 +28,7 @@ use crate::accounting::Accounting;
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ffn::RouterBound;
+use crate::ffn::{Route, RouterBound};
 use crate::kept::LayerThresholds;
 
 /// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
@@ -233,6 +233,31 @@ impl Inference {
         }
     }
 
+    /// Returns the numbers of choices of every layer's FFN that [`Inference::set_routes`] takes.
+    ///
+    /// # Errors
+    /// The model runs on a GPU.
+    pub fn choices(&self) -> Result<Vec<usize>> {
+        Ok(self.on_host()?.choices())
+    }
+
+    /// Makes the FFNs take these routes for all tokens, one for each layer, until the next call.
+    ///
+    /// # Errors
+    /// A layer has no such choice; the model runs on a GPU, or its layers are lent.
+    ///
+    /// # Panics
+    /// There are not as many routes as layers.
+    pub fn set_routes(&mut self, routes: &[Route]) -> Result<()> {
+        match &mut self.backend {
+            Backend::Cpu(model) => model.set_routes(routes),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => {
+                Err(Error::argument("a GPU runs a model's own routes", "set {device} to cpu"))
+            }
+        }
+    }
+
     /// Sets `losses[t]` to the negative log-likelihood (nats) of target t after the inputs up to t of its sequence; 0
     /// for [`IGNORE`](dsmoe_kernels::cross_entropy::IGNORE). Adds the routing of all inputs to `stats` (from
     /// [`Inference::new_stats`]). A rotation that depends on the number of positions counts the last target as one.
@@ -267,9 +292,10 @@ impl Inference {
         match &self.backend {
             Backend::Cpu(model) => Ok(model),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => {
-                Err(Error::argument("a teacher on a GPU".to_owned(), "load the teacher for the processor"))
-            }
+            Backend::Cuda(_) => Err(Error::argument(
+                "this needs a model on the processor".to_owned(),
+                "load it for the processor",
+            )),
         }
     }
 

@@ -35,6 +35,8 @@ pub(crate) struct Layer {
     pub(crate) after_attention: Option<Buf>,
     pub(crate) before_ffn: Option<Buf>,
     pub(crate) ffn: Box<dyn PackedFfn>,
+    /// True if the output of the FFN is 0 in place of what it computes.
+    pub(crate) skips_ffn: bool,
     pub(crate) after_ffn: Option<Buf>,
 }
 

@@ -1,0 +1,143 @@
+//! Duo-LLM (Alizadeh et al., arXiv 2410.10846): a big and a small FFN in each layer, oracle routes, and a router.
+
+use anyhow::{Context, Result};
+use dsmoe_core::accounting::Accounting;
+use dsmoe_core::{Inference, Model as Weights};
+use dsmoe_kernels::Precision;
+use dsmoe_train::TrainConfig;
+use dsmoe_train::oracle::{self, Oracle, OracleOptions, OracleReport, RouteKind};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::experiment::{Claim, Experiment, Value};
+use super::lab::{Lab, Model, Pruned};
+
+const ROUTER: &str = "router";
+const CHANCE: &str = "random routes";
+const ORACLE: &str = "oracle";
+const FIXED: &str = "best fixed route";
+const NOISE: &str = "noisy copies";
+const ALL_BIG: &str = "all big";
+const SHARE: &str = "loss at half of the FFN";
+const HALF: &str = "half of the layers big";
+
+const STEPS: u64 = 60;
+/// Tokens that the oracle reads, and passes over them, about.
+const TOKENS: usize = 384;
+const PASSES: f64 = 1000.0;
+/// The router's learning rate over that of the rest.
+const ROUTER_LR: f64 = 10.0;
+
+pub(super) const EXPERIMENT: Experiment = Experiment {
+    name: "duo-llm",
+    title: "Duo-LLM",
+    setting: "A small FFN of a sixteenth of the neurons stands beside the dense one. Both are trained with random routes for 60 steps; \
+              then a router is trained for 60 more, or random routes go on. The oracle gives every token of 384 the best of all routes \
+              with its loss at hand, earlier tokens of the window included, and as many noisy copies of the model are its control.",
+    numbers: "held-out loss, nats; of the oracle on its tokens",
+    claims: &[
+        Claim {
+            paper: "a learned router is no better than the best of 100 random patterns (read in the paper): better than chance",
+            row: ROUTER,
+            controls: &[CHANCE],
+            columns: &[SHARE],
+            margin: 0.0,
+            agrees: "tokens differ in what the big FFN is worth to them, and the router sees it",
+            differs: "so short a training teaches the router little",
+        },
+        Claim {
+            paper: "an oracle with part of the layers big beats all layers big (read in the paper)",
+            row: ORACLE,
+            controls: &[ALL_BIG],
+            columns: &[HALF],
+            margin: 0.0,
+            agrees: "the least of many losses of a token is low, whatever the routes do",
+            differs: "routes through the small FFN lose more than a choice among so few can give back",
+        },
+        Claim {
+            paper: "what the oracle gains is adaptive computation (implied; the paper has no control)",
+            row: ORACLE,
+            controls: &[NOISE],
+            columns: &[HALF],
+            margin: 0.0,
+            agrees: "a token's routes differ more than copies of one model of the same loss do",
+            differs: "the least of as many losses of copies that compute the same with noise on their weights is as low",
+        },
+    ],
+    plan: |sketch| {
+        sketch.made(2);
+        sketch.losses(2);
+        sketch.other(1, PASSES * TOKENS as f64);
+        sketch.trainings(3, &shortened(sketch.train_config()?, 1.0))
+    },
+    measure,
+};
+
+/// What the oracle has at the middle level.
+#[derive(Debug, Serialize, Deserialize)]
+struct Half {
+    all_big: f64,
+    best: f64,
+    oracle: f64,
+    noise: f64,
+}
+
+fn shortened(config: TrainConfig, router_lr_scale: f64) -> TrainConfig {
+    TrainConfig { steps: Some(STEPS), tokens: None, router_lr_scale, ..config }
+}
+
+fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
+    let dense = lab.dense();
+    let counts = Accounting::of(&dense.config()?);
+    let params = counts.total as f64 - counts.ffn as f64 / 2.0;
+    let how = |method, settings| Pruned { method, settings, params, source: None };
+    let made = lab.prune(&dense, how("duo", &[]))?;
+    let random = lab.train(&made, shortened(lab.train_config()?, 1.0))?;
+    let routed = lab.prune(&random, how("duo-router", &[]))?;
+    let routed = lab.train(&routed, shortened(lab.train_config()?, ROUTER_LR))?;
+    let chance = lab.train(&random, shortened(lab.train_config()?, 1.0))?;
+    let half = half(lab, &random)?;
+    Ok(vec![
+        Value::new(ROUTER, SHARE, lab.losses(&routed)?.mean),
+        Value::new(CHANCE, SHARE, lab.losses(&chance)?.mean),
+        Value::new(ORACLE, HALF, half.oracle),
+        Value::new(NOISE, HALF, half.noise),
+        Value::new(FIXED, HALF, half.best),
+        Value::new(ALL_BIG, HALF, half.all_big),
+    ])
+}
+
+fn half(lab: &mut Lab<'_, '_>, model: &Model) -> Result<Half> {
+    let inputs = lab.inputs();
+    let (seq, seed) = (inputs.costs.seq, lab.seed);
+    // As much of every source.
+    let each = TOKENS / inputs.text.held_out.len().max(1);
+    let ids: Vec<u32> =
+        inputs.text.held_out.iter().flat_map(|part| part.ids.iter().take(each)).copied().collect();
+    let settings = json!([model.key, inputs.text.key, TOKENS, seq, seed]);
+    let (half, _) = lab.stage("oracle", &settings, PASSES * TOKENS as f64, |_| {
+        let mut duo = Inference::load(&model.dir, Precision::F32)?;
+        let options = OracleOptions {
+            kind: RouteKind::BigSmall,
+            seq,
+            exact_up_to: 64,
+            beam: 16,
+            control: true,
+            precision: Precision::F32,
+            seed,
+        };
+        let source = || Ok(Weights::load(&model.dir)?);
+        let work = Oracle { model: &mut duo, source: &source, ids: &ids, options, state: None, made_by: "" };
+        let (found, _) = oracle::run(work, &mut |_, _, _| {})?;
+        middle(&found)
+    })?;
+    Ok(half)
+}
+
+fn middle(found: &OracleReport) -> Result<Half> {
+    let middle = found.layers / 2;
+    let level = found.levels.iter().find(|level| level.level == middle).context("no level in the middle")?;
+    // A mean below the model's own loss is reached without noise: all copies are then the model.
+    let noise = level.control.map_or(found.default, |control| control.oracle);
+    Ok(Half { all_big: found.default, best: level.best, oracle: level.oracle, noise })
+}

@@ -1,0 +1,87 @@
+//! What an oracle has done, on disk, so that an interrupted one goes on.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use dsmoe_datasets::files::read_at_most;
+use serde::{Deserialize, Serialize};
+
+use super::routes::Digits;
+use super::tally::Level;
+use crate::error::{Error, Result};
+use crate::files;
+
+/// The least time between two writes.
+const EVERY: Duration = if cfg!(test) { Duration::ZERO } else { Duration::from_secs(20) };
+/// The largest file that is read, in bytes.
+const LARGEST: u64 = 1 << 31;
+
+/// The work that is done.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct State {
+    /// Identifies the model, the text and the options.
+    pub(crate) made_by: String,
+    /// Beginnings of routes that a search has kept; those of no layer at first.
+    pub(crate) beams: Vec<Digits>,
+    /// Routes that are measured.
+    pub(crate) done: u64,
+    /// Those of every level.
+    pub(crate) levels: Vec<Level>,
+    /// The controls that are measured, by level.
+    pub(crate) controls: Vec<Control>,
+}
+
+/// The noisy copies that stand beside the routes of a level.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Control {
+    /// Bits of their noise; none for a level without a control.
+    pub(crate) noise: Option<u64>,
+    pub(crate) copies: Level,
+}
+
+/// A file that holds the state.
+#[derive(Debug)]
+pub(crate) struct Store {
+    path: Option<PathBuf>,
+    written: Instant,
+}
+
+impl Store {
+    /// Opens the state in `path`, if that is of the same work, or begins.
+    pub(crate) fn open(path: Option<&Path>, made_by: &str) -> Result<(Store, State)> {
+        let store = Store { path: path.map(Path::to_path_buf), written: Instant::now() };
+        let begin = State { made_by: made_by.to_owned(), beams: vec![Digits::new()], ..State::default() };
+        let Some(path) = path else { return Ok((store, begin)) };
+        let bytes = match read_at_most(path, LARGEST) {
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok((store, begin)),
+            read => read.map_err(Error::io(path))?,
+        };
+        // What is of other work, or damaged, is made again.
+        let state = serde_json::from_slice(&bytes).ok().filter(|state: &State| state.made_by == made_by);
+        Ok((store, state.unwrap_or(begin)))
+    }
+
+    /// Writes the state if the last one is old.
+    pub(crate) fn keep(&mut self, state: &State) -> Result<()> {
+        if let Some(path) = self.path.as_ref().filter(|_| self.written.elapsed() >= EVERY) {
+            let bytes = serde_json::to_vec(state).expect("numbers and names are JSON");
+            files::replace(path, &bytes)?;
+            self.written = Instant::now();
+        }
+        Ok(())
+    }
+
+    /// Removes the file: the work is done.
+    pub(crate) fn remove(self) -> Result<()> {
+        match self.path.as_deref().map(fs::remove_file) {
+            Some(Err(cause)) if cause.kind() != io::ErrorKind::NotFound => {
+                Err(Error::io(&self.path.unwrap_or_default())(cause))
+            }
+            _ => Ok(()),
+        }
+    }
+}
