@@ -12,3 +12,4 @@ mod processes;
 mod reconstruct;
 mod run_directory;
 mod teacher;
+mod top_k;

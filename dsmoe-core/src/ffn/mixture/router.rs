@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{Precision, linear};
-use dsmoe_router::Routing;
+use dsmoe_router::confidence;
 use dsmoe_router::expert_map::ExpertMap;
 use dsmoe_router::mixture::{self, MixtureConfig, MixtureRouted};
+use dsmoe_router::{Fade, Routing};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
 use crate::ffn::{Decision, GateBackward, GateTraining, HostGate, HostRouted};
@@ -54,7 +55,8 @@ impl MixtureRouter {
     /// Returns what the gates decide for `x`.
     pub(super) fn decide(&self, x: &[f32], params: &[f32]) -> Decision {
         let logits = self.logits(x, params);
-        let MixtureRouted { probabilities, routing } = mixture::route(&self.config, logits.view());
+        let MixtureRouted { probabilities, routing, .. } =
+            mixture::route(&self.config, logits.view(), Fade::NONE);
         Decision { logits, soft: probabilities, routing }
     }
 
@@ -84,9 +86,14 @@ impl HostGate for MixtureRouter {
         training: Option<GateTraining>,
     ) -> HostRouted<'a> {
         let saved: &mut RouterSaved = saved.downcast_mut().expect("saved by the router of a mixture");
-        let routed = saved.gates.insert(mixture::route(&self.config, self.logits(x, params).view()));
+        let fade = training.map_or(Fade::NONE, |training| training.fade);
+        let routed = saved.gates.insert(mixture::route(&self.config, self.logits(x, params).view(), fade));
         let weight = training.map_or(0.0, |training| self.weight(training));
         let balance_loss = if weight == 0.0 { 0.0 } else { weight * mixture::balance_loss(routed) };
+        let gate_entropy = match training {
+            Some(training) if training.entropy != 0.0 => confidence::of_softmax(routed.probabilities.view()),
+            _ => 0.0,
+        };
         let routing = match &self.map {
             None => &routed.routing,
             Some(map) => {
@@ -95,7 +102,7 @@ impl HostGate for MixtureRouter {
                 mapped
             }
         };
-        HostRouted { routing, balance_loss }
+        HostRouted { routing, balance_loss, gate_entropy }
     }
 
     fn backward(&self, args: GateBackward<'_>) {
@@ -113,6 +120,11 @@ impl HostGate for MixtureRouter {
             routed,
             by_gate.as_ref().map_or(by_expert, |by_gate| by_gate.view()),
             self.weight(training),
+            ArrayViewMut2::from_shape((tokens, n), &mut dlogits[..]).expect("tokens * experts values"),
+        );
+        confidence::add_of_softmax(
+            routed.probabilities.view(),
+            f64::from(training.entropy),
             ArrayViewMut2::from_shape((tokens, n), &mut dlogits[..]).expect("tokens * experts values"),
         );
         let (dims, w, dw) = (self.dims(tokens), &params[..self.len()], &mut grads[..self.len()]);
