@@ -1,6 +1,6 @@
 # One-line recipes; CI calls the same lines. `just` lists them.
 
-all := "--workspace --features dsmoe-bench/cuda --locked"
+all := "--workspace --features dsmoe-bench/cuda,dsmoe-bench/hub --locked"
 
 default:
     @just --list

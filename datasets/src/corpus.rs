@@ -12,7 +12,7 @@ use crate::selection::Selection;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -111,7 +111,12 @@ impl Corpus {
         }
         let mut files = Vec::new();
         for path in paths {
-            let metadata = fs::metadata(path).map_err(Error::io(path))?;
+            let metadata = fs::metadata(path).map_err(|cause| match cause.kind() {
+                ErrorKind::NotFound => {
+                    Error::file(path, "there is no such file or folder", "name the text that is to be read")
+                }
+                _ => Error::io(path)(cause),
+            })?;
             if metadata.is_dir() {
                 let before = files.len();
                 search(path, &mut Searched::default(), &mut files)?;

@@ -415,7 +415,11 @@ fn a_decompression_bomb_ends_at_the_limit() {
 #[test]
 fn paths_that_cannot_be_read() {
     let dir = TempDir::new().unwrap();
-    assert!(matches!(documents(&dir.path().join("none.txt")), Err(Error::Io { .. })));
+    let missing = documents(&dir.path().join("none.txt")).unwrap_err().to_string();
+    assert!(
+        missing.ends_with("none.txt: there is no such file or folder; name the text that is to be read"),
+        "{missing}"
+    );
     assert!(matches!(documents(dir.path()), Err(Error::NoTextFiles { .. })));
     assert!(matches!(documents(Path::new("/dev/zero")), Err(Error::NotAFile { .. })));
     assert!(matches!(documents_with(&[], CorpusOptions::default()), Err(Error::EmptyCorpus { .. })));

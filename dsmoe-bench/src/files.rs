@@ -1,7 +1,7 @@
 //! Files that are read and written as a whole, with errors that name them.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -127,9 +127,17 @@ pub(crate) fn check_output(source: &Path, out: &Path, force: bool) -> Result<()>
 
 /// Makes a folder, and refuses one that is not empty unless `anyway`.
 pub(crate) fn make_folder(path: &Path, anyway: bool, remedy: &str) -> Result<()> {
+    fs::create_dir_all(path).with_context(|| path.display().to_string())?;
+    check_folder(path, anyway, remedy)
+}
+
+/// Refuses what [`make_folder`] refuses, and makes nothing.
+pub(crate) fn check_folder(path: &Path, anyway: bool, remedy: &str) -> Result<()> {
     let place = || path.display().to_string();
-    fs::create_dir_all(path).with_context(place)?;
-    let mut entries = fs::read_dir(path).with_context(place)?;
+    let mut entries = match fs::read_dir(path) {
+        Err(cause) if cause.kind() == ErrorKind::NotFound => return Ok(()),
+        entries => entries.with_context(place)?,
+    };
     if entries.next().is_some() && !anyway {
         bail!("{} is not empty; {remedy}", path.display());
     }

@@ -9,6 +9,7 @@ mod evaluation;
 mod files;
 mod format;
 mod gpu;
+mod hub;
 mod interrupts;
 mod machine;
 mod memory;

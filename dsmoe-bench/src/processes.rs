@@ -161,7 +161,54 @@ fn of_core(error: &dsmoe_core::Error) -> Option<&CommError> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Stdio;
+    use std::time::Instant;
+
+    use clap::Parser;
+    use dsmoe_kernels::testing::mpi_launchers;
+
     use super::*;
+
+    /// Is set in the processes of the test of a panic.
+    const PANICKING: &str = "DSMOE_TEST_PANIC";
+
+    /// Is process by process the test of a panic: the others wait for the one that panics.
+    fn panics() {
+        #[derive(Debug, Parser)]
+        struct Line {
+            #[command(flatten)]
+            processes: ProcessArgs,
+        }
+        let line = Line::parse_from(["test", "--deadline", "60"]);
+        let comm = connect(Some(&line.processes)).unwrap();
+        assert!(comm.rank() != 2, "a broken invariant");
+        comm.barrier(What::of("the end")).unwrap();
+    }
+
+    #[test]
+    fn a_panic_of_one_process_ends_all_with_its_rank() {
+        if std::env::var_os(PANICKING).is_some() {
+            return panics();
+        }
+        let this = std::env::current_exe().unwrap();
+        for launcher in mpi_launchers("a_panic_of_one_process_ends_all_with_its_rank") {
+            let mut command = launcher.command(4, &this);
+            let name = "processes::tests::a_panic_of_one_process_ends_all_with_its_rank";
+            command.args(["--exact", name, "--nocapture"]).env(PANICKING, "1").stdin(Stdio::null());
+            let began = Instant::now();
+            let output = command.output().unwrap();
+            let told = String::from_utf8_lossy(&output.stderr);
+            assert!(began.elapsed() < Duration::from_secs(10), "{}: {told}", launcher.name);
+            assert!(!output.status.success(), "{}: {told}", launcher.name);
+            let lines: Vec<&str> = told.lines().filter(|line| line.contains("dsmoe: error: ")).collect();
+            let [line] = &lines[..] else { panic!("{}: {told}", launcher.name) };
+            assert!(
+                line.contains("rank 2 (") && line.contains("a broken invariant"),
+                "{}: {line}",
+                launcher.name
+            );
+        }
+    }
 
     #[test]
     fn errors_of_communication_are_found_in_a_chain() {

@@ -67,7 +67,7 @@ pub(crate) fn check_exists(dir: &Path) -> crate::Result<()> {
     if fs::symlink_metadata(dir).is_ok() {
         return Ok(());
     }
-    if let Some(Hub { id, file }) = dir.to_str().and_then(Hub::of) {
+    if let Some(HubName { id, file, .. }) = dir.to_str().and_then(HubName::of) {
         let missing = if file.is_some() { "file" } else { "directory" };
         let problem = format!("there is no such {missing}; it looks like a name on the Hugging Face Hub");
         let file = file.map(|file| format!(" {file}")).unwrap_or_default();
@@ -87,18 +87,22 @@ pub(crate) fn check_exists(dir: &Path) -> crate::Result<()> {
     Err(Error::path(dir, "there is no such directory", help))
 }
 
-/// A model on the Hugging Face Hub, or a file of it.
-#[derive(Debug, PartialEq, Eq)]
-struct Hub {
-    /// Owner and name.
-    id: String,
-    file: Option<String>,
+/// The name of a model on the Hugging Face Hub, or of a file of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HubName {
+    /// Owner and name of the model.
+    pub id: String,
+    /// Branch, tag or commit; `main` where the text names none.
+    pub revision: String,
+    /// A file of the model; absent for the whole model.
+    pub file: Option<String>,
 }
 
-impl Hub {
-    /// Reads an address, `owner/name`, or a weights file as `owner/name/file`. A path of which the first directory is there
-    /// is none of them.
-    fn of(text: &str) -> Option<Hub> {
+impl HubName {
+    /// Reads an address, `owner/name`, or a weights file as `owner/name/file`. A path whose first directory exists is none
+    /// of them.
+    #[must_use]
+    pub fn of(text: &str) -> Option<HubName> {
         const ADDRESSES: [&str; 5] = [
             "https://huggingface.co/",
             "http://huggingface.co/",
@@ -111,16 +115,16 @@ impl Hub {
         let parts: Vec<&str> = path.split(['?', '#']).next()?.split('/').collect();
         let [owner, name, rest @ ..] = &parts[..] else { return None };
         // An address names the revision before the file.
-        let rest = match rest {
-            ["resolve" | "blob" | "tree", _, file @ ..] if address.is_some() => file,
-            rest => rest,
+        let (revision, rest) = match rest {
+            ["resolve" | "blob" | "tree", revision, file @ ..] if address.is_some() => (*revision, file),
+            rest => ("main", rest),
         };
         let is_weights = |file: &str| file.ends_with(".gguf") || file.ends_with(".safetensors");
         let is_known = rest.last().is_none_or(|file| address.is_some() || is_weights(file));
         let is_free = address.is_some() || !Path::new(owner).exists();
         let is_id = is_known && is_free && parts.iter().all(|part| is_hub_part(part));
         let file = (!rest.is_empty()).then(|| rest.join("/"));
-        is_id.then(|| Hub { id: format!("{owner}/{name}"), file })
+        is_id.then(|| HubName { id: format!("{owner}/{name}"), revision: revision.to_owned(), file })
     }
 }
 
@@ -142,6 +146,7 @@ mod tests {
             ("no-org/no-name/x.Q4_0.gguf", "no-org/no-name x.Q4_0.gguf"),
             ("https://huggingface.co/a/b", "a/b"),
             ("https://huggingface.co/a/b/tree/main", "a/b"),
+            ("https://huggingface.co/a/b/tree/v1.0", "a/b@v1.0"),
             ("https://huggingface.co/a/b/resolve/main/dir/x.gguf?download=true", "a/b dir/x.gguf"),
             ("hf://a/b", "a/b"),
             ("gpt2", ""),
@@ -153,9 +158,10 @@ mod tests {
             ("no org/name", ""),
             ("https://other.org/a/b", ""),
         ] {
-            let found = Hub::of(text).map(|Hub { id, file }| match file {
-                Some(file) => format!("{id} {file}"),
-                None => id,
+            let found = HubName::of(text).map(|HubName { id, revision, file }| {
+                let revision = if revision == "main" { String::new() } else { format!("@{revision}") };
+                let file = file.map(|file| format!(" {file}")).unwrap_or_default();
+                format!("{id}{revision}{file}")
             });
             assert_eq!(found.unwrap_or_default(), wanted, "{text}");
         }

@@ -48,10 +48,16 @@ impl Default for GenerateOptions {
 impl GenerateOptions {
     fn check(&self) -> Result<()> {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
-            return Err(Error::argument(format!("temperature {} is negative", self.temperature), "use 0"));
+            return Err(Error::argument(
+                format!("temperature {} is negative", self.temperature),
+                "set {temperature} to 0",
+            ));
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return Err(Error::argument(format!("top-p {} is outside 0..1", self.top_p), "use 1"));
+            return Err(Error::argument(
+                format!("top-p {} is outside 0..1", self.top_p),
+                "set {top_p} to 0.9 or 90%",
+            ));
         }
         Ok(())
     }

@@ -56,6 +56,20 @@ impl LogitCounts {
         counts.bins.iter_mut().zip(bins).for_each(|(sum, count)| *sum += count);
     }
 
+    /// Returns the pairs of the core of a layer, and the logits of the others by bin: what [`LogitCounts::add_counts`] takes.
+    ///
+    /// # Panics
+    /// No such layer.
+    pub fn of_layer(&self, layer: usize) -> (u64, &[u64]) {
+        let LayerCounts { always, bins } = &self.layers[layer];
+        (*always, bins)
+    }
+
+    /// Returns the number of layers.
+    pub fn num_layers(&self) -> usize {
+        self.layers.len()
+    }
+
     /// Adds the counts of `other`.
     ///
     /// # Panics

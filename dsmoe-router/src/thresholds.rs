@@ -9,6 +9,11 @@
 //!   shift       = what has to be added to the knot's thresholds for the batch to open `wanted`
 //!   thresholds <- thresholds + w shift / 4
 //! ```
+//! Where several micro-batches run with the same thresholds, as those of a step of several lanes do, there is one update:
+//! ```text
+//!   shift       = that of the logits of all micro-batches beside the knot
+//!   thresholds <- thresholds + (1 - product of (1 - w / 4) over them) shift
+//! ```
 //! A quarter of a shift filters the text's own variation. It suffices where the gradient leaves the gates as a whole as they
 //! are: logits then move against each other, and little together. The weight of the sparsity loss at which it does is the
 //! mean of the last micro-batches' [`Pull::multiplier`], for every knot; before there is one,
@@ -17,7 +22,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Pull;
-use crate::counts::LogitCounts;
+use crate::counts::{Curves, LogitCounts};
 use crate::{Error, Result};
 
 /// Part of a shift that is made at once.
@@ -129,14 +134,50 @@ impl ThresholdController {
             return;
         }
         let curves = counts.curves();
-        for (at, weight) in self.beside(active).into_iter().filter(|&(_, weight)| weight > 0.0) {
-            let wanted = self.wanted(self.knots[at].active, curves.share(&self.knots[at].bars));
-            let bars = &mut self.knots[at].bars;
-            let shift = curves.shift(bars, wanted.min(MOST));
-            bars.iter_mut().for_each(|bar| *bar += RATE * weight * shift);
+        for (at, weight) in self.weights(active) {
+            self.move_knot(at, RATE * weight, &curves, 1);
         }
         self.updates += 1;
         self.clamp();
+    }
+
+    /// Returns the knots that a micro-batch at the mean budget `active` moves.
+    pub fn moved_by(&self, active: f64) -> impl Iterator<Item = usize> + use<> {
+        self.weights(active).map(|(at, _)| at)
+    }
+
+    /// Moves the thresholds once, after micro-batches at the mean budgets `active` that all ran with the thresholds as they
+    /// are. `counts` returns, by the number of a knot, the logits of all those that [`ThresholdController::moved_by`] names it
+    /// for.
+    pub fn update_together<'a>(
+        &mut self,
+        active: &[f64],
+        mut counts: impl FnMut(usize) -> Option<&'a LogitCounts>,
+    ) {
+        let mut left = vec![1.0; self.knots.len()];
+        for (at, weight) in active.iter().flat_map(|&active| self.weights(active)) {
+            left[at] *= 1.0 - RATE * weight;
+        }
+        for (at, left) in left.into_iter().enumerate().filter(|&(_, left)| left < 1.0) {
+            if let Some(counts) = counts(at).filter(|counts| !counts.is_empty()) {
+                self.move_knot(at, 1.0 - left, &counts.curves(), active.len() as u64);
+            }
+        }
+        self.updates += active.len() as u64;
+        self.clamp();
+    }
+
+    /// Returns the knots beside a budget that have a part in it, with their weights.
+    fn weights(&self, active: f64) -> impl Iterator<Item = (usize, f64)> + use<> {
+        self.beside(active).into_iter().filter(|&(_, weight)| weight > 0.0)
+    }
+
+    /// Moves the thresholds of a knot by that part of what their share lacks after `more` updates.
+    fn move_knot(&mut self, at: usize, part: f64, curves: &Curves, more: u64) {
+        let wanted = self.wanted(self.knots[at].active, curves.share(&self.knots[at].bars), more);
+        let bars = &mut self.knots[at].bars;
+        let shift = curves.shift(bars, wanted.min(MOST));
+        bars.iter_mut().for_each(|bar| *bar += part * shift);
     }
 
     /// Returns the weight of the sparsity loss that leaves the gates of all layers together as they are, at the mean budget
@@ -153,19 +194,19 @@ impl ThresholdController {
     pub fn pulled(&mut self, active: f64, pull: Pull) {
         let Some(multiplier) = pull.multiplier() else { return };
         self.multipliers.resize(self.knots.len(), None);
-        for (at, weight) in self.beside(active).into_iter().filter(|&(_, weight)| weight > 0.0) {
+        for (at, weight) in self.weights(active) {
             let mean = &mut self.multipliers[at];
             *mean = Some(mean.map_or(multiplier, |mean| mean + NEWEST * weight * (multiplier - mean)));
         }
     }
 
-    /// Returns the share to open next.
-    fn wanted(&mut self, target: f64, share: f64) -> f64 {
+    /// Returns the share to open after `more` updates.
+    fn wanted(&mut self, target: f64, share: f64, more: u64) -> f64 {
         let from = *self.from.get_or_insert(share);
         if self.knots.len() > 1 || (from - target).abs() < CLOSE {
             return target;
         }
-        let done = ((self.updates + 1) as f64 / self.ramp.max(1) as f64).min(1.0);
+        let done = ((self.updates + more) as f64 / self.ramp.max(1) as f64).min(1.0);
         from + done * (target - from)
     }
 

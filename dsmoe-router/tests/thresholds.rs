@@ -132,6 +132,36 @@ fn several_budgets_are_held_at_once_and_mixed_between() {
 }
 
 #[test]
+fn micro_batches_of_one_step_move_thresholds_together() {
+    let mut plant = Plant::new(0.5, 2.0, 0.0);
+    let knots = || [0.25, 0.5, 1.0].map(|active| Knot { active, bars: vec![0.0; LAYERS] }).to_vec();
+    let mut together = ThresholdController::new(knots(), 1).unwrap();
+    let mut one_by_one = together.clone();
+    // Equal logits move a knot as far as they do one after the other, whose thresholds follow the same quantile.
+    let (counts, active) = (plant.batch(), [0.25, 0.375, 0.25]);
+    let of_knot = |times: usize| (0..times).map(|_| counts.clone()).reduce(merged).unwrap();
+    let of_knots = [of_knot(3), of_knot(1)];
+    assert_eq!(together.moved_by(0.375).collect::<Vec<_>>(), [0, 1]);
+    together.update_together(&active, |knot| of_knots.get(knot));
+    active.iter().for_each(|&active| one_by_one.update(active, &counts));
+    for (knot, (a, b)) in together.knots().iter().zip(one_by_one.knots()).enumerate() {
+        assert!((a.bars[0] - b.bars[0]).abs() < 1e-6, "knot {knot}: {a:?} {b:?}");
+    }
+    assert_eq!(together.knots()[2].bars, [0.0; LAYERS]);
+    // A ramp counts micro-batches, however they are taken.
+    let mut plant = Plant::new(3.0, 1.0, 0.0);
+    plant.variation = 0.0;
+    let mut controller = single(0.375, 0.0, 90);
+    for _ in 0..26 {
+        let counts: Vec<LogitCounts> = (0..4).map(|_| plant.batch()).collect();
+        let all = counts.into_iter().reduce(merged).unwrap();
+        controller.update_together(&[0.375; 4], |_| Some(&all));
+    }
+    let share = plant.held_out(&controller, 0);
+    assert!((share - 0.375).abs() < 0.02, "{share}");
+}
+
+#[test]
 fn multipliers_are_means_of_their_budgets() {
     let knots = [0.25, 0.5, 0.75].map(|active| Knot { active, bars: vec![0.0; LAYERS] }).to_vec();
     let mut controller = ThresholdController::new(knots, 1).unwrap();

@@ -16,6 +16,7 @@ pub mod reconstruct;
 pub mod run;
 pub mod schedule;
 mod step;
+mod step_gates;
 pub mod tasks;
 mod teacher;
 mod teacher_cache;

@@ -61,13 +61,17 @@ pub(crate) fn check_lanes(lanes: usize, size: usize, zero: Zero) -> Result<()> {
 /// Returns the lanes of this process, in the order in which it computes them: neighbours, or with gradients that lie at their
 /// owners every `size`-th, since lanes that are computed at the same time are then added up first.
 pub(crate) fn own_lanes(lanes: usize, comm: &dyn Communicator, zero: Zero) -> Result<Vec<u64>> {
-    let (rank, size) = (comm.rank() as u64, comm.size());
-    check_lanes(lanes, size, zero)?;
-    let each = (lanes / size) as u64;
-    Ok(match zero.on(size) > Zero::Moments {
+    check_lanes(lanes, comm.size(), zero)?;
+    Ok(lanes_of_rank(lanes, (comm.rank(), comm.size()), zero))
+}
+
+/// Returns those of process `rank` of `size`, which fit.
+pub(crate) fn lanes_of_rank(lanes: usize, (rank, size): (usize, usize), zero: Zero) -> Vec<u64> {
+    let (rank, each) = (rank as u64, (lanes / size) as u64);
+    match zero.on(size) > Zero::Moments {
         true => (0..each).map(|turn| turn * size as u64 + rank).collect(),
         false => (rank * each..(rank + 1) * each).collect(),
-    })
+    }
 }
 
 /// Returns whether lanes that processes compute at the same time are whole nodes of the tree.

@@ -29,6 +29,7 @@ use dsmoe_kernels::Isa;
 use dsmoe_kernels::comm::{Communicator, What};
 use dsmoe_router::{BudgetController, Fade, RoutingSummary, SparsityOver, ThresholdController};
 
+pub use self::directory::check_out;
 use self::directory::{
     CHECKPOINTS, FINAL_TEMPORARY, STOP_FILE, load_newest, prepare_directory, remove_stop_file,
 };
@@ -351,7 +352,11 @@ impl Trainer {
         let ids = self.text_nearby(budgets::fit_tokens(self.state.config.active_target))?;
         self.stepper.engine.fetch(&mut self.model)?;
         self.stepper.engine.release();
-        let mut model = Inference::new_on(&self.model, self.state.config.dtype, self.options.device)?;
+        let dtype = self.state.config.dtype;
+        let mut model = match self.stepper.engine.lend() {
+            Some(weights) => Inference::lend(&self.model, weights, dtype)?,
+            None => Inference::new_on(&self.model, dtype, self.options.device)?,
+        };
         let text = (&ids[..], self.state.config.seq);
         budgets::fit(&mut controller, &mut model, text, self.state.config.active_target)?;
         self.state.thresholds = Some(controller);
@@ -735,14 +740,9 @@ fn held(model: &Model, config: &mut TrainConfig, device: Device) -> Result<Held>
         Budget::Range(..) => Hold::Threshold,
         _ => Hold::Loss,
     };
-    let (hold, lanes) = (*config.hold.get_or_insert(by_default), config.lanes());
-    match hold {
-        Hold::Threshold if lanes > 1 => {
-            let allowed = "1 where thresholds hold the share, or {hold} loss";
-            Err(Error::field("lanes", lanes, allowed))
-        }
+    match *config.hold.get_or_insert(by_default) {
         Hold::Threshold => {
-            let thresholds = budgets::controller(model, config, ramp * config.accumulate as u64)?;
+            let thresholds = budgets::controller(model, config, ramp * config.micro_batches())?;
             Ok(Held { thresholds: Some(thresholds), ..none })
         }
         Hold::Loss => {

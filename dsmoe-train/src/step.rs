@@ -15,6 +15,7 @@ use crate::engine::{self, Engine, EngineOptions, StepResult};
 use crate::error::Result;
 use crate::optim::{AdamW, Update, clip_scale};
 use crate::ranks::{Zero, own_lanes};
+use crate::step_gates::{Shape, StepGates};
 use crate::teacher::Lessons;
 
 /// Takes optimiser steps on the text of a run.
@@ -23,7 +24,10 @@ pub(crate) struct Stepper {
     pub(crate) engine: Box<dyn Engine>,
     /// The lanes of this process.
     lanes: Vec<u64>,
-    alone: bool,
+    comm: Arc<dyn Communicator>,
+    zero: Zero,
+    /// What moves the thresholds of gates after a step of several lanes.
+    gates: StepGates,
     inputs: Vec<u32>,
     targets: Vec<u32>,
     window: Vec<u32>,
@@ -71,15 +75,16 @@ impl Stepper {
         let (own, accumulate) = (lanes.len(), config.accumulate);
         let options =
             EngineOptions { tokens, seq, lanes: own, accumulate, zero, precision, device, recompute };
-        let alone = comm.size() == 1;
-        let mut engine = engine::new(model, optimizer, options, comm)?;
+        let mut engine = engine::new(model, optimizer, options, comm.clone())?;
         if let Some(lessons) = lessons {
             engine.set_teacher(lessons)?;
         }
         Ok(Stepper {
             engine,
             lanes,
-            alone,
+            comm,
+            zero,
+            gates: StepGates::default(),
             inputs: Vec::with_capacity(tokens),
             targets: Vec::with_capacity(tokens),
             window: Vec::with_capacity(seq + 1),
@@ -101,10 +106,12 @@ impl Stepper {
         let mut budgets = 0.0;
         let micro_batches = config.micro_batches();
         let accumulate = config.accumulate as u64;
+        let together = config.lanes() > 1;
+        self.gates.begin();
         self.engine.begin(step + 1, micro_batches)?;
         'lanes: for lane in self.lanes.clone() {
             for micro in lane * accumulate..(lane + 1) * accumulate {
-                if self.alone && stop() {
+                if self.comm.size() == 1 && stop() {
                     return Ok(None);
                 }
                 let index = step * micro_batches + micro;
@@ -130,8 +137,12 @@ impl Stepper {
                 }
                 if let (Some(held), Some(counts)) = (&mut held, self.engine.logits()) {
                     budgets += mean / micro_batches as f64;
-                    held.update(mean, counts);
-                    held.pulled(mean, self.engine.pull());
+                    if together {
+                        self.gates.add(held, mean, (counts, self.engine.pull()));
+                    } else {
+                        held.update(mean, counts);
+                        held.pulled(mean, self.engine.pull());
+                    }
                 }
             }
             self.engine.end_lane()?;
@@ -141,6 +152,14 @@ impl Stepper {
             let scale = clip_scale(result.norms.all, config.clip);
             let lr = config.schedule().lr_at(step);
             self.engine.update(model, &Update { config, lr, scale, step: step + 1 })?;
+        }
+        if let Some(held) = held.as_mut().filter(|_| together && result.non_finite.is_none()) {
+            let layers = model.config().num_layers;
+            let of_micro = |micro| budgets::mean(&budgets_at(config, layers, step * micro_batches + micro));
+            let all: Vec<f64> = (0..micro_batches).map(of_micro).collect();
+            budgets = budgets::mean(&all);
+            let shape = Shape { lanes: config.lanes(), accumulate: config.accumulate, zero: self.zero };
+            self.gates.finish(held, &all, shape, (&*self.comm, step + 1))?;
         }
         if let (Some(to), Some(from)) = (gates.thresholds, held) {
             *to = from;

@@ -33,7 +33,7 @@ pub(crate) struct Grow {
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) epochs: usize,
     /// Weight of the difference of norms in lesa's loss
-    #[arg(long, value_name = "SHARE", default_value_t = 5e-4)]
+    #[arg(long, value_name = "X", default_value_t = 5e-4)]
     pub(crate) penalty: f64,
     /// Seed of lesa's network and of random weights
     #[arg(long, default_value_t = 0)]

@@ -47,6 +47,10 @@ pub(crate) struct Cli {
     /// Print no progress and no notes on stderr
     #[arg(long, short, global = true, help_heading = GLOBAL, display_order = 101)]
     pub(crate) quiet: bool,
+    /// Download a model that is named OWNER/NAME from the Hugging Face Hub, into the cache of its own tools; needs a build
+    /// with the feature hub
+    #[arg(long, global = true, help_heading = GLOBAL, display_order = 104)]
+    pub(crate) hub: bool,
     /// Worker threads; results do not depend on it [default: all cores, divided by the processes that share them]
     #[arg(long, global = true, help_heading = GLOBAL, value_name = "N", display_order = 102,
         value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -144,6 +148,25 @@ impl Command {
             Command::Prune(args) => Some(&args.processes),
             Command::Convert(args) => Some(&args.processes),
             _ => None,
+        }
+    }
+
+    /// Returns the models that the command reads by a path which may be a name on the Hugging Face Hub.
+    pub(crate) fn models(&mut self) -> Vec<&mut PathBuf> {
+        match self {
+            Command::Reproduce(args) => args.model.iter_mut().collect(),
+            Command::Inspect(args) => vec![&mut args.model],
+            Command::Convert(args) => vec![&mut args.model],
+            Command::Prune(args) => vec![&mut args.model],
+            Command::Grow(args) => vec![&mut args.model],
+            Command::Reconstruct(args) => vec![&mut args.model, &mut args.teacher],
+            Command::Export(args) => vec![&mut args.model],
+            Command::Import(args) => vec![&mut args.model],
+            Command::Train(args) => args.teacher.iter_mut().chain([&mut args.model]).collect(),
+            Command::Eval(args) => args.against.iter_mut().chain([&mut args.model]).collect(),
+            Command::Sweep(args) => args.against.iter_mut().chain([&mut args.model]).collect(),
+            Command::Generate(args) => vec![&mut args.model],
+            _ => Vec::new(),
         }
     }
 }

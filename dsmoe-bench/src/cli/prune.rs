@@ -55,7 +55,7 @@ pub(crate) struct Prune {
     pub(crate) method: String,
     /// Parameters to activate, 735M or 3.93B, or a share of the model's, 0.59 or 59%; for the methods that change experts, parameters
     /// to hold, which held:59% says in words
-    #[arg(long, value_name = "PARAMS|SHARE_OF_PARAMS")]
+    #[arg(long, value_name = "PARAMS|SHARE")]
     pub(crate) budget: Asked,
     /// Directory to write
     #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]

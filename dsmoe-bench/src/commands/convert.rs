@@ -149,7 +149,7 @@ pub(crate) fn run(args: &Convert, comm: &Arc<dyn Communicator>, ui: &mut Ui) -> 
         false => PartitionSpec::Contiguous,
     });
     if let Some(share) = args.active_target.filter(|share| !(*share > 0.0 && *share <= 1.0)) {
-        bail!("--active-target {share} is not a share; use a number above 0 and up to 1");
+        bail!("--active-target {share} is not a share; write one above 0 and up to 1, such as 0.4 or 40%");
     }
     let start = match (routers, calibrated, args.active_target) {
         (Routers::Untrained(init), false, _) => RouterStart::Init(init),

@@ -28,14 +28,17 @@ use dsmoe_kernels::Isa;
 use dsmoe_kernels::comm::Communicator;
 
 use crate::cli::{Cli, Command};
+use crate::hub;
 use crate::processes;
 use crate::ui::Ui;
 
 /// Runs the command that `cli` names.
-pub(crate) fn run(cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
+pub(crate) fn run(mut cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
     Isa::from_env()?;
     let comm = processes::connect(cli.command.processes())?;
-    let outcome = run_on(&comm, cli, &mut processes::ui_of(&*comm, *ui));
+    let own = &mut processes::ui_of(&*comm, *ui);
+    let models = hub::find_models(&mut cli, comm.size(), own);
+    let outcome = models.and_then(|()| run_on(&comm, cli, own));
     processes::ended(&*comm, outcome, ui)
 }
 

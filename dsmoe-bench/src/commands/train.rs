@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use anyhow::{Result, bail};
 use dsmoe_core::Device;
@@ -15,7 +14,7 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::comm::{Communicator, What};
 use dsmoe_train::config::{Budget, NearDuplicates, TEACHER_TOP, TrainConfig};
 use dsmoe_train::engine::Share;
-use dsmoe_train::run::{RunOptions, TrainData, Trainer, lanes_of};
+use dsmoe_train::run::{RunOptions, TrainData, Trainer, check_out, lanes_of};
 use dsmoe_train::{LARGEST_CACHE, RowShape, Zero};
 use serde::Serialize;
 
@@ -24,7 +23,7 @@ use crate::cli::values::Active;
 use crate::estimate::{self, H100, flops_per_second, training_flops};
 use crate::files::lossy;
 use crate::format;
-use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts_of};
+use crate::interrupts::{INTERRUPTED, catch_interrupts_of, interrupted};
 use crate::memory;
 use crate::models::{load_model, show_config_notices, tokenizer};
 use crate::processes::agree;
@@ -116,7 +115,7 @@ pub(crate) fn run(
         return Ok(ExitCode::SUCCESS);
     }
     let advice = format!("continue with: {}", resume_command(std::env::args()));
-    if !STOP.load(Ordering::Relaxed) {
+    if !interrupted() {
         ui.note(advice);
         return Ok(ExitCode::SUCCESS);
     }
@@ -139,6 +138,8 @@ fn prepare(
     let processes = args.plan_for.unwrap_or(comm.size());
     config.lanes.get_or_insert(processes);
     keep_apart(&args.model, &args.out)?;
+    let (resume, force) = (args.resume, args.force);
+    check_out(&RunOptions { resume, force, ..RunOptions::new(&args.model, &args.out) })?;
     let options = CorpusOptions {
         doc_separator: config.doc_separator.clone(),
         text_column: config.text_column.clone(),
@@ -234,7 +235,7 @@ fn fit_sequences(args: &Train, config: &mut TrainConfig, ui: &Ui) -> Result<()> 
     let positions = Config::load(&args.model)?.max_position;
     if args.seq.is_some() || args.set.iter().any(names_seq) || in_file()? {
         if config.seq > positions {
-            bail!("seq is {}; use at most the model's max_position_embeddings {positions}", config.seq);
+            bail!("--seq is {}; use at most the model's max_position_embeddings {positions}", config.seq);
         }
         return Ok(());
     }

@@ -12,7 +12,7 @@ use crate::cli::bench::History;
 use crate::files::write;
 use crate::machine::Machine;
 use crate::report::html::page;
-use crate::report::{Chapter, Figure, Look, Plot, Point, Report, Series};
+use crate::report::{Block, Chapter, Figure, Look, Plot, Point, Report, Series};
 use crate::ui::Ui;
 
 /// The smallest range of a chart in percent, so that noise does not look like a change.
@@ -86,19 +86,26 @@ fn report(records: &[Record], others: &[String]) -> Report {
         let blocks = trends.into_iter().map(|(name, found)| trend(name, &found).into()).collect();
         Chapter::new(&format!("suite-{suite}"), suite, blocks)
     });
+    let mut chapters: Vec<Chapter> = chapters.collect();
+    if !others.is_empty() {
+        let text = format!("These files are not records and were left out: {}.", others.join(", "));
+        chapters.push(Chapter::new("left-out", "Left out", vec![Block::Text(text)]));
+    }
     Report {
         title: "dsmoe benchmarks".to_owned(),
         subtitle: format!(
             "{} records. A point is a median and its 99 % interval: of the ratio to the calibration kernel for times. Points \
              of other machines are not joined.{}",
             records.len(),
-            match others.is_empty() {
-                true => String::new(),
-                false => format!(" Files that are not records were left out: {}.", others.join(", ")),
+            match others.len() {
+                0 => String::new(),
+                1 => " One file is not a record and was left out; it is named at the end.".to_owned(),
+                more =>
+                    format!(" {more} files are not records and were left out; they are named at the end."),
             }
         ),
         accent: Vec::new(),
-        chapters: chapters.collect(),
+        chapters,
     }
 }
 
@@ -156,6 +163,10 @@ mod tests {
         assert_eq!(page.matches("<circle").count(), 3);
         assert_eq!(page.matches("<polyline").count(), 1);
         assert!(page.contains("1.100 s now, +10.0 % since the first record"), "{page}");
-        assert!(page.contains("not records were left out: other.json") && !page.contains("NaN"));
+        assert!(
+            page.contains("not records and were left out: other.json")
+                && page.contains("One file is not a record")
+                && !page.contains("NaN")
+        );
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use super::scatter::{NARROW, scatter_svg};
 use super::svg::{self, COLOURS, chart, dash, escape};
 use super::{Block, Cell, Figure, Look, Plot, Report, Series, Tabular};
 
@@ -147,8 +148,20 @@ fn figure_html(figure: &Figure) -> String {
         "<figure id=\"{}\">\n<figcaption>{}</figcaption>\n{}\n{legend}{note}</figure>\n",
         escape(&figure.id),
         prose(&figure.title),
-        chart(figure)
+        chart_html(figure)
     )
+}
+
+/// Writes the chart; one of named marks twice, since its names have no room on a narrow screen otherwise.
+fn chart_html(figure: &Figure) -> String {
+    match &figure.plot {
+        Plot::Scatter { marks } => format!(
+            "<div class=\"wide\">{}</div><div class=\"narrow\">{}</div>",
+            chart(figure),
+            scatter_svg(figure, marks, NARROW)
+        ),
+        Plot::Axes { .. } | Plot::Heat { .. } => chart(figure),
+    }
 }
 
 /// Lists the names of lines; clouds have theirs beside their marks.

@@ -50,7 +50,7 @@ pub(super) fn dash(series: &Series) -> &'static str {
 pub(super) fn chart(figure: &Figure) -> String {
     match &figure.plot {
         Plot::Axes { series, least } => axes_svg(figure, series, *least),
-        Plot::Scatter { marks } => scatter_svg(figure, marks),
+        Plot::Scatter { marks } => scatter_svg(figure, marks, WIDTH),
         Plot::Heat { rows, columns, values } => heat_svg(figure, rows, columns, values),
     }
 }

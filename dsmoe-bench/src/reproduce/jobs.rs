@@ -5,6 +5,7 @@ use anyhow::{Result, bail};
 use super::outputs::{Output, Part};
 use super::profile::{MethodSpec, Profile, Role};
 use crate::cli::reproduce::Reproduce;
+use crate::format;
 
 /// A method and seed.
 #[derive(Clone, Copy, Debug)]
@@ -44,7 +45,16 @@ pub(crate) fn all_jobs<'a>(
     }
     for share in &options.budgets {
         if !profile.method.iter().any(|spec| profile.served_by(spec) == *share) {
-            bail!("--budgets {share}: profile {} has no such budget", profile.name);
+            let mut served: Vec<f64> = profile.method.iter().map(|spec| profile.served_by(spec)).collect();
+            served.sort_by(f64::total_cmp);
+            served.dedup();
+            let served: Vec<String> = served.into_iter().map(format::percent).collect();
+            bail!(
+                "--budgets {}: profile {} has no such budget; it has {}",
+                format::percent(*share),
+                profile.name,
+                served.join(", ")
+            );
         }
     }
     let wanted = |spec: &&MethodSpec| {

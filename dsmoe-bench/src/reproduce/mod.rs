@@ -59,12 +59,15 @@ use self::stages::Stages;
 use self::text::Text;
 use self::work::Work;
 use crate::cli::reproduce::Reproduce;
-use crate::files::{make_folder, read_json, write_json};
+use crate::files::{check_folder, make_folder, read_json, write_json};
 use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
 use crate::ui::{Ui, stderr_line};
 
 /// How long a process waits when others work on all models that are left.
 const COME_BACK: Duration = Duration::from_millis(500);
+
+/// The remedy for an output directory that is not empty.
+const NOT_EMPTY: &str = "pass --resume to continue there, or choose another --out";
 
 /// Runs a reproduction, or prints its plan.
 pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
@@ -90,6 +93,8 @@ pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
     let jobs: Vec<Planned<'_>> = mine.map(|(_, planned)| planned).collect();
     check_text(args, &profile)?;
     if args.dry_run {
+        // A default directory may hold the run that is planned.
+        args.out.as_deref().map_or(Ok(()), |out| check_folder(out, args.resume, NOT_EMPTY))?;
         plan::run(args, &profile, &jobs, ui)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -118,7 +123,7 @@ fn in_folder(
 
 /// Makes the directory, or continues in it, and locks it for this process.
 fn open(out: &Path, resume: bool) -> Result<Option<File>> {
-    make_folder(out, resume, "pass --resume to continue there, or choose another --out")?;
+    make_folder(out, resume, NOT_EMPTY)?;
     if !cfg!(unix) {
         return Ok(None);
     }

@@ -207,7 +207,7 @@ fn what_is_wrong_with_sources_is_said() {
     }
     write("bad/short.txt", "A few words.");
     for (words, parts) in [
-        ("one=a.txt:x", &["a.txt:x", "No such file"][..]),
+        ("one=a.txt:x", &["a.txt:x", "there is no such file or folder"][..]),
         ("one=text.txt:0", &["weight 0", "above 0"]),
         ("one=text.txt text.txt", &["some sources have names", "NAME=PATH:WEIGHT"]),
         (

@@ -63,6 +63,21 @@ fn an_interrupt_saves_and_the_rest_is_the_same() {
 }
 
 #[test]
+fn a_user_signal_saves_and_the_rest_is_the_same() {
+    succeeds(&train("unsignalled", 200, ""));
+    let line = train("signalled", 200, "--resume");
+    let child = spawn(&line);
+    let metrics = path("signalled/metrics.jsonl");
+    wait_until("training", || fs::metadata(&metrics).is_ok_and(|file| file.len() >= 3000));
+    let run = end(child, "-USR1");
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    shows(&run.stderr, &["dsmoe: stopping after this step"]);
+    assert!(newest_checkpoint("signalled").is_some() && !path("signalled/model.safetensors").exists());
+    succeeds(&line);
+    assert!(weights("unsignalled") == weights("signalled"), "weights differ after a signal");
+}
+
+#[test]
 fn a_full_disk_is_named_and_the_last_checkpoint_stays() {
     succeeds(&train("roomy", 20, ""));
     let line = train("full", 20, "--resume");

@@ -11,6 +11,7 @@ mod export;
 mod families;
 mod faults;
 mod golden;
+mod hub;
 mod mixtures;
 mod processes;
 mod prune;

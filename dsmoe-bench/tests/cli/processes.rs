@@ -231,18 +231,25 @@ fn a_training_resumes_on_any_number_and_stops_by_a_file() {
         assert_eq!(run.code, 0, "{}: {}", launcher.name, run.stderr);
         assert!(weights("resumed") == weights("whole"), "{}", launcher.name);
 
-        fs::remove_dir_all(path("stopped")).unwrap_or_default();
-        let long = "--active-target 0.5 --steps 100000";
-        let child = shared(&launcher, 2, &training("wide-moe", "stopped", long))
-            .stderr(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn();
-        let mut child = child.unwrap();
-        wait_for_steps("stopped");
-        write("stopped/stop", "");
-        assert!(child.wait().unwrap().success(), "{}", launcher.name);
-        assert!(!path("stopped/stop").exists());
-        assert_eq!(fs::read_dir(path("stopped/checkpoints")).unwrap().count(), 1);
+        // A file, a signal to the launcher, and one to a process: all stop after the same step, with a checkpoint.
+        for how in ["file", "launcher", "process"] {
+            fs::remove_dir_all(path("stopped")).unwrap_or_default();
+            let long = "--active-target 0.5 --steps 100000";
+            let mut command = shared(&launcher, 2, &training("wide-moe", "stopped", long));
+            let mut child = command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+            wait_for_steps("stopped");
+            let user_signal =
+                |process: String| Command::new("kill").args(["-USR1", &process]).status().unwrap();
+            match how {
+                "file" => write("stopped/stop", ""),
+                "launcher" => assert!(user_signal(child.id().to_string()).success()),
+                _ => assert!(user_signal(process_of("stopped", 1)).success()),
+            }
+            assert!(child.wait().unwrap().success(), "{}, {how}", launcher.name);
+            assert!(!path("stopped/stop").exists());
+            assert_eq!(checkpoints("stopped").len(), 1, "{}, {how}", launcher.name);
+            succeeds(&training("wide-moe", "stopped", &format!("{long} --resume --stop-after 1")));
+        }
     }
 }
 
@@ -424,8 +431,12 @@ fn checkpoints(out: &str) -> Vec<String> {
 #[test]
 fn a_process_killed_between_writes_of_a_checkpoint_leaves_what_resumes() {
     const TEST: &str = "a_process_killed_between_writes_of_a_checkpoint_leaves_what_resumes";
-    let launchers = mpi_launchers(TEST);
-    let Some(launcher) = launchers.first() else { return };
+    let mut launchers = mpi_launchers(TEST);
+    // Those of the distribution: Open MPI and MPICH.
+    launchers.truncate(2);
+    if launchers.is_empty() {
+        return;
+    }
     if Command::new("strace").arg("-V").output().is_err() {
         return skipped(TEST, "no strace");
     }
@@ -435,7 +446,7 @@ fn a_process_killed_between_writes_of_a_checkpoint_leaves_what_resumes() {
     };
     fs::remove_dir_all(path("unharmed")).unwrap_or_default();
     succeeds(&line("unharmed", ""));
-    for rank in [0, 1] {
+    for (launcher, rank) in launchers.iter().flat_map(|launcher| [(launcher, 0), (launcher, 1)]) {
         let mut kills = 0;
         for nth in 1.. {
             fs::remove_dir_all(path("harmed")).unwrap_or_default();
@@ -449,14 +460,15 @@ fn a_process_killed_between_writes_of_a_checkpoint_leaves_what_resumes() {
             }
             kills += 1;
             succeeds(&line("harmed", "--resume"));
-            assert!(weights("harmed") == weights("unharmed"), "rank {rank}, killed at call {nth}");
+            let place = format!("{}, rank {rank}, killed at call {nth}", launcher.name);
+            assert!(weights("harmed") == weights("unharmed"), "{place}");
             assert!(
                 checkpoints("harmed").iter().all(|name| !name.starts_with('.')),
                 "{:?}",
                 checkpoints("harmed")
             );
         }
-        assert!(kills >= [6, 1][rank], "rank {rank} was killed {kills} times");
+        assert!(kills >= [6, 1][rank], "{}: rank {rank} was killed {kills} times", launcher.name);
     }
 }
 

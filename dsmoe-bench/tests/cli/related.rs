@@ -82,7 +82,7 @@ fn the_plan_counts_the_stages() {
     let of = list(&plan["rows"]).iter().map(|row| row["stages"].as_u64().unwrap()).sum::<u64>();
     assert_eq!((stages, list(&plan["rows"]).len()), (of, 12));
     let log = whole();
-    let last = log.lines().filter(|line| line.starts_with('[')).next_back().unwrap();
+    let last = log.lines().rfind(|line| line.starts_with('[')).unwrap();
     assert!(last.starts_with(&format!("[{stages}/{stages}] losses lesa-s1")), "{last} of {stages}");
     assert!(!path("related/plan").exists());
 }

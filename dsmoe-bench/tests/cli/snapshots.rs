@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::common::{Run, config, copy_of_dense, path, read, run, succeeds, weights, write};
 
 /// Command lines that fail, run in the folder of the models `dense` and `moe` and the text `text.txt`.
-const WRONG: [&str; 71] = [
+const WRONG: [&str; 77] = [
     "",
     "nonsense",
     "inspect nowhere",
@@ -84,6 +84,12 @@ const WRONG: [&str; 71] = [
     "export wrong/untied --as gguf --out out-snapshot",
     "export wrong/infinite --as hf --out out-snapshot",
     "export wrong/large --as hf --dtype bf16 --out out-snapshot",
+    "train dense --data text.txt --steps 1 --seq 16 --out moe --dry-run",
+    "train dense --data text.txt --steps 1 --seq 16 --active-target 25%..100% --out out-snapshot",
+    "reproduce --out moe --dry-run",
+    "reproduce --budgets 25% --dry-run",
+    "convert dense --active-target 40 --experts 4 --out out-snapshot",
+    "generate dense --prompt x --top-p 140%",
 ];
 
 /// Writes what the lines about `wrong/` are about.

@@ -10,7 +10,7 @@ use dsmoe_router::{Routed, RouterConfig, Routing, SparsityGrad, confidence, sepa
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
 use super::bound::{RouterBound, draws};
-use super::gating::{Gating, GatingBackward, GatingWeights};
+use super::gating::{Gating, GatingBackward, GatingWeights, PackedGating};
 use super::{
     Decision, DeviceFfn, DsmoeForm, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport,
     FfnScratch, Gated, PackedFfn, Record, add_output_bias, routes,
@@ -116,8 +116,7 @@ impl DsmoeFfn {
 struct PackedDsmoe {
     ffn: DsmoeFfn,
     weights: PackedWeights,
-    /// The tensors of the [`Gating`].
-    gating: Vec<f32>,
+    gating: PackedGating,
     /// The bias of the output; empty where there is none.
     output_bias: Vec<f32>,
     /// Chooses experts in place of the router.
@@ -168,9 +167,7 @@ impl PackedFfn for PackedDsmoe {
     fn forward(&self, args: FfnInference<'_>) {
         let FfnInference { y, x, record, scratch } = args;
         let FfnScratch { experts, logits, low, routed, .. } = scratch;
-        let gating = self.ffn.gating();
-        let weights = gating.weights(&self.gating);
-        gating.forward(logits, low, x, weights);
+        self.gating.forward(logits, low, x);
         let (tokens, gates) = (x.len() / self.ffn.gated.hidden, &self.ffn.gates);
         let logits = matrix(logits, tokens, self.ffn.form.routed());
         routed.rebuild_for_inference(gates, self.ffn.bar, logits);
@@ -183,12 +180,12 @@ impl PackedFfn for PackedDsmoe {
         }
         self.ffn.count(record, &routed.routing, routed.logits.view());
         self.run(y, x, &routed.routing, experts);
-        gating.correct(y, low, weights);
+        self.gating.correct(y, low);
         add_output_bias(y, &self.output_bias);
     }
 
     fn bytes(&self) -> usize {
-        self.weights.bytes() + 4 * (self.ffn.gating().len() + self.output_bias.len())
+        self.weights.bytes() + self.gating.bytes() + size_of_val(&self.output_bias[..])
     }
 
     fn num_experts(&self) -> Option<usize> {
@@ -264,7 +261,7 @@ impl Ffn for DsmoeFfn {
         Box::new(PackedDsmoe {
             ffn: self.clone(),
             weights: PackedWeights::new(precision, &self.gated.weights(params), self.dims(0)),
-            gating: params[self.gated.len()..].to_vec(),
+            gating: self.gating().pack(&params[self.gated.len()..]),
             output_bias: self.gated.output_bias(params).to_vec(),
             bound: None,
         })
@@ -304,7 +301,7 @@ impl Ffn for DsmoeFfn {
             scratch: experts,
         }
         .run();
-        gating.correct(y, &saved.low, weights);
+        gating.correct(y, &saved.low, weights.correction);
         add_output_bias(y, self.gated.output_bias(params));
         FfnReport {
             sparsity_loss: sparsity::loss(&saved.routed, SparsityOver::Active),

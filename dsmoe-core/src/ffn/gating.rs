@@ -12,7 +12,7 @@
 use std::ops::Range;
 
 use dsmoe_kernels::buf::Buf;
-use dsmoe_kernels::matmul::{Mat, Matmul};
+use dsmoe_kernels::matmul::{Mat, Matmul, Packed};
 use dsmoe_kernels::{Precision, linear};
 
 use super::{split, split_mut};
@@ -42,7 +42,20 @@ pub(super) struct GatingWeights<'a> {
     second: &'a [f32],
     bias: &'a [f32],
     /// C, transposed: `[r, hidden]`.
-    correction: &'a [f32],
+    pub(super) correction: &'a [f32],
+}
+
+/// A [`Gating`] for inference: its matrices in the order in which products read them.
+#[derive(Debug)]
+pub(super) struct PackedGating {
+    gating: Gating,
+    /// Y or A.
+    first: Packed,
+    /// B; none at full rank.
+    second: Option<Packed>,
+    bias: Vec<f32>,
+    /// C, transposed: `[r, hidden]`.
+    correction: Vec<f32>,
 }
 
 /// Operands of [`Gating::backward`].
@@ -103,11 +116,6 @@ impl Gating {
         })
     }
 
-    /// Returns the number of values of all tensors.
-    pub(super) fn len(&self) -> usize {
-        self.lens().iter().sum()
-    }
-
     /// Returns the views of the tensors, which start the block.
     pub(super) fn weights<'a>(&self, block: &'a [f32]) -> GatingWeights<'a> {
         let [first, second, bias, correction] = split(block, self.lens());
@@ -139,18 +147,28 @@ impl Gating {
         };
         let dims = Gating::linear(tokens, inputs, routed);
         linear::Forward { y: logits, x, w, bias: None, dims }.run();
-        if self.bias {
-            for row in logits.chunks_exact_mut(routed) {
-                row.iter_mut().zip(weights.bias).for_each(|(z, b)| *z += b);
-            }
+        add_bias(logits, weights.bias);
+    }
+
+    /// Returns the gating for inference; its tensors start the block.
+    pub(super) fn pack(self, block: &[f32]) -> PackedGating {
+        let Gating { hidden, routed, rank, .. } = self;
+        let GatingWeights { first, second, bias, correction } = self.weights(block);
+        let pack = |w, rows, cols| Packed::new(Precision::F32, Mat::new(w, rows, cols));
+        PackedGating {
+            gating: self,
+            first: pack(first, rank.unwrap_or(routed), hidden),
+            second: rank.map(|rank| pack(second, routed, rank)),
+            bias: bias.to_vec(),
+            correction: correction.to_vec(),
         }
     }
 
     /// Adds the linear term to `y`, where there is one.
-    pub(super) fn correct(&self, y: &mut [f32], low: &[f32], weights: GatingWeights<'_>) {
+    pub(super) fn correct(&self, y: &mut [f32], low: &[f32], correction: &[f32]) {
         if let Some(rank) = self.rank.filter(|_| self.correction) {
             let dims = Gating::linear(y.len() / self.hidden, self.hidden, rank);
-            linear::BackwardInput { dx: y, dy: low, w: weights.correction, dims, add: true }.run();
+            linear::BackwardInput { dx: y, dy: low, w: correction, dims, add: true }.run();
         }
     }
 
@@ -203,5 +221,44 @@ impl Gating {
         linear::BackwardWeight { dw: dcorrection, dy: low, x: dy, dims }.run();
         let (dy, correction) = (Mat::new(dy, tokens, hidden), Mat::new(correction, rank, hidden));
         Matmul { c: dlow, a: dy, b: correction.t(), accumulate: true, precision: Precision::F32 }.run();
+    }
+}
+
+impl PackedGating {
+    /// Does as [`Gating::forward`].
+    pub(super) fn forward(&self, logits: &mut Buf, low: &mut Buf, x: &[f32]) {
+        let rows = x.len() / self.gating.hidden;
+        logits.resize(rows * self.gating.routed);
+        low.resize(self.gating.low_len(rows));
+        let multiply =
+            |y: &mut [f32], x: &[f32], w| linear::ForwardPacked { y, x, w, bias: None, rows }.run();
+        match &self.second {
+            None => multiply(logits, x, &self.first),
+            Some(second) => {
+                multiply(low, x, &self.first);
+                multiply(logits, low, second);
+            }
+        }
+        add_bias(logits, &self.bias);
+    }
+
+    /// Does as [`Gating::correct`].
+    pub(super) fn correct(&self, y: &mut [f32], low: &[f32]) {
+        self.gating.correct(y, low, &self.correction);
+    }
+
+    /// Returns the bytes of memory.
+    pub(super) fn bytes(&self) -> usize {
+        let second = self.second.as_ref().map_or(0, Packed::bytes);
+        self.first.bytes() + second + size_of_val(&self.bias[..]) + size_of_val(&self.correction[..])
+    }
+}
+
+/// Adds `bias`, where there is one, to every row of `logits`.
+fn add_bias(logits: &mut [f32], bias: &[f32]) {
+    if !bias.is_empty() {
+        for row in logits.chunks_exact_mut(bias.len()) {
+            row.iter_mut().zip(bias).for_each(|(z, b)| *z += b);
+        }
     }
 }

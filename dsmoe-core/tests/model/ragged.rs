@@ -108,7 +108,8 @@ fn a_sequence_scores_alike_alone_in_a_batch_and_behind_a_shared_beginning() {
 #[test]
 fn many_sequences_decode_as_each_alone() {
     each_model(|model| {
-        let prompts = [text(1, 7), text(2, 20), text(3, 1)];
+        // More texts than a kernel for a few rows would take.
+        let prompts = [(1, 7), (2, 20), (3, 1), (4, 3), (5, 9), (6, 2)].map(|(seed, len)| text(seed, len));
         let mut workspace = Workspace::default();
         let alone: Vec<Vec<f32>> = prompts
             .iter()
@@ -120,18 +121,18 @@ fn many_sequences_decode_as_each_alone() {
                     .collect()
             })
             .collect();
-        let mut caches = [(); 3].map(|()| Cache::new(model, 1));
+        let mut caches = [(); 6].map(|()| Cache::new(model, 1));
         for (prompt, cache) in prompts.iter().zip(&mut caches) {
             model.decode(prompt, cache, None, &mut workspace).unwrap();
         }
         for i in 0..5 {
             let mut caches: Vec<&mut Cache> = caches.iter_mut().collect();
-            let logits = model.decode_each(&[i * 3; 3], &mut caches, None, &mut workspace).unwrap();
+            let logits = model.decode_each(&[i * 3; 6], &mut caches, None, &mut workspace).unwrap();
             for (logits, alone) in logits.chunks(VOCAB).zip(&alone) {
                 assert_eq!(logits, &alone[i as usize * VOCAB..][..VOCAB]);
             }
         }
-        assert_eq!(caches.map(|cache| cache.len()), [12, 25, 6]);
+        assert_eq!(caches.map(|cache| cache.len()), [12, 25, 6, 8, 14, 7]);
     });
 }
 

@@ -41,24 +41,32 @@ fn remove_files(out: &Path, names: &[String]) -> Result<()> {
     paths.try_for_each(|path| fs::remove_file(&path).map_err(Error::io(&path)))
 }
 
-/// Checks that the run directory may be used, and locks it.
-pub(super) fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
+/// The names in a run directory: what an interrupted write left, and all others.
+struct Names {
+    left: Vec<String>,
+    names: Vec<String>,
+}
+
+/// Returns whether a run makes a file or a folder of this name.
+fn ours(name: &str) -> bool {
+    [METRICS_FILE, CHECKPOINTS, FINAL_TEMPORARY, STOP_FILE].contains(&name) || name.starts_with(CONFIG_FILE)
+}
+
+/// Checks that a run may use the directory of its output, without changing anything.
+///
+/// # Errors
+/// The directory is not empty, holds no run, holds the model to train, or cannot be read.
+pub fn check_out(options: &RunOptions) -> Result<()> {
+    names_of_usable(options).map(drop)
+}
+
+fn names_of_usable(options: &RunOptions) -> Result<Names> {
     let out = &options.out;
     let (left, names): (Vec<String>, Vec<String>) =
         files::names(out)?.into_iter().partition(|name| is_left_by_a_write(name));
-    let ours = |name: &str| {
-        [METRICS_FILE, CHECKPOINTS, FINAL_TEMPORARY, STOP_FILE].contains(&name)
-            || name.starts_with(CONFIG_FILE)
-    };
     if options.resume {
         let is_run = names.is_empty() || names.iter().any(|name| ours(name));
-        if !is_run {
-            return Err(Error::NotARun(out.clone()));
-        }
-        let held = files::lock_dir(out)?;
-        remove_stop_file(out)?;
-        remove_files(out, &left)?;
-        return Ok(held);
+        return if is_run { Ok(Names { left, names }) } else { Err(Error::NotARun(out.clone())) };
     }
     if !names.is_empty() && !options.force {
         return Err(Error::OutNotEmpty(out.clone()));
@@ -70,6 +78,19 @@ pub(super) fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>
     }
     if !names.is_empty() && !names.iter().any(|name| ours(name) || name == "config.json") {
         return Err(Error::NotARun(out.clone()));
+    }
+    Ok(Names { left, names })
+}
+
+/// Checks that the run directory may be used, and locks it.
+pub(super) fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>> {
+    let out = &options.out;
+    let Names { left, names } = names_of_usable(options)?;
+    if options.resume {
+        let held = files::lock_dir(out)?;
+        remove_stop_file(out)?;
+        remove_files(out, &left)?;
+        return Ok(held);
     }
     let starts = ["tokenizer", "chat_template.", "events.out.tfevents."];
     let model_file = |name: &str| {

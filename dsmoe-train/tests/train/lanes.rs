@@ -110,6 +110,4 @@ fn lanes_belong_to_a_run() {
     assert_ne!(old, state);
     std::fs::write(&path, old).unwrap();
     bed.rest("old", &[]);
-    let parts = ["lanes is 2; use 1 where thresholds hold the share"];
-    refused(&text(1), settings(&["lanes=2", "hold=threshold"]), bed.options("held"), &parts);
 }

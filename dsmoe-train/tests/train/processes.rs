@@ -186,6 +186,15 @@ fn any_number_of_processes_leaves_the_same_bytes() {
     }
     let source = dir.path().join("dsmoe");
     let out = |name: &str| dir.path().join(name);
+    // In the other stages lanes that are computed together have to be a node of the tree.
+    for zero in [Zero::Gradients, Zero::Parameters] {
+        let (source, out) = (&source, &out("refused"));
+        let run = Shared { source, out, size: 3, steps: None, resume: false, zero };
+        for outcome in run.run_with(|member| (Arc::new(member), shared(&["lanes=12"]))) {
+            let told = outcome.unwrap_err().to_string();
+            assert!(told.contains("lanes is 12 on 3 processes; use 1, 2, 4 or 12 processes"), "{told}");
+        }
+    }
     whole(&source, &out("12 on 1"), 1, &["lanes=12", "dtype=bf16"]);
     whole(&source, &out("12 on 3"), 3, &["lanes=12", "dtype=bf16"]);
     assert_same(&out("12 on 1"), &out("12 on 3"));
@@ -209,6 +218,47 @@ fn any_stage_leaves_the_same_bytes() {
                 in_stage(zero, (&source, &out), size, more);
                 assert_same(&alone, &out);
             }
+        }
+    }
+}
+
+#[test]
+fn thresholds_that_hold_the_share_do_not_know_the_number_of_processes() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = &wide(dir.path(), "dsmoe");
+    for (name, more) in [
+        ("one", &["active_target=0.4", "hold=threshold", "lanes=4", "accumulate=2"][..]),
+        ("range", &["active_range=[0.3, 1.0]", "separability=0.1", "lanes=4", "dtype=bf16"]),
+    ] {
+        let more = &[&["steps=6", "lr=1e-2", "valid_fraction=0.3", "eval_every=3"], more].concat();
+        let alone = &dir.path().join(format!("{name} alone"));
+        whole(source, alone, 1, more);
+        let moved: Vec<f64> =
+            metrics(alone).iter().filter_map(|line| line["threshold_logit"].as_f64()).collect();
+        assert!(moved.windows(2).any(|pair| pair[0] != pair[1]), "{moved:?}");
+        for (size, zero) in
+            [(2, Zero::Moments), (4, Zero::Moments), (2, Zero::Gradients), (4, Zero::Parameters)]
+        {
+            let out = &dir.path().join(format!("{name} {size} {zero:?}"));
+            in_stage(zero, (source, out), size, more);
+            assert_same(alone, out);
+        }
+        // Parts of the run on other numbers of processes leave the same bytes.
+        let parts = &dir.path().join(format!("{name} parts"));
+        for (size, steps, zero) in
+            [(4, Some(1), Zero::Parameters), (1, Some(2), Zero::Moments), (2, None, Zero::Gradients)]
+        {
+            Shared { source, out: parts, size, steps, resume: parts.exists(), zero }.run(more);
+        }
+        assert_eq!(
+            std::fs::read(parts.join("config.json")).unwrap(),
+            std::fs::read(alone.join("config.json")).unwrap()
+        );
+        for file in ["model.safetensors", "checkpoints/step-00000006/optimizer.safetensors"] {
+            assert!(
+                std::fs::read(parts.join(file)).unwrap() == std::fs::read(alone.join(file)).unwrap(),
+                "{name}: {file}"
+            );
         }
     }
 }

@@ -93,8 +93,8 @@ fn shares(args: &Sweep, config: &Config) -> Result<Vec<f64>> {
     let budgets = config.moe.as_ref().map_or(&[][..], |moe| &moe.parts.budgets);
     let (Some(first), Some(last)) = (budgets.first(), budgets.last()) else {
         bail!(
-            "{}: this model stores no thresholds by budget; give one made by `dsmoe convert` with --calib, or trained with \
-             `dsmoe train` --active-target 0.25..1.0",
+            "{}: this model stores no thresholds by budget; give one made by `dsmoe convert` with --calib, or trained by \
+             `dsmoe train --active-target 0.25..1.0`",
             args.model.display()
         );
     };

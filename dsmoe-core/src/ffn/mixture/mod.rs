@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved};
+use dsmoe_kernels::matmul::Packed;
 
 pub(crate) use shared::SHARED_EXPERT;
 
@@ -50,7 +51,7 @@ struct MixtureSaved {
 struct PackedMixture {
     ffn: MixtureFfn,
     weights: PackedWeights,
-    router: Vec<f32>,
+    router: Packed,
     shared: Option<PackedShared>,
 }
 
@@ -100,7 +101,7 @@ impl PackedFfn for PackedMixture {
     fn forward(&self, args: FfnInference<'_>) {
         let FfnInference { y, x, record, scratch } = args;
         let mut saved = RouterSaved::default();
-        let routed = self.ffn.router.forward(&mut saved, x, &self.router, None);
+        let routed = self.ffn.router.forward_packed(&mut saved, x, &self.router);
         routed.count(record);
         let (dims, routes) = (self.ffn.dims(x.len() / self.ffn.gated.hidden), routes(routed.routing));
         let (pairs, weights) = (Pairs::Routed(&routes), &self.weights);
@@ -112,7 +113,7 @@ impl PackedFfn for PackedMixture {
     }
 
     fn bytes(&self) -> usize {
-        self.weights.bytes() + 4 * self.router.len() + self.shared.as_ref().map_or(0, PackedShared::bytes)
+        self.weights.bytes() + self.router.bytes() + self.shared.as_ref().map_or(0, PackedShared::bytes)
     }
 
     fn num_experts(&self) -> Option<usize> {
@@ -167,7 +168,7 @@ impl Ffn for MixtureFfn {
         Box::new(PackedMixture {
             ffn: self.clone(),
             weights: PackedWeights::new(precision, &self.gated.weights(params), self.dims(0)),
-            router: params[router..][..self.router.len()].to_vec(),
+            router: self.router.pack(&params[router..]),
             shared: self.shared().map(|expert| expert.pack(&params[shared..], precision)),
         })
     }

@@ -5,6 +5,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::matmul::{Mat, Packed};
 use dsmoe_kernels::{Precision, linear};
 use dsmoe_router::confidence;
 use dsmoe_router::expert_map::ExpertMap;
@@ -61,11 +62,58 @@ impl MixtureRouter {
     }
 
     fn logits(&self, x: &[f32], params: &[f32]) -> Array2<f32> {
-        let shape = (x.len() / self.hidden, self.config.num_experts);
-        let mut logits = Array2::zeros(shape);
-        let y = logits.as_slice_mut().expect("a new array is contiguous");
-        linear::Forward { y, x, w: &params[..self.len()], bias: None, dims: self.dims(shape.0) }.run();
+        let w = &params[..self.len()];
+        self.logits_by(x, |y, rows| linear::Forward { y, x, w, bias: None, dims: self.dims(rows) }.run())
+    }
+
+    /// Returns the logits that `product` sets for the rows of `x`.
+    fn logits_by(&self, x: &[f32], product: impl FnOnce(&mut [f32], usize)) -> Array2<f32> {
+        let rows = x.len() / self.hidden;
+        let mut logits = Array2::zeros((rows, self.config.num_experts));
+        product(logits.as_slice_mut().expect("a new array is contiguous"), rows);
         logits
+    }
+
+    /// Returns the matrix in the order in which products read it.
+    pub(super) fn pack(&self, params: &[f32]) -> Packed {
+        let w = Mat::new(&params[..self.len()], self.config.num_experts, self.hidden);
+        Packed::new(Precision::F32, w)
+    }
+
+    /// Routes `x` by a packed matrix.
+    pub(super) fn forward_packed<'a>(
+        &self,
+        saved: &'a mut RouterSaved,
+        x: &[f32],
+        w: &Packed,
+    ) -> HostRouted<'a> {
+        let logits = self.logits_by(x, |y, rows| linear::ForwardPacked { y, x, w, bias: None, rows }.run());
+        self.route(saved, &logits, None)
+    }
+
+    /// Routes tokens by their logits; without `training` there are no losses, and no expert fades out.
+    fn route<'a>(
+        &self,
+        saved: &'a mut RouterSaved,
+        logits: &Array2<f32>,
+        training: Option<GateTraining>,
+    ) -> HostRouted<'a> {
+        let fade = training.map_or(Fade::NONE, |training| training.fade);
+        let routed = saved.gates.insert(mixture::route(&self.config, logits.view(), fade));
+        let weight = training.map_or(0.0, |training| self.weight(training));
+        let balance_loss = if weight == 0.0 { 0.0 } else { weight * mixture::balance_loss(routed) };
+        let has_entropy = training.is_some_and(|training| training.entropy != 0.0);
+        let gate_entropy =
+            if has_entropy { confidence::of_softmax(routed.probabilities.view()) } else { 0.0 };
+        let routing = match &self.map {
+            None => &routed.routing,
+            Some(map) => {
+                let mapped = saved.mapped.get_or_insert_default();
+                map.route(&routed.routing, mapped);
+                mapped
+            }
+        };
+        HostRouted { routing, balance_loss, gate_entropy }
     }
 
     fn weight(&self, training: GateTraining) -> f64 {
@@ -86,23 +134,7 @@ impl HostGate for MixtureRouter {
         training: Option<GateTraining>,
     ) -> HostRouted<'a> {
         let saved: &mut RouterSaved = saved.downcast_mut().expect("saved by the router of a mixture");
-        let fade = training.map_or(Fade::NONE, |training| training.fade);
-        let routed = saved.gates.insert(mixture::route(&self.config, self.logits(x, params).view(), fade));
-        let weight = training.map_or(0.0, |training| self.weight(training));
-        let balance_loss = if weight == 0.0 { 0.0 } else { weight * mixture::balance_loss(routed) };
-        let gate_entropy = match training {
-            Some(training) if training.entropy != 0.0 => confidence::of_softmax(routed.probabilities.view()),
-            _ => 0.0,
-        };
-        let routing = match &self.map {
-            None => &routed.routing,
-            Some(map) => {
-                let mapped = saved.mapped.get_or_insert_default();
-                map.route(&routed.routing, mapped);
-                mapped
-            }
-        };
-        HostRouted { routing, balance_loss, gate_entropy }
+        self.route(saved, &self.logits(x, params), training)
     }
 
     fn backward(&self, args: GateBackward<'_>) {

@@ -165,6 +165,10 @@ impl CpuInference {
     }
 
     pub(crate) fn set_thresholds(&mut self, logits: &[f32]) -> Result<()> {
+        if let Some(lent) = &mut self.lent {
+            assert_eq!(logits.len(), lent.ffns.len(), "inference: thresholds and layers");
+            return set_thresholds(logits, |layer, logit| lent.ffns[layer].set_threshold_logit(logit));
+        }
         assert_eq!(logits.len(), self.layers.len(), "inference: thresholds and layers");
         set_thresholds(logits, |layer, logit| self.layers[layer].ffn.set_threshold_logit(logit))
     }

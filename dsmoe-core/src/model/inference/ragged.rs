@@ -4,6 +4,7 @@
 //! A token's results do not depend on what else is in the batch: products, norms and FFNs take rows one by one, and
 //! every sequence has an attention of its own.
 
+use dsmoe_kernels::crew::with_crew;
 use dsmoe_kernels::{attention, cross_entropy};
 use dsmoe_router::RoutingStats;
 use rayon::prelude::*;
@@ -43,11 +44,13 @@ impl CpuInference {
         stats: Option<&mut RoutingStats>,
         workspace: &mut Workspace,
     ) {
-        in_pool(|| {
+        let run = || {
             self.forward(ids, stats, workspace, |layer, heads| self.attend_caches(layer, heads, caches));
             let Workspace { h, logits, .. } = &mut *workspace;
             self.head(logits, h, ids.len());
-        });
+        };
+        // From eight texts on every loop is long enough for the pool.
+        in_pool(|| if ids.len() <= attention::DECODE_QUERIES { with_crew(run) } else { run() });
     }
 
     /// Computes the attention of every segment by itself.

@@ -28,12 +28,10 @@
 //!
 //! `train.rs` has the passes of training, which keep a and b ([`Saved`]), and `infer.rs` the forward over packed weights:
 //! that of the dense FFN, and in `open.rs` that of experts. Dense passes end in the combine of `combine.rs`, those over
-//! experts in the sum of `strips.rs`, which adds the experts' outputs to the rows of their tokens. A few tokens take the way of
-//! `few.rs`.
+//! experts in the sum of `strips.rs`, which adds the experts' outputs to the rows of their tokens.
 
 mod combine;
 mod dims;
-mod few;
 mod infer;
 mod kernel;
 mod open;

@@ -2,21 +2,20 @@
 //!
 //! The work is one list of panels: 16 neurons of an expert with the tokens that run it. Rows of x are not copied expert by
 //! expert. They are stored once in the words that products read, and a product reads the rows that it needs where they lie.
-//! It computes `c = coefficient * act(a) * b` for every panel of the list. What the experts make of c is added by strips; for
-//! a few tokens by the task that has computed c, see [`few`](super::few).
+//! It computes `c = coefficient * act(a) * b` for every panel of the list. What the experts make of c is added by strips. A
+//! token's sums have one order for any number of tokens, so that a text decodes alike alone and beside others.
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::dims::Dims;
-use super::few::{self, FEW};
 use super::kernel::gated;
 use super::packed::{NEURONS, PackedExperts, PackedWeights};
 use super::plan::Plan;
 use super::scratch::{Stored, recycled};
 use super::strips::{Run, Sum, list};
 use crate::buf::{Buf, SharedRows, with_spare};
-use crate::matmul::picked::{Products, Step, Strided, most_rows, row_words, with_rows, with_step};
+use crate::matmul::picked::{Products, Step, most_rows, row_words, with_rows, with_step};
 use crate::matmul::{PANEL, Precision, for_tasks, tasks_for, tiles};
 use crate::simd::{Product, ProductKernel, SQUARE};
 use crate::swiglu::Activation;
@@ -30,8 +29,6 @@ const BLOCK: usize = 512;
 pub(super) struct Words {
     pub(super) x: Buf,
     pub(super) c: Buf,
-    /// What parts of a list of panels add to y.
-    pub(super) parts: Buf,
     pub(super) panels: Vec<Panel<'static>>,
     pub(super) cut: Vec<Range<usize>>,
 }
@@ -46,10 +43,7 @@ pub(super) fn forward(
     stored: &mut Stored,
 ) {
     let Plan { dims: Dims { tokens, hidden, .. }, isa, precision, .. } = *plan;
-    if tokens <= FEW {
-        return few::forward(y, x, weights, plan, words, stored);
-    }
-    let Words { x: words_of_x, c, panels: list_of_panels, cut, .. } = words;
+    let Words { x: words_of_x, c, panels: list_of_panels, cut } = words;
     let mut runs = recycled(std::mem::take(&mut stored.runs));
     let x = Rows::new(words_of_x, x, plan);
     let group = row_words(isa, precision, NEURONS);
@@ -87,7 +81,7 @@ pub(super) struct Rows<'a> {
 impl<'a> Rows<'a> {
     /// Stores the rows of x, rounded. Rows are an odd number of cache lines apart, so that they do not share places of the
     /// cache.
-    pub(super) fn new(words: &'a mut Buf, x: &[f32], plan: &Plan<'_>) -> Rows<'a> {
+    fn new(words: &'a mut Buf, x: &[f32], plan: &Plan<'_>) -> Rows<'a> {
         let Plan { dims: Dims { tokens, hidden, .. }, isa, precision, .. } = *plan;
         let len = row_words(isa, precision, hidden);
         let stride = (len.div_ceil(SQUARE) | 1) * SQUARE;
@@ -150,7 +144,7 @@ pub(super) struct Panel<'a> {
 
 impl<'a> Panel<'a> {
     /// Lists the panels of some runs, in the memory of another list.
-    pub(super) fn list(
+    fn list(
         memory: &mut Vec<Panel<'static>>,
         runs: &'a [Run<'a>],
         weights: &'a PackedWeights,
@@ -165,14 +159,8 @@ impl<'a> Panel<'a> {
         panels
     }
 
-    /// Returns the down weights of the panel's neurons.
-    pub(super) fn down(self) -> Strided<'a> {
-        let all = self.experts.down_words(self.run.expert);
-        Strided { words: all.from(0, self.panel), ..all }
-    }
-
     /// Returns the gate and up weights.
-    pub(super) fn words(self) -> &'a [f32] {
+    fn words(self) -> &'a [f32] {
         let (words, len) = self.experts.gate_up_words(self.run.expert);
         &words[self.panel * len..][..len]
     }
@@ -183,13 +171,8 @@ impl<'a> Panel<'a> {
         Some(&biases[self.panel * PANEL..][..PANEL])
     }
 
-    /// Returns the panel's place among those of all experts of its kind.
-    pub(super) fn place(self) -> usize {
-        self.run.expert * self.run.groups + self.panel
-    }
-
     /// Returns the panel's first row of neurons.
-    pub(super) fn first(self) -> usize {
+    fn first(self) -> usize {
         self.run.first + self.panel * self.run.len()
     }
 }
@@ -240,7 +223,7 @@ impl GateUp<'_> {
 
     /// Sets the activations of one panel; `next` is read afterwards.
     #[inline(always)]
-    pub(super) fn set_panel<S: Product, M: Step>(
+    fn set_panel<S: Product, M: Step>(
         &self,
         s: S,
         panel: Panel<'_>,
@@ -258,10 +241,9 @@ impl GateUp<'_> {
     fn multiply<S: Product, M: Step>(&self, s: S, panel: Panel<'_>, sums: &mut [[f32; PANEL]], next: &[f32]) {
         let words = panel.words();
         let steps = words.len() / PANEL;
-        // Parts of about one depth, which stay in the first-level cache for all rows; a lone tile needs no parts. They may be
-        // deeper than those of packed rows: every part adds to the sums.
-        let most = if sums.len() <= most_rows::<S>() { steps } else { S::DEPTH + S::DEPTH / 8 };
-        let part = steps.div_ceil(steps.div_ceil(most));
+        // Parts of about one depth, which stay in the first-level cache for all rows. They may be deeper than those of packed
+        // rows: every part adds to the sums.
+        let part = steps.div_ceil(steps.div_ceil(S::DEPTH + S::DEPTH / 8));
         for start in (0..steps).step_by(part) {
             let end = steps.min(start + part);
             let of_row = start * M::WORDS..end * M::WORDS;

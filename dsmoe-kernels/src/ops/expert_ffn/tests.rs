@@ -282,7 +282,7 @@ fn problems() -> Vec<Problem> {
         dims(3, 1500, 130, 2),
         dims(110, 90, 70, 2),
     ];
-    let few = (1..=9).map(|tokens| dims(tokens, 37, 75, 4));
+    let small = (1..=9).map(|tokens| dims(tokens, 37, 75, 4));
     let patterns: [Active; 6] = [
         scattered,
         |_, _| true,
@@ -293,9 +293,9 @@ fn problems() -> Vec<Problem> {
         |_, i| i == 0,
         |t, _| t % 3 == 2,
     ];
-    let plain = shapes.into_iter().chain(few.clone());
+    let plain = shapes.into_iter().chain(small.clone());
     let plain = plain.flat_map(|d| patterns.map(|active| Problem::new(d, active)));
-    let varied = shapes.into_iter().chain(few).map(|d| Problem::new(d, patterns[3]).varied());
+    let varied = shapes.into_iter().chain(small).map(|d| Problem::new(d, patterns[3]).varied());
     plain.chain(varied).chain(problems_with_a_core()).collect()
 }
 
@@ -447,16 +447,31 @@ fn threads_do_not_change_a_bit() {
 /// An answer must not depend on the texts that are computed beside it.
 #[test]
 fn the_tokens_beside_a_token_do_not_change_a_bit() {
+    const ALL: usize = 90;
+    // Deeper than one part of the products.
+    const HIDDEN: usize = 700;
     for isa in Isa::available() {
-        for (width, n, core) in [(96, 5, 2), (300, 3, 1), (16, 60, 20)] {
+        for (precision, width, n, core) in [
+            (Precision::F32, 96, 5, 2),
+            (Precision::Bf16, 96, 5, 0),
+            (Precision::F32, 300, 3, 1),
+            (Precision::F32, 16, 60, 20),
+            (Precision::Bf16, 16, 60, 20),
+        ] {
             // Inputs and routes of fewer tokens are the first of these.
             let of = |tokens| {
-                let problem = Problem::new(Dims { core, ..dims(tokens, 70, width, n) }, scattered);
-                problem.forward(isa, &mut Scratch::default())
+                let problem = Problem::new(Dims { core, ..dims(tokens, HIDDEN, width, n) }, scattered);
+                let weights = &PackedWeights::new(precision, &problem.weights(), problem.dims);
+                let (mut y, routes) = (vec![f32::NAN; problem.x.len()], problem.routing.routes());
+                let (x, pairs, dims) = (&problem.x, Pairs::Routed(&routes), problem.dims);
+                let scratch = &mut Scratch::new(precision);
+                ForwardPacked { y: &mut y, x, weights, pairs, dims, scratch }.run_on(isa);
+                y
             };
-            let all = of(90);
-            for tokens in [9, 20, 32, 33, 64] {
-                assert!(of(tokens) == all[..tokens * 70], "{isa:?}: {tokens} of 90 tokens, width {width}");
+            let all = of(ALL);
+            for tokens in [1, 2, 4, 5, 8, 9, 20, 32, 33, 64] {
+                let same = of(tokens) == all[..tokens * HIDDEN];
+                assert!(same, "{isa:?}, {precision:?}: {tokens} of {ALL} tokens, width {width}");
             }
         }
     }

@@ -6,7 +6,7 @@
 //!           dW += dy^T x        added to
 //!           db += sum over the rows of dy, blocks of rows in their order        added to
 //! ```
-//! Sums are f32. A few rows (decoding) use a kernel that streams W once; more rows use [`crate::matmul`].
+//! Sums are f32. [`Forward`] packs W in every call; decoding calls [`ForwardPacked`], whose rows have the same bits.
 
 mod kernel;
 pub mod reference;
@@ -30,7 +30,7 @@ pub struct Dims {
     pub inputs: usize,
     /// Columns of y.
     pub outputs: usize,
-    /// The precision to which x, W and dy are rounded (a few rows stay f32).
+    /// The precision to which x, W and dy are rounded.
     pub precision: Precision,
 }
 
@@ -43,9 +43,6 @@ impl Dims {
         );
     }
 }
-
-/// Up to this many rows the weights are streamed once, row by row.
-const FEW_ROWS: usize = 4;
 
 /// Sets `y = x W^T`, plus the bias if there is one.
 #[derive(Debug)]
@@ -153,12 +150,8 @@ impl Forward<'_> {
         let Forward { y, x, w, bias, dims } = self;
         dims.check("linear::Forward", x.len(), w.len(), y.len());
         let Dims { rows, inputs, outputs, precision } = dims;
-        if rows <= FEW_ROWS {
-            kernel::few_rows(isa, y, x, w, dims);
-        } else {
-            let (a, b) = (Mat::new(x, rows, inputs), Mat::new(w, outputs, inputs).t());
-            Matmul { c: &mut *y, a, b, accumulate: false, precision }.run_on(isa);
-        }
+        let (a, b) = (Mat::new(x, rows, inputs), Mat::new(w, outputs, inputs).t());
+        Matmul { c: &mut *y, a, b, accumulate: false, precision }.run_on(isa);
         add_bias("linear::Forward", isa, y, bias, outputs);
     }
 }

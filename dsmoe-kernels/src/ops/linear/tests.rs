@@ -129,3 +129,32 @@ fn several_layers_of_one_input_are_those_layers() {
         }
     }
 }
+
+/// An answer must not depend on the texts that are computed beside it.
+#[test]
+fn the_rows_beside_a_row_do_not_change_a_bit() {
+    const ALL: usize = 70;
+    for (inputs, outputs) in [(2100, 37), (40, 300)] {
+        let (x, w) = (normals(ALL * inputs, 1), normals(outputs * inputs, 2));
+        for (isa, precision) in Isa::available()
+            .into_iter()
+            .flat_map(|isa| [Precision::F32, Precision::Bf16].map(|precision| (isa, precision)))
+        {
+            let packed = Packed::new(precision, Mat::new(&w, outputs, inputs));
+            let of = |rows: usize| {
+                let [mut plain, mut y] = [(); 2].map(|()| vec![f32::NAN; rows * outputs]);
+                let (x, dims) = (&x[..rows * inputs], Dims { rows, inputs, outputs, precision });
+                Forward { y: &mut plain, x, w: &w, bias: None, dims }.run_on(isa);
+                ForwardPacked { y: &mut y, x, w: &packed, bias: None, rows }.run_on(isa);
+                (plain, y)
+            };
+            let all = of(ALL);
+            for rows in [1, 2, 4, 5, 8, 9, 16, 33, 64] {
+                let (plain, y) = of(rows);
+                let name = format!("{rows} of {ALL} rows of {inputs}, {precision:?}, {}", isa.name());
+                assert!(plain == all.0[..rows * outputs], "{name}");
+                assert!(y == all.1[..rows * outputs] && y == plain, "packed, {name}");
+            }
+        }
+    }
+}

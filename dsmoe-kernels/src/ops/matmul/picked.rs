@@ -137,23 +137,43 @@ pub(crate) use with_rows;
 /// Two registers of a panel, for each row.
 type Sums<V, const R: usize> = [[V; 2]; R];
 
-/// Adds the products of rows `a` with columns `first..` of steps `b` of a panel to `acc`. With every step it asks for as many
-/// words of `ahead` as the step reads: memory is kept busy only by requests at the pace of the products.
+/// Adds the products of rows `a` with columns `first..` of steps `b` of a panel to `acc`.
 #[inline(always)]
 fn accumulate<S: Product, M: Step, const R: usize>(
     s: S,
     acc: &mut Sums<S::V, R>,
     a: [&[f32]; R],
     (b, first): (&[[f32; PANEL]], usize),
-    ahead: Option<&[f32]>,
+) {
+    each_step::<S, M, R>(s, acc, a, (b, first), |_| ());
+}
+
+/// Does as [`accumulate`], and asks with every step for as many words of `ahead` as the step reads: memory is kept busy only
+/// by requests at the pace of the products. Loops over rows that find the weights in a cache are faster without requests.
+#[inline(always)]
+fn accumulate_and_fetch<S: Product, M: Step, const R: usize>(
+    s: S,
+    acc: &mut Sums<S::V, R>,
+    a: [&[f32]; R],
+    (b, first): (&[[f32; PANEL]], usize),
+    ahead: &[f32],
+) {
+    let fetch = |k: usize| (0..PANEL).step_by(SQUARE).for_each(|line| s.prefetch(ahead, k * PANEL + line));
+    each_step::<S, M, R>(s, acc, a, (b, first), fetch);
+}
+
+/// Adds the products of every step; calls `before` with its number first.
+#[inline(always)]
+fn each_step<S: Product, M: Step, const R: usize>(
+    s: S,
+    acc: &mut Sums<S::V, R>,
+    a: [&[f32]; R],
+    (b, first): (&[[f32; PANEL]], usize),
+    before: impl Fn(usize),
 ) {
     assert!(a.iter().all(|a| a.len() >= b.len() * M::WORDS));
     for (k, b) in b.iter().enumerate() {
-        if let Some(ahead) = ahead {
-            for line in (0..PANEL).step_by(SQUARE) {
-                s.prefetch(ahead, k * PANEL + line);
-            }
-        }
+        before(k);
         for r in 0..R {
             // SAFETY: k is below the steps of `b`, which the row has words for by the assertion.
             let a = unsafe { a[r].get_unchecked(k * M::WORDS..(k + 1) * M::WORDS) };
@@ -186,18 +206,20 @@ impl<M: Step, const R: usize> ProductKernel for Products<'_, M, R> {
     fn body<S: Product>(self, s: S) {
         let Products { a, b, sums, next, .. } = self;
         let b = b.as_chunks::<PANEL>().0;
-        let look = if next.is_empty() { b.len().max(1) } else { LOOK };
         for first in (0..PANEL).step_by(2 * S::LANES) {
             let mut acc: Sums<S::V, R> = [[s.splat(0.0); 2]; R];
-            for start in (0..b.len()).step_by(look) {
-                let end = b.len().min(start + look);
-                let ahead = (!next.is_empty() && first == 0).then(|| {
+            if next.is_empty() || first > 0 {
+                accumulate::<S, M, R>(s, &mut acc, a, (b, first));
+            } else {
+                for start in (0..b.len()).step_by(LOOK) {
+                    let end = b.len().min(start + LOOK);
                     let at = start * PANEL + AHEAD;
                     let ahead = b.as_flattened().get(at..).filter(|ahead| !ahead.is_empty());
-                    ahead.unwrap_or_else(|| &next[next.len().min(at.saturating_sub(b.len() * PANEL))..])
-                });
-                let a = std::array::from_fn(|r| &a[r][start * M::WORDS..end * M::WORDS]);
-                accumulate::<S, M, R>(s, &mut acc, a, (&b[start..end], first), ahead);
+                    let ahead =
+                        ahead.unwrap_or_else(|| &next[next.len().min(at.saturating_sub(b.len() * PANEL))..]);
+                    let a = std::array::from_fn(|r| &a[r][start * M::WORDS..end * M::WORDS]);
+                    accumulate_and_fetch::<S, M, R>(s, &mut acc, a, (&b[start..end], first), ahead);
+                }
             }
             for (sums, acc) in sums[..R].iter_mut().zip(acc) {
                 add_to(s, &mut sums[first..], acc);
@@ -291,17 +313,21 @@ impl<M: Step, const R: usize> ProductKernel for AddToStrips<'_, M, R> {
             });
             for row in rows.clone().step_by(R) {
                 for first in (0..PANEL).step_by(2 * S::LANES) {
-                    // From the sums so far, so that the number of groups of a call does not change a bit.
-                    let mut acc: Sums<S::V, R> = std::array::from_fn(|r| {
-                        let sums = &strip[to.of(row + r)][first..];
-                        [s.load(&sums[..S::LANES]), s.load(&sums[S::LANES..])]
-                    });
+                    // From the sums so far, so that the number of groups of a call does not change a bit. By a loop: what
+                    // `array::from_fn` calls is not compiled with the tier's features, and the sums would lie in memory.
+                    let mut acc: Sums<S::V, R> = [[s.splat(0.0); 2]; R];
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let sums = strip[to.of(row + r)][first..].chunks_exact(S::LANES);
+                        acc.iter_mut().zip(sums).for_each(|(acc, sums)| *acc = s.load(sums));
+                    }
                     for (i, group) in groups.clone().enumerate() {
                         let b = b.group(panel, group, M::GROUP_STEPS);
                         let a = &a[(i * group_rows + row) * M::GROUP_WORDS..][..R * M::GROUP_WORDS];
                         let a = std::array::from_fn(|r| &a[r * M::GROUP_WORDS..(r + 1) * M::GROUP_WORDS]);
-                        let ahead = ahead.filter(|_| row == rows.start && first == 0 && i == 0);
-                        accumulate::<S, M, R>(s, &mut acc, a, (b, first), ahead);
+                        match ahead.filter(|_| row == rows.start && first == 0 && i == 0) {
+                            Some(ahead) => accumulate_and_fetch::<S, M, R>(s, &mut acc, a, (b, first), ahead),
+                            None => accumulate::<S, M, R>(s, &mut acc, a, (b, first)),
+                        }
                     }
                     for (r, acc) in acc.into_iter().enumerate() {
                         let sums = strip[to.of(row + r)][first..].chunks_exact_mut(S::LANES);
