@@ -65,7 +65,13 @@ impl Common {
     }
 }
 
+const KERNELS_EXAMPLES: &str = "\
+Examples:
+  dsmoe bench kernels
+  dsmoe bench kernels --tokens 512 --dtype bf16";
+
 #[derive(Debug, Args)]
+#[command(after_help = KERNELS_EXAMPLES)]
 pub(crate) struct Kernels {
     /// Rows of x
     #[arg(long, value_name = "N")]
@@ -91,7 +97,13 @@ pub(crate) enum Routes {
     None,
 }
 
+const FFN_EXAMPLES: &str = "\
+Examples:
+  dsmoe bench ffn --experts 8 --active 25%,37.5%
+  dsmoe bench ffn --hidden 576 --intermediate 1536 --experts 96 --core 50%";
+
 #[derive(Debug, Args)]
+#[command(after_help = FFN_EXAMPLES)]
 pub(crate) struct Ffn {
     /// Rows of x; one or several numbers
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,64,512,4096")]
@@ -153,7 +165,13 @@ pub(crate) struct Architecture {
     pub(crate) core: f64,
 }
 
+const TRAIN_EXAMPLES: &str = "\
+Examples:
+  dsmoe bench train --hidden 512 --intermediate 1536 --layers 8
+  dsmoe bench train --experts 32 --active 25%";
+
 #[derive(Debug, Args)]
+#[command(after_help = TRAIN_EXAMPLES)]
 pub(crate) struct Train {
     #[command(flatten)]
     pub(crate) architecture: Architecture,
@@ -170,7 +188,13 @@ pub(crate) struct Train {
     pub(crate) common: Common,
 }
 
+const DECODE_EXAMPLES: &str = "\
+Examples:
+  dsmoe bench decode --active 37.5% --dtype bf16
+  dsmoe bench decode --hidden 2048 --intermediate 8192 --layers 16";
+
 #[derive(Debug, Args)]
+#[command(after_help = DECODE_EXAMPLES)]
 pub(crate) struct Decode {
     #[command(flatten)]
     pub(crate) architecture: Architecture,
@@ -230,7 +254,13 @@ pub(crate) struct Choice {
     pub(crate) only: Option<String>,
 }
 
+const RECORD_EXAMPLES: &str = "\
+Examples:
+  dsmoe bench record --out before.json
+  dsmoe bench record --suite kernels --only rms_norm";
+
 #[derive(Debug, Args)]
+#[command(after_help = RECORD_EXAMPLES)]
 pub(crate) struct Record {
     #[command(flatten)]
     pub(crate) choice: Choice,
@@ -253,7 +283,13 @@ pub(crate) struct Record {
     pub(crate) instructions: bool,
 }
 
+const COMPARE_EXAMPLES: &str = "\
+Examples:
+  dsmoe bench compare before.json after.json
+  dsmoe bench compare --run ./base ./head --rounds 12 --fail-above 3%";
+
 #[derive(Debug, Args)]
+#[command(after_help = COMPARE_EXAMPLES)]
 pub(crate) struct Compare {
     /// Two records, before and after
     #[arg(value_name = "RECORD", num_args = 2, required_unless_present = "run", conflicts_with = "run")]
@@ -280,7 +316,12 @@ pub(crate) struct Compare {
     pub(crate) quality_tolerance: f64,
 }
 
+const HISTORY_EXAMPLES: &str = "\
+Examples:
+  dsmoe bench history records/ --out history.html";
+
 #[derive(Debug, Args)]
+#[command(after_help = HISTORY_EXAMPLES)]
 pub(crate) struct History {
     /// Records, or folders of them
     #[arg(value_name = "FILE|DIR", required = true)]

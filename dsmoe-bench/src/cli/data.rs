@@ -62,14 +62,25 @@ pub(crate) enum DataCommand {
     World(World),
 }
 
+const LIST_EXAMPLES: &str = "\
+Examples:
+  dsmoe data list --folder corpora";
+
 #[derive(Debug, Args)]
+#[command(after_help = LIST_EXAMPLES)]
 pub(crate) struct List {
     /// Folder that the commands download into
     #[arg(long, value_name = "DIR", default_value = "data")]
     pub(crate) folder: String,
 }
 
+const PREPARE_EXAMPLES: &str = "\
+Examples:
+  dsmoe data prepare --mixture mixture.toml --model MODEL --cache TOKENS
+  dsmoe data prepare --data books/ web.jsonl.zst --model MODEL --cache TOKENS";
+
 #[derive(Debug, Args)]
+#[command(after_help = PREPARE_EXAMPLES)]
 pub(crate) struct Prepare {
     #[command(flatten)]
     pub(crate) data: DataArgs,
@@ -81,7 +92,13 @@ pub(crate) struct Prepare {
     pub(crate) bos: Bos,
 }
 
+const VERIFY_EXAMPLES: &str = "\
+Examples:
+  dsmoe data verify corpora --write
+  dsmoe data verify corpora TOKENS/*.tokens";
+
 #[derive(Debug, Args)]
+#[command(after_help = VERIFY_EXAMPLES)]
 pub(crate) struct Verify {
     /// Folders with a manifest, and token caches (*.tokens)
     #[arg(required = true)]
@@ -91,7 +108,13 @@ pub(crate) struct Verify {
     pub(crate) write: bool,
 }
 
+const STATS_EXAMPLES: &str = "\
+Examples:
+  dsmoe data stats --data corpus.jsonl.zst
+  dsmoe data stats --mixture mixture.toml --model MODEL --json";
+
 #[derive(Debug, Args)]
+#[command(after_help = STATS_EXAMPLES)]
 pub(crate) struct Stats {
     #[command(flatten)]
     pub(crate) data: DataArgs,
@@ -103,7 +126,12 @@ pub(crate) struct Stats {
     pub(crate) bos: Bos,
 }
 
+const TRAIN_TOKENIZER_EXAMPLES: &str = "\
+Examples:
+  dsmoe data tokenizer --data corpus.jsonl.zst --vocab 32000 --out TOKENIZER";
+
 #[derive(Debug, Args)]
+#[command(after_help = TRAIN_TOKENIZER_EXAMPLES)]
 pub(crate) struct TrainTokenizer {
     #[command(flatten)]
     pub(crate) data: DataArgs,

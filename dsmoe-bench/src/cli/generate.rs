@@ -14,7 +14,7 @@ const EXAMPLES: &str = "\
 Examples:
   dsmoe generate RUN --prompt 'Once upon a time' --max-tokens 100
   dsmoe generate RUN --chat --prompt 'What is a list?' --temperature 0.7 --top-p 90%
-  dsmoe generate RUN --active 25% --prompt-file story.txt         # fewer experts, if the model stores thresholds by budget";
+  dsmoe generate RUN --active 25% --prompt-file story.txt   # fewer experts";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]

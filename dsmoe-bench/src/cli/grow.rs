@@ -7,7 +7,13 @@ use dsmoe_baselines::grow::{Fill, GrowMethod, GrownNorms, Space};
 
 use super::values::words;
 
+const EXAMPLES: &str = "\
+Examples:
+  dsmoe grow DENSE --layers 40 --dry-run
+  dsmoe grow DENSE --layers 40 --method copy --out DEEP";
+
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Grow {
     /// Dense model: a Hugging Face directory or a GGUF file
     pub(crate) model: PathBuf,

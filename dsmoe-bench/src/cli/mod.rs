@@ -180,4 +180,38 @@ mod tests {
         use clap::CommandFactory;
         Cli::command().debug_assert();
     }
+
+    /// Returns the texts after the options of a command and of those below it.
+    fn after_help(command: &clap::Command) -> Vec<String> {
+        let own = command.get_after_help().map(ToString::to_string);
+        own.into_iter().chain(command.get_subcommands().flat_map(after_help)).collect()
+    }
+
+    /// Returns the words of a line for a shell; what stands between single quotes is one word.
+    fn words(line: &str) -> Vec<String> {
+        let word = |(i, part): (usize, &str)| match i % 2 {
+            0 => part.split_whitespace().map(str::to_owned).collect(),
+            _ => vec![part.to_owned()],
+        };
+        line.split('\'').enumerate().flat_map(word).collect()
+    }
+
+    #[test]
+    fn examples_of_the_help_are_command_lines() {
+        use clap::CommandFactory;
+        let texts = after_help(&Cli::command());
+        let examples = texts.iter().flat_map(|text| text.lines()).map(str::trim_start);
+        let examples = examples.filter(|line| line.starts_with("dsmoe ")).flat_map(|line| {
+            // A comment ends the line; other commands of a shell may follow.
+            let line = line.split("  #").next().unwrap_or_default();
+            line.split("; ").map(|part| part.split(['>', '|']).next().unwrap_or_default())
+        });
+        let mut parsed = 0;
+        for example in examples {
+            let outcome = Cli::try_parse_from(words(example));
+            assert!(outcome.is_ok(), "{example}: {}", outcome.unwrap_err());
+            parsed += 1;
+        }
+        assert!(parsed > 50, "{parsed} examples");
+    }
 }

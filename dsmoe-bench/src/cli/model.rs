@@ -171,7 +171,13 @@ pub(crate) struct Export {
     pub(crate) force: bool,
 }
 
+const IMPORT_EXAMPLES: &str = "\
+Examples:
+  dsmoe import model.gguf --out MODEL
+  dsmoe import model-00001-of-00003.gguf --dtype f32 --out MODEL";
+
 #[derive(Debug, Args)]
+#[command(after_help = IMPORT_EXAMPLES)]
 pub(crate) struct Import {
     /// GGUF file, or any part of a split one
     pub(crate) model: PathBuf,
@@ -219,7 +225,14 @@ impl FromStr for Fold {
     }
 }
 
+const INIT_EXAMPLES: &str = "\
+Examples:
+  dsmoe init --list
+  dsmoe init --preset llama-3.2-1b --dtype bf16 --out MODEL
+  dsmoe init --config config.json --tokenizer tokenizer.json --out MODEL";
+
 #[derive(Debug, Args)]
+#[command(after_help = INIT_EXAMPLES)]
 pub(crate) struct Init {
     /// Architecture by name; --list shows them
     #[arg(long, value_name = "NAME", conflicts_with = "config", required_unless_present_any = ["config", "list"])]

@@ -12,7 +12,11 @@ const ABOUT: &str = "\
 Layer by layer, the FFN of the model (neurons, router and what stands beside them) is trained to give what the dense FFN \
 gives on the same text, while the model's own hidden states go through the layers. Binary gates keep the share of each \
 layer and budget by their thresholds. The errors printed are those of sequences that no step reads, relative to the dense \
-output; a smaller local error need not be a smaller perplexity: measure that by `dsmoe eval`.";
+output; a smaller local error need not be a smaller perplexity: measure that by `dsmoe eval`.
+
+Examples:
+  dsmoe reconstruct MOE --teacher DENSE --calib corpus.jsonl.zst --out NEW
+  dsmoe reconstruct MOE --teacher DENSE --calib corpus.jsonl.zst --out NEW --resume";
 
 #[derive(Debug, Args)]
 #[command(after_help = ABOUT)]
