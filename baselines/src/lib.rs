@@ -17,6 +17,7 @@ pub mod llm_pruner;
 mod method;
 pub mod moefication;
 mod neurons;
+pub mod plan;
 mod random_k;
 mod registry;
 mod regressor;

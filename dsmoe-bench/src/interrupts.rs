@@ -1,6 +1,8 @@
 //! Ctrl-C and SIGTERM: the first asks the work to stop, the second ends the process. SIGUSR1 asks it to stop, too.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
@@ -11,6 +13,64 @@ pub(crate) const INTERRUPTED: u8 = 130;
 
 /// Is raised by Ctrl-C, SIGTERM or SIGUSR1 after [`catch_interrupts`] was called.
 pub(crate) static STOP: AtomicBool = AtomicBool::new(false);
+
+/// Time in which work that does not look at [`STOP`] may come to its end.
+const PATIENCE: Duration = Duration::from_millis(1500);
+
+/// How to continue, while work runs that does not look at [`STOP`] all the time.
+static UNPOLLED: Mutex<Option<&str>> = Mutex::new(None);
+/// Parts of such work that do look at it.
+static POLLED: AtomicUsize = AtomicUsize::new(0);
+
+/// Work of stages, most of which do not look at [`STOP`]. They write files that appear whole or not at all, so that the
+/// process ends where it is if a stage takes longer than [`PATIENCE`].
+pub(crate) struct Unpolled(());
+
+impl Unpolled {
+    /// Begins such work; `next` says how it is continued.
+    pub(crate) fn begin(next: &'static str) -> Unpolled {
+        *lock() = Some(next);
+        Unpolled(())
+    }
+}
+
+impl Drop for Unpolled {
+    fn drop(&mut self) {
+        *lock() = None;
+    }
+}
+
+fn lock() -> std::sync::MutexGuard<'static, Option<&'static str>> {
+    UNPOLLED.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Does work that looks at [`STOP`] often and saves what it has done, and so is waited for.
+pub(crate) fn polled<T>(work: impl FnOnce() -> T) -> T {
+    struct Part;
+    impl Drop for Part {
+        fn drop(&mut self) {
+            POLLED.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+    POLLED.fetch_add(1, Ordering::SeqCst);
+    let _part = Part;
+    work()
+}
+
+/// Waits for work that does not look at [`STOP`], and ends the process if it takes too long.
+fn end_unpolled() {
+    let started = Instant::now();
+    while started.elapsed() < PATIENCE {
+        if lock().is_none() || POLLED.load(Ordering::SeqCst) > 0 {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    if let Some(next) = *lock() {
+        stderr_line(format_args!("dsmoe: stopped; {next}"));
+        std::process::exit(i32::from(INTERRUPTED));
+    }
+}
 
 /// Is raised by Ctrl-C or SIGTERM alone.
 static INTERRUPT: AtomicBool = AtomicBool::new(false);
@@ -36,6 +96,7 @@ pub(crate) fn catch_interrupts_of(tells: bool) -> Result<()> {
         if tells {
             stderr_line("dsmoe: stopping after this step; interrupt again to stop at once");
         }
+        end_unpolled();
     })
     .context("cannot listen for Ctrl-C")
 }

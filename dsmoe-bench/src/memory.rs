@@ -1,5 +1,7 @@
 //! The memory of this machine, and the check that a model fits.
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 
 use crate::format;
@@ -19,6 +21,22 @@ pub(crate) fn field(file: &str, name: &str) -> Option<u64> {
     let info = std::fs::read_to_string(file).ok()?;
     let line = info.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// Returns the bytes that are free on the disk of `path`, which need not exist yet; `None` where the system does not tell.
+pub(crate) fn free_disk(path: &Path) -> Option<u64> {
+    #[cfg(unix)]
+    {
+        let absolute = std::path::absolute(path).ok()?;
+        let existing = absolute.ancestors().find(|path| path.exists())?;
+        let found = rustix::fs::statvfs(existing).ok()?;
+        Some(found.f_bavail.saturating_mul(found.f_frsize))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = path;
+        None
+    }
 }
 
 /// Refuses work that does not fit, before the system ends the process.
@@ -42,5 +60,9 @@ mod tests {
         assert_eq!(error, "m needs 30.0 GB of memory and this machine has 25.0 GB; use less");
         assert!(check("m", 25_000_000_000, Some(25_000_000_000), "").is_ok());
         assert!(check("m", u64::MAX, None, "").is_ok());
+        if cfg!(unix) {
+            let [here, later] = [".", "not/there/yet"].map(|path| free_disk(Path::new(path)));
+            assert!(here.is_some_and(|bytes| bytes > 0) && later.is_some());
+        }
     }
 }

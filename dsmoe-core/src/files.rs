@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Result, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::error::Error;
 
@@ -31,6 +31,75 @@ pub(crate) fn remove_dir(dir: &Path) -> Result<()> {
         Err(cause) if cause.kind() != ErrorKind::NotFound => Err(cause),
         _ => Ok(()),
     }
+}
+
+/// A file or directory that a process that no longer runs left beside its output.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leftover {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Name of the output.
+    pub of: String,
+    /// True for what the output replaced, false for a part of the new one.
+    pub is_old: bool,
+}
+
+impl Leftover {
+    /// Returns what the name `.NAME.tmp-PID` or `.NAME.old-PID` of an entry says, and the process.
+    fn parse(name: &str) -> Option<(&str, bool, u32)> {
+        let (rest, pid) = name.strip_prefix('.')?.rsplit_once('-')?;
+        let kinds = [(".tmp", false), (".old", true)];
+        let (of, is_old) = kinds.iter().find_map(|(end, old)| Some((rest.strip_suffix(end)?, *old)))?;
+        let pid = pid.parse().ok().filter(|_| pid.bytes().all(|digit| digit.is_ascii_digit()))?;
+        (!of.is_empty()).then_some((of, is_old, pid))
+    }
+}
+
+/// Lists what processes that no longer run left in `dir`, by name. Where processes are not listed in /proc it is nothing.
+///
+/// # Errors
+/// The directory cannot be read.
+pub fn leftovers(dir: &Path) -> Result<Vec<Leftover>> {
+    let mut found = Vec::new();
+    if !Path::new("/proc/self").exists() {
+        return Ok(found);
+    }
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if let Some((of, is_old, pid)) = name.to_str().and_then(Leftover::parse)
+            && !Path::new("/proc").join(pid.to_string()).exists()
+        {
+            found.push(Leftover { path: entry.path(), of: of.to_owned(), is_old });
+        }
+    }
+    found.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(found)
+}
+
+/// Removes what killed processes left of the output `target`. If one was killed while it replaced the output, what was there
+/// before is put back.
+pub(crate) fn recover(target: &Path) -> Result<()> {
+    let (Some(name), dir) = (target.file_name().and_then(|name| name.to_str()), parent(target)) else {
+        return Ok(());
+    };
+    if !dir.is_dir() {
+        return Ok(());
+    }
+    for Leftover { path, is_old, .. } in leftovers(dir)?.into_iter().filter(|left| left.of == name) {
+        if is_old && fs::symlink_metadata(target).is_err() {
+            fs::rename(&path, target)?;
+            sync_dir(dir)?;
+        } else if path.is_dir() {
+            remove_dir(&path)?;
+        } else {
+            match fs::remove_file(&path) {
+                Err(cause) if cause.kind() != ErrorKind::NotFound => return Err(cause),
+                _ => {}
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Returns the directory of `path`.
@@ -137,6 +206,54 @@ fn is_hub_part(part: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_killed_processes_left_is_told_from_other_names() {
+        // No process has the largest number; process 1 is always there.
+        let [dead, live] = [u32::MAX, 1];
+        for (name, wanted) in [
+            (format!(".out.tmp-{dead}"), Some(("out", false, dead))),
+            (format!(".a.gguf.old-{live}"), Some(("a.gguf", true, live))),
+            (format!("out.tmp-{dead}"), None),
+            (format!(".out.temp-{dead}"), None),
+            (format!("..tmp-{dead}"), None),
+            (".out.tmp-+7".to_owned(), None),
+            (".out.tmp-".to_owned(), None),
+        ] {
+            assert_eq!(Leftover::parse(&name), wanted, "{name}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let names = [".out.tmp-4294967295", ".other.tmp-4294967295", ".out.tmp-1"];
+        names.iter().for_each(|name| fs::create_dir(at(name)).unwrap());
+        fs::write(at(".out.gguf.tmp-4294967295"), "half").unwrap();
+        if !Path::new("/proc/self").exists() {
+            return;
+        }
+        assert_eq!(leftovers(dir.path()).unwrap().len(), 3);
+        recover(&at("out")).unwrap();
+        recover(&at("out.gguf")).unwrap();
+        assert!(!at(names[0]).exists() && !at(".out.gguf.tmp-4294967295").exists());
+        assert!(at(names[1]).exists() && at(names[2]).exists());
+    }
+
+    #[test]
+    fn an_output_that_was_being_replaced_is_put_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, out) = (dir.path().join(".out.old-4294967295"), dir.path().join("out"));
+        if !Path::new("/proc/self").exists() {
+            return;
+        }
+        fs::create_dir(&old).unwrap();
+        fs::write(old.join("config.json"), "first").unwrap();
+        recover(&out).unwrap();
+        assert_eq!(fs::read(out.join("config.json")).unwrap(), b"first");
+        fs::create_dir(&old).unwrap();
+        fs::write(old.join("config.json"), "second").unwrap();
+        recover(&out).unwrap();
+        assert!(!old.exists());
+        assert_eq!(fs::read(out.join("config.json")).unwrap(), b"first");
+    }
 
     #[test]
     fn names_on_the_hub_are_told_from_paths() {

@@ -74,6 +74,30 @@ impl BudgetController {
         Ok(BudgetController { target: f64::from(target), ramp_steps, gain, weight: 0.0, state: None })
     }
 
+    /// Checks a controller that was read: its values are such as updates leave.
+    ///
+    /// # Errors
+    /// The first value that is not.
+    pub fn check(&self) -> Result<()> {
+        let state = self.state.clone().unwrap_or(State { filtered: 0.0, fastest: 0.0, side: 0.0 });
+        let share = 0.0..=1.0;
+        for (field, value, allowed) in [
+            ("target", self.target, share.clone()),
+            ("ramp_steps", self.ramp_steps, 1.0..=u64::MAX as f64),
+            ("gain", self.gain, GAIN_RANGE.0..=GAIN_RANGE.1),
+            ("weight", self.weight, -WEIGHT_LIMIT..=WEIGHT_LIMIT),
+            ("filtered", state.filtered, share),
+            ("fastest", state.fastest, 0.0..=1.0),
+            ("side", state.side, -1.0..=1.0),
+        ] {
+            if !allowed.contains(&value) {
+                let allowed = format!("{:?} to {:?}", allowed.start(), allowed.end());
+                return Err(Error::range(field, value, allowed));
+            }
+        }
+        Ok(())
+    }
+
     /// Returns the weight for the next step.
     pub fn weight(&self) -> f32 {
         self.weight as f32

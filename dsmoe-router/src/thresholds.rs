@@ -62,6 +62,23 @@ pub struct ThresholdController {
     multipliers: Vec<Option<f64>>,
 }
 
+/// Checks that the shares ascend and that there is a threshold for every layer.
+fn check_knots(knots: &[Knot]) -> Result<()> {
+    let layers = knots.first().map_or(0, |knot| knot.bars.len());
+    let fits = |knot: &Knot| {
+        (0.0..=1.0).contains(&knot.active)
+            && knot.bars.len() == layers
+            && !knot.bars.iter().any(|bar| bar.is_nan())
+    };
+    let ascends = knots.windows(2).all(|pair| pair[0].active < pair[1].active);
+    if layers == 0 || !knots.iter().all(fits) || !ascends {
+        let found = format!("{:?}", knots.iter().map(|knot| knot.active).collect::<Vec<_>>());
+        let allowed = "ascending shares from 0 to 1, each with a threshold for every layer";
+        return Err(Error::range("budgets", found, allowed));
+    }
+    Ok(())
+}
+
 impl ThresholdController {
     /// Holds the budgets of `knots`, between which thresholds are interpolated. A single knot's share is approached over
     /// `ramp` updates where the model starts far from it.
@@ -70,22 +87,31 @@ impl ThresholdController {
     /// There are no knots or no layers, a share is not in 0..=1, shares do not ascend, a threshold is not a number, or the
     /// knots have different numbers of layers.
     pub fn new(knots: Vec<Knot>, ramp: u64) -> Result<ThresholdController> {
-        let layers = knots.first().map_or(0, |knot| knot.bars.len());
-        let fits = |knot: &Knot| {
-            (0.0..=1.0).contains(&knot.active)
-                && knot.bars.len() == layers
-                && !knot.bars.iter().any(|bar| bar.is_nan())
-        };
-        let ascends = knots.windows(2).all(|pair| pair[0].active < pair[1].active);
-        if layers == 0 || !knots.iter().all(fits) || !ascends {
-            let found = format!("{:?}", knots.iter().map(|knot| knot.active).collect::<Vec<_>>());
-            let allowed = "ascending shares from 0 to 1, each with a threshold for every layer";
-            return Err(Error::range("budgets", found, allowed));
-        }
+        check_knots(&knots)?;
         let multipliers = vec![None; knots.len()];
         let mut controller = ThresholdController { knots, ramp, updates: 0, from: None, multipliers };
         controller.clamp();
         Ok(controller)
+    }
+
+    /// Checks a controller that was read: its values are such as updates leave.
+    ///
+    /// # Errors
+    /// Those of [`ThresholdController::new`]; a threshold or another value is out of its range.
+    pub fn check(&self) -> Result<()> {
+        check_knots(&self.knots)?;
+        let bars = self.knots.iter().flat_map(|knot| &knot.bars);
+        if let Some(bar) = bars.into_iter().find(|bar| bar.abs() > LARGEST) {
+            return Err(Error::range("bars", bar, format!("thresholds from -{LARGEST} to {LARGEST}")));
+        }
+        if let Some(from) = self.from.filter(|from| !(0.0..=1.0).contains(from)) {
+            return Err(Error::range("from", from, "a share from 0 to 1"));
+        }
+        let known = self.multipliers.iter().flatten();
+        if self.multipliers.len() > self.knots.len() || known.into_iter().any(|known| !known.is_finite()) {
+            return Err(Error::range("multipliers", format!("{:?}", self.multipliers), "one per budget"));
+        }
+        Ok(())
     }
 
     /// Returns the budgets.

@@ -5,6 +5,7 @@
 //!                           masks.safetensors                the masks of a pruned model
 //!                           optimizer.safetensors            NAME.m and NAME.v of every tensor, as in memory
 //!                           state.json                       step, controller, identities, fixed settings
+//!                           checksums.json                   sizes and hashes of these files
 //! checkpoints/.step-00000020.tmp/                            the same while it is written
 //! ```
 //! Several processes write the files of a single one, byte for byte: the first process the model and the state, the last one the
@@ -16,7 +17,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer};
+use dsmoe_core::checkpoint::{Checkpoint, Dtype, FileSum, MANIFEST_FILE, Manifest, Sums, TensorInfo, Writer};
 use dsmoe_core::files::write_synced;
 use dsmoe_core::params::{Entry, Layout};
 use dsmoe_core::shard::Shards;
@@ -25,7 +26,7 @@ use dsmoe_datasets::TokenSource;
 use dsmoe_datasets::files::hex;
 use dsmoe_datasets::tokens::identity;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_kernels::comm::{Communicator, What};
+use dsmoe_kernels::comm::{Communicator, What, gather};
 use dsmoe_router::{BudgetController, ThresholdController};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -93,6 +94,31 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// Checks that the values are such as a run can have.
+    fn check_values(&self) -> Result<()> {
+        if !self.sparsity_weight.is_finite() {
+            return Err(Error::field("sparsity_weight", self.sparsity_weight, "a finite number"));
+        }
+        self.controller.iter().try_for_each(BudgetController::check)?;
+        self.thresholds.iter().try_for_each(ThresholdController::check)?;
+        let is_hash = |text: &str| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let teacher = self.teacher.as_ref().map(|teacher| ("teacher", &teacher.sha256));
+        let hashes = [("model_sha256", &self.model_sha256), ("data_sha256", &self.data_sha256)];
+        match hashes.into_iter().chain(teacher).find(|(_, text)| !is_hash(text)) {
+            Some((field, text)) => Err(Error::field(field, text, "64 hexadecimal digits")),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that the thresholds of the state in the checkpoint `path` are those of so many layers.
+    pub(crate) fn check_layers(&self, path: &Path, layers: usize) -> Result<()> {
+        let knots = self.thresholds.iter().flat_map(ThresholdController::knots);
+        match knots.into_iter().all(|knot| knot.bars.len() == layers) {
+            true => Ok(()),
+            false => Err(Error::checkpoint(&path.join(STATE_FILE), "it is not of a model of as many layers")),
+        }
+    }
+
     /// Checks that a run of `self` may continue as the run of `now`: same model, data and fixed settings.
     pub(crate) fn check(&self, path: &Path, now: &State) -> Result<()> {
         let same = |field: &str, saved: String, now: String, help: &'static str| match saved == now {
@@ -223,7 +249,7 @@ pub(crate) fn save(
     let of = CHECKPOINT;
     let temporary = dir.join(format!(".{}.tmp", dir_name(state.step)));
     let written = write_together(&temporary, model, optimizer, comm);
-    let finished = written.and_then(|()| by_first(comm, of, || finish(dir, &temporary, state)));
+    let finished = written.and_then(|sums| by_first(comm, of, || finish(dir, &temporary, state, &sums)));
     if finished.is_err() && comm.rank() == 0 {
         // Frees the disk; the error that matters is the first one.
         drop(files::remove_dir(&temporary));
@@ -232,8 +258,13 @@ pub(crate) fn save(
     Ok(path_of(dir, state.step))
 }
 
-/// Writes the model and the moments into the new directory `temporary`.
-fn write_together(temporary: &Path, model: &Model, optimizer: &AdamW, comm: &dyn Communicator) -> Result<()> {
+/// Writes the model and the moments into the new directory `temporary`. Returns their sums in process 0.
+fn write_together(
+    temporary: &Path,
+    model: &Model,
+    optimizer: &AdamW,
+    comm: &dyn Communicator,
+) -> Result<Sums> {
     let of = CHECKPOINT;
     by_first(comm, of, || {
         files::remove_dir(temporary)?;
@@ -241,19 +272,25 @@ fn write_together(temporary: &Path, model: &Model, optimizer: &AdamW, comm: &dyn
     })?;
     let moments = write_moments(&temporary.join(OPTIMIZER_FILE), model.layout(), optimizer, (comm, of))?;
     let weights = save_model(temporary, model, optimizer, comm)?;
-    agree(comm, of, moments.and(weights))
+    let (moments, weights) = agree(comm, of, moments.and_then(|moments| Ok((moments, weights?))))?;
+    let own = moments.get(OPTIMIZER_FILE).map(|sum| sum.to_bytes().to_vec()).unwrap_or_default();
+    let all = gather(comm, of, &own)?;
+    if let Some(sum) = all.last().and_then(|sum| FileSum::from_bytes(sum)) {
+        weights.set(OPTIMIZER_FILE, sum);
+    }
+    Ok(weights)
 }
 
 /// Writes the model into `dir` in process 0, which gets what it does not own tensor by tensor. Returns that process's outcome
-/// inside the result of the communication.
+/// inside the result of the communication, with the sums of the weights.
 pub(crate) fn save_model(
     dir: &Path,
     model: &Model,
     optimizer: &AdamW,
     comm: &dyn Communicator,
-) -> Result<Result<()>> {
+) -> Result<Result<Sums>> {
     if !model.is_outline() {
-        let saved = if comm.rank() == 0 { model.save(dir, Dtype::F32) } else { Ok(()) };
+        let saved = if comm.rank() == 0 { model.save(dir, Dtype::F32) } else { Ok(Sums::default()) };
         return Ok(saved.map_err(Error::from));
     }
     let entries = model.layout().entries();
@@ -263,7 +300,7 @@ pub(crate) fn save_model(
             collected += 1;
             Ok(Cow::Owned(collect(entry, optimizer, &shards, comm)?))
         }),
-        _ => Ok(()),
+        _ => Ok(Sums::default()),
     };
     // All in the other processes, and what is left after an error in the first.
     for entry in &entries[collected..] {
@@ -310,7 +347,7 @@ fn write_moments(
     layout: &Layout,
     optimizer: &AdamW,
     (comm, of): (&dyn Communicator, What),
-) -> Result<Result<()>> {
+) -> Result<Result<Sums>> {
     let (size, writes) = (comm.size(), comm.rank() + 1 == comm.size());
     let shards = Shards::new(layout, size);
     let mut writer = writes.then(|| Writer::create_file(path, moment_infos(layout)));
@@ -326,9 +363,14 @@ fn write_moments(
         }
     }
     Ok(match writer {
-        Some(writer) => writer.and_then(Writer::finish).map_err(Error::from),
-        None => Ok(()),
+        Some(writer) => writer.and_then(finished).map_err(Error::from),
+        None => Ok(Sums::default()),
     })
+}
+
+fn finished(writer: Writer) -> dsmoe_core::Result<Sums> {
+    let sums = writer.sums();
+    writer.finish().map(|()| sums)
 }
 
 /// Describes the moments of all tensors.
@@ -368,11 +410,13 @@ fn receive(
     Ok(comm.all_gather(of, send, recv, &lens)?)
 }
 
-/// Writes the state into the complete directory `temporary`, gives it its name in `dir`, and removes what is not to be kept.
-fn finish(dir: &Path, temporary: &Path, state: &State) -> Result<()> {
+/// Writes the state and the manifest into the complete directory `temporary`, gives it its name in `dir`, and removes what is
+/// not to be kept.
+fn finish(dir: &Path, temporary: &Path, state: &State, sums: &Sums) -> Result<()> {
     let text = serde_json::to_string_pretty(state).expect("numbers and strings are JSON");
     let file = temporary.join(STATE_FILE);
     write_synced(&file, text.as_bytes()).map_err(Error::io(&file))?;
+    Manifest::write(temporary, sums)?;
     files::sync_dir(temporary)?;
     let path = path_of(dir, state.step);
     files::remove_dir(&path)?;
@@ -394,10 +438,34 @@ fn finish(dir: &Path, temporary: &Path, state: &State) -> Result<()> {
     Ok(())
 }
 
+/// Checks that the files of the checkpoint `path` are what was written: the first process hashes all but the moments, the last
+/// one those, and all return the first error. Returns whether there is a manifest, which older checkpoints do not have.
+pub(crate) fn check_files(path: &Path, comm: &dyn Communicator) -> Result<bool> {
+    let (first, last) = (comm.rank() == 0, comm.rank() + 1 == comm.size());
+    let wanted = |name: &str| if name == OPTIMIZER_FILE { last } else { first };
+    let checked = || -> Result<bool> {
+        let Some(manifest) = Manifest::read(path)? else { return Ok(false) };
+        match manifest.damaged(path, wanted)? {
+            Some(file) => Err(damaged(&file)),
+            None => Ok(true),
+        }
+    };
+    agree(comm, CHECKPOINT, checked())
+}
+
+fn damaged(file: &Path) -> Error {
+    Error::checkpoint(file, format!("it is not what was written, by {MANIFEST_FILE} beside it"))
+}
+
 /// Reads the state of the run in the checkpoint `path`.
 pub(crate) fn read_state(path: &Path) -> Result<State> {
     let file = path.join(STATE_FILE);
     let text = fs::read_to_string(&file).map_err(Error::io(&file))?;
+    if let Some(manifest) = Manifest::read(path)? {
+        if !manifest.holds(STATE_FILE, text.as_bytes()) {
+            return Err(damaged(&file));
+        }
+    }
     let bad = |message: String| Error::checkpoint(&file, message);
     let json: Value = serde_json::from_str(&text).map_err(|cause| bad(cause.to_string()))?;
     let version = json.get("format_version").and_then(Value::as_u64);
@@ -417,6 +485,7 @@ pub(crate) fn read_state(path: &Path) -> Result<State> {
     if counts != (Some(state.tokens), Some(state.data_cursor)) {
         return Err(bad(format!("step {}, tokens {} and data_cursor disagree", state.step, state.tokens)));
     }
+    state.check_values().map_err(|problem| bad(problem.to_string()))?;
     Ok(state)
 }
 
@@ -508,6 +577,28 @@ mod tests {
             let message = written(&text.replacen(from, to, 1)).unwrap_err().to_string();
             assert!(message.contains(wanted) && message.lines().count() == 1, "{message}");
         }
+    }
+
+    #[test]
+    fn values_that_no_run_has_are_refused() {
+        for (at, value, wanted) in [
+            ("/controller/weight", 9e9, "weight is 9000000000"),
+            ("/controller/gain", 1e30, "gain is 1"),
+            ("/controller/state/filtered", -0.5, "filtered is -0.5"),
+            ("/controller/state/side", 2.0, "side is 2"),
+            ("/thresholds/knots/0/active", 1.5, "budgets"),
+            ("/thresholds/knots/0/bars/1", -1e300, "bars is -1000"),
+            ("/sparsity_weight", 1e99, "sparsity_weight is inf"),
+        ] {
+            let mut json = serde_json::to_value(state()).unwrap();
+            *json.pointer_mut(at).unwrap() = value.into();
+            let message = written(&json.to_string()).unwrap_err().to_string();
+            assert!(message.contains(wanted) && message.lines().count() == 1, "{at}: {message}");
+        }
+        let mut json = serde_json::to_value(state()).unwrap();
+        json["data_sha256"] = "xyz".into();
+        let message = written(&json.to_string()).unwrap_err().to_string();
+        assert!(message.contains("data_sha256 is xyz; use 64 hexadecimal digits"), "{message}");
     }
 
     #[test]

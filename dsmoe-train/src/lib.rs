@@ -5,6 +5,7 @@
 mod budgets;
 mod checkpoint;
 pub mod config;
+pub mod continual;
 pub mod engine;
 mod error;
 pub mod eval;
@@ -29,4 +30,4 @@ pub use metrics::StepRecord;
 pub use ranks::{Zero, check_alike};
 pub use run::{Observer, Outcome, RunOptions, TrainData, Trainer};
 pub use teacher::identity_of;
-pub use teacher_cache::{LARGEST_CACHE, RowShape};
+pub use teacher_cache::{LARGEST_CACHE, RowShape, is_whole};

@@ -21,7 +21,7 @@ use std::time::Instant;
 
 use dsmoe_core::Model;
 use dsmoe_core::calibrate::{LayerStream, LayerWeights, check_router_text};
-use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer, copy_companions};
+use dsmoe_core::checkpoint::{Checkpoint, Dtype, Manifest, TensorInfo, Writer, copy_companions};
 use dsmoe_core::config::Budget;
 use dsmoe_core::ffn::{
     Ffn, FfnBackward, FfnForward, FfnInference, FfnScratch, GateTraining, PackedFfn, Record,
@@ -676,11 +676,14 @@ impl Work {
             for entry in entries() {
                 writer.write_f32(&entry.spec.name, &model.params()[entry.range.clone()])?;
             }
+            let sums = writer.sums();
             writer.finish()?;
             let bars: Vec<f64> = thresholds.bars.iter().map(|bars| bars[layer]).collect();
             let json = serde_json::json!({"report": report, "thresholds": bars}).to_string();
             let file = dir.join("report.json");
-            write_synced(&file, json.as_bytes()).map_err(Error::io(&file))
+            write_synced(&file, json.as_bytes()).map_err(Error::io(&file))?;
+            Manifest::write(dir, &sums)?;
+            Ok(())
         })?;
         let path = self.file(layer);
         fs::rename(&temporary, &path).map_err(Error::io(&path))?;
@@ -703,6 +706,13 @@ impl Work {
             report: LayerReport,
             thresholds: Vec<f64>,
         }
+        if let Some(manifest) = Manifest::read(&path)?
+            && let Some(file) = manifest.damaged(&path, |_| true)?
+        {
+            let message =
+                format!("it is not what was written; delete {} to train that layer again", path.display());
+            return Err(Error::checkpoint(&file, message));
+        }
         let file = path.join("report.json");
         let bytes = fs::read(&file).map_err(Error::io(&file))?;
         let done: Done =
@@ -724,8 +734,10 @@ impl Work {
     fn finish(self, model: &Model, paths: &ReconstructPaths) -> Result<()> {
         let temporary = paths.out.join(FINAL_TEMPORARY);
         files::fill_dir(&temporary, |dir| {
-            model.save(dir, Dtype::F32)?;
-            Ok(copy_companions(&paths.model, dir)?)
+            let sums = model.save(dir, Dtype::F32)?;
+            copy_companions(&paths.model, dir)?;
+            Manifest::write(dir, &sums)?;
+            Ok(())
         })?;
         files::move_into(&temporary, &paths.out)?;
         files::remove_dir(&self.dir)

@@ -20,7 +20,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use dsmoe_core::checkpoint::copy_companions;
+use dsmoe_core::checkpoint::{Manifest, copy_companions};
 use dsmoe_core::shard::Shards;
 use dsmoe_core::{Device, Inference, Model};
 use dsmoe_datasets::overlap::TokenTexts;
@@ -451,8 +451,9 @@ impl Trainer {
         by_first(comm, of, || files::new_dir(&temporary))?;
         let saved = checkpoint::save_model(&temporary, &self.model, self.stepper.engine.optimizer(), comm)?;
         let written = by_first(comm, of, || {
-            saved?;
+            let sums = saved?;
             copy_companions(&self.options.source, &temporary)?;
+            Manifest::write(&temporary, &sums)?;
             files::move_into(&temporary, out)
         });
         if written.is_err() && comm.rank() == 0 {
@@ -674,11 +675,11 @@ fn mixture_notes(mixture: &Mixture) -> Vec<String> {
 }
 
 /// What holds the share of active experts.
-struct Held {
-    controller: Option<BudgetController>,
+pub(crate) struct Held {
+    pub(crate) controller: Option<BudgetController>,
     thresholds: Option<ThresholdController>,
     /// Weight of the sparsity loss in the first step.
-    weight: f32,
+    pub(crate) weight: f32,
 }
 
 /// Returns the model with as many experts of a token as the run has after the steps done.
@@ -716,7 +717,7 @@ fn check_gates(model: &Model, config: &TrainConfig, device: Device) -> Result<()
 }
 
 /// Returns what holds the share that `config` wants, and sets the default way in `config`.
-fn held(model: &Model, config: &mut TrainConfig, device: Device) -> Result<Held> {
+pub(crate) fn held(model: &Model, config: &mut TrainConfig, device: Device) -> Result<Held> {
     let none = Held { controller: None, thresholds: None, weight: 0.0 };
     check_gates(model, config, device)?;
     if config.separability > 0.0 && (device != Device::Cpu || model.config().moe.is_none()) {

@@ -184,7 +184,7 @@ impl Stepper {
 
 /// Returns the weights of the losses in micro-batch `index` of the run. They depend on the number of micro-batches of a step,
 /// not on where these are computed.
-fn step_args(config: &TrainConfig, gates: &Gates<'_>, index: u64) -> StepArgs {
+pub(crate) fn step_args(config: &TrainConfig, gates: &Gates<'_>, index: u64) -> StepArgs {
     let micro_batches = config.micro_batches() as f32;
     StepArgs {
         loss_scale: (1.0 / config.tokens_per_step() as f64) as f32,

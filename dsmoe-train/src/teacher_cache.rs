@@ -311,6 +311,38 @@ fn read_index(path: &Path, shape: RowShape) -> io::Result<Option<Vec<(Hash, Hash
     Ok(Some(hashed[HEAD..].chunks_exact(2 * HASH).map(|pair| (part(pair, 0), part(pair, 1))).collect()))
 }
 
+/// Returns whether a file of a cache is whole: its hashes are those of its content.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn is_whole(path: &Path) -> io::Result<bool> {
+    let mut file = File::open(path)?;
+    let mut head = [0; HEAD];
+    if file.metadata()?.len() < HEAD as u64 {
+        return Ok(false);
+    }
+    file.read_exact(&mut head)?;
+    let number = |i: usize| head[MAGIC.len() + 4 * i..][..4].try_into().map_or(0, u32::from_le_bytes);
+    let [sequences, seq, top, id_bytes] = [0, 1, 2, 3].map(number);
+    let pairs = u128::from(seq) * (u128::from(top) * u128::from(id_bytes) + (u128::from(top) + 1) * 2);
+    // No file is larger; sizes below do not overflow.
+    if pairs * u128::from(sequences) > u128::from(LARGEST_CACHE) || ![2, 4].contains(&id_bytes) {
+        return Ok(false);
+    }
+    let vocab = if id_bytes == 2 { 1 } else { 1 << 17 };
+    let shape = RowShape { seq: seq as usize, top: top as usize, vocab };
+    let Some(hashes) = read_index(path, shape)? else { return Ok(false) };
+    file.seek(SeekFrom::Start(file_head(hashes.len()) as u64))?;
+    let mut rows = vec![0; shape.sequence_bytes()];
+    for (_, hash) in hashes {
+        file.read_exact(&mut rows)?;
+        if hash_of(&rows) != hash {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -382,11 +414,13 @@ mod tests {
         let path = fs::read_dir(&folder).unwrap().next().unwrap().unwrap().path();
         let bytes = fs::read(&path).unwrap();
         assert_eq!(path, folder.join(format!("{}{ENDING}", hex(&hash_of(&bytes[..file_head(2) - HASH])))));
+        assert!(is_whole(&path).unwrap());
         // Head, hashes and rows.
         for at in (0..bytes.len()).step_by(7) {
             let mut damaged = bytes.clone();
             damaged[at] ^= 0x10;
             fs::write(&path, damaged).unwrap();
+            assert!(!is_whole(&path).unwrap(), "byte {at}");
             let mut cache = open();
             let (rows, computed) = ask(&mut cache, &inputs);
             assert_eq!(rows, expected(&inputs), "byte {at}");
@@ -400,6 +434,7 @@ mod tests {
         }
         for len in [0, 5, HEAD, bytes.len() - 1] {
             fs::write(&path, &bytes[..len]).unwrap();
+            assert!(!is_whole(&path).unwrap(), "{len} bytes");
             assert_eq!(ask(&mut open(), &inputs), (expected(&inputs), 2), "{len} bytes");
         }
         // A file that another process removes meanwhile, and the rest of one that was killed.

@@ -20,6 +20,11 @@ const MIXTURE: &str =
     "[[source]]\nname = \"web\"\ndata = [\"a\", \"b\"]\nweight = 4\ntext_column = \"q,a\"\n";
 const MANIFEST: &str = r#"{"format_version": 1, "files": [{"path": "a.txt", "bytes": 3, "sha256": "00"}]}"#;
 
+/// Returns how many inputs of every kind are tried; `DSMOE_FUZZ_CASES` asks for more.
+fn cases(default: u32) -> u32 {
+    std::env::var("DSMOE_FUZZ_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(default)
+}
+
 /// One to five edits: a byte replaced, a range removed, digits inserted, or a range doubled.
 fn edits() -> impl Strategy<Value = Vec<(prop::sample::Index, u8, u8, usize)>> {
     proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0u8..4, 0usize..40), 1..6)
@@ -188,7 +193,7 @@ fn the_unedited_files_are_good() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(cases(200)))]
 
     #[test]
     fn any_bytes_in_any_reader(bytes: Vec<u8>) {

@@ -6,6 +6,9 @@ use clap::Args;
 
 #[derive(Debug, Args)]
 pub(crate) struct Doctor {
+    /// Folders to look through for what killed commands left beside their outputs
+    #[arg(value_name = "DIR", default_value = ".")]
+    pub(crate) folders: Vec<PathBuf>,
     /// Data folder to check [default: $DSMOE_SHARED, or ../shared]
     #[arg(long, value_name = "DIR")]
     pub(crate) data: Option<PathBuf>,

@@ -62,6 +62,12 @@ pub(crate) struct Generate {
     pub(crate) prefill_chunk: usize,
     #[command(flatten)]
     pub(crate) gates: GateArgs,
+    /// Folder of `dsmoe plan train`, which chooses the share of the experts to run by the prompt and --deadline
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["threshold", "active"], requires = "deadline")]
+    pub(crate) plan: Option<PathBuf>,
+    /// Seconds until --max-tokens are to be there
+    #[arg(long, value_name = "SECONDS", requires = "plan")]
+    pub(crate) deadline: Option<f64>,
     /// Precision of the weights [default: bf16 for a model stored as bf16 or f16 and on a GPU, f32 for one stored as f32]
     #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]
     pub(crate) dtype: Option<Precision>,

@@ -1,6 +1,7 @@
 //! The command line: clap types alone, one file for each group of commands.
 
 pub(crate) mod bench;
+pub(crate) mod continual;
 pub(crate) mod data;
 pub(crate) mod doctor;
 pub(crate) mod eval;
@@ -8,6 +9,7 @@ pub(crate) mod gates;
 pub(crate) mod generate;
 pub(crate) mod grow;
 pub(crate) mod model;
+pub(crate) mod plan;
 pub(crate) mod processes;
 pub(crate) mod prune;
 pub(crate) mod reconstruct;
@@ -15,6 +17,7 @@ pub(crate) mod reproduce;
 pub(crate) mod sweep;
 pub(crate) mod train;
 pub(crate) mod values;
+pub(crate) mod verify;
 
 use std::path::PathBuf;
 
@@ -22,18 +25,21 @@ use clap::{Args, ColorChoice, Parser, Subcommand};
 use clap_complete::Shell;
 
 use self::bench::Bench;
+use self::continual::Continual;
 use self::data::Data;
 use self::doctor::Doctor;
 use self::eval::Eval;
 use self::generate::Generate;
 use self::grow::Grow;
 use self::model::{Convert, Export, Import, Init, Inspect};
+use self::plan::Plan;
 use self::processes::ProcessArgs;
 use self::prune::Prune;
 use self::reconstruct::Reconstruct;
 use self::reproduce::Reproduce;
 use self::sweep::Sweep;
 use self::train::Train;
+use self::verify::Verify;
 
 /// Convert a dense Hugging Face model into a DSMoE model, train it, measure its cost and quality, and generate text.
 #[derive(Debug, Parser)]
@@ -100,16 +106,22 @@ pub(crate) enum Command {
     Import(Import),
     /// Train a DSMoE or dense model on text
     Train(Box<Train>),
+    /// Train a model on tasks in a row and prune it meanwhile, and measure what it forgets
+    Continual(Continual),
     /// Measure perplexity and the active share of experts on text, or score benchmarks
     Eval(Box<Eval>),
     /// Measure loss, benchmarks and time of one model at several shares of active experts
     Sweep(Box<Sweep>),
+    /// Choose the budget of every request by what a network of several heads predicts, under deadlines
+    Plan(Plan),
     /// Continue a prompt
     Generate(Generate),
     /// Make a model with random weights in Hugging Face layout
     Init(Init),
     /// Show CPU features, threads, memory, GPUs and MPI, and report missing libraries and test data
     Doctor(Doctor),
+    /// Compare models, runs, checkpoints and caches with the hashes that were written with them
+    Verify(Verify),
     /// Prepare, verify, count and generate text for training; train a tokenizer
     Data(Data),
     /// Print a script that completes commands, options and values in a shell
@@ -166,6 +178,8 @@ impl Command {
             Command::Eval(args) => args.against.iter_mut().chain([&mut args.model]).collect(),
             Command::Sweep(args) => args.against.iter_mut().chain([&mut args.model]).collect(),
             Command::Generate(args) => vec![&mut args.model],
+            Command::Continual(args) => vec![&mut args.model],
+            Command::Plan(args) => args.models(),
             _ => Vec::new(),
         }
     }

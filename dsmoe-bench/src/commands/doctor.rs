@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use dsmoe_core::files::leftovers;
 use dsmoe_kernels::Isa;
 use serde::Serialize;
 
@@ -33,6 +34,8 @@ struct DoctorReport {
     memory_available_bytes: Option<u64>,
     gpu: Gpus,
     mpi: Mpi,
+    /// Parts of outputs that killed commands left.
+    leftovers: Vec<String>,
     data: Data,
 }
 
@@ -53,6 +56,11 @@ struct Item {
 pub(crate) fn run(args: &Doctor, ui: &mut Ui) -> Result<()> {
     let shared = || std::env::var_os("DSMOE_SHARED").map(PathBuf::from);
     let data = args.data.clone().or_else(shared).unwrap_or_else(|| PathBuf::from("../shared"));
+    let mut left = Vec::new();
+    for folder in &args.folders {
+        let found = leftovers(folder).with_context(|| folder.display().to_string())?;
+        left.extend(found.into_iter().map(|left| left.path.display().to_string()));
+    }
     let report = DoctorReport {
         version: env!("CARGO_PKG_VERSION"),
         machine: Machine::this(),
@@ -63,6 +71,7 @@ pub(crate) fn run(args: &Doctor, ui: &mut Ui) -> Result<()> {
         memory_available_bytes: memory::available(),
         gpu: gpus(),
         mpi: mpi(),
+        leftovers: left,
         data: look_into(data),
     };
     ui.result(&report, show)
@@ -100,6 +109,10 @@ fn show(report: &DoctorReport) -> String {
     ];
     fields.extend(report.gpu.fields());
     fields.extend(report.mpi.fields());
+    for (i, left) in report.leftovers.iter().enumerate() {
+        let title = if i == 0 { "left over" } else { "" };
+        fields.push((title, format!("{left}; the next command with that output removes it")));
+    }
     fields.push(("data folder", report.data.path.display().to_string()));
     let mut out = format::fields(fields);
     if !report.data.found {

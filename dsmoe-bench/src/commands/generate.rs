@@ -1,12 +1,14 @@
 //! `dsmoe generate`: continues a prompt.
 
 use anyhow::{Context, Result, bail};
+use dsmoe_core::Inference;
 use dsmoe_core::checkpoint::Checkpoint;
 use dsmoe_core::config::Config;
 use dsmoe_core::generate::{Finish, GenerateOptions, generate};
 use serde::Serialize;
 
 use super::chat::conversation;
+use super::plan::{Chosen, for_prompt};
 use crate::cli::generate::Generate;
 use crate::files;
 use crate::format;
@@ -32,6 +34,9 @@ struct GenerateReport {
     tokens_per_s: Option<f64>,
     active_ratio: Option<f64>,
     active_ratio_per_layer: Option<Vec<f64>>,
+    /// What a plan has chosen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    planned: Option<Chosen>,
 }
 
 pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
@@ -55,7 +60,8 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
         Some(dtype) => dtype,
         None => default_precision(args.device, Checkpoint::open(&args.model)?.precision()),
     };
-    let model = load_inference(&args.model, dtype, args.device, args.gates)?;
+    let mut model = load_inference(&args.model, dtype, args.device, args.gates)?;
+    let planned = planned(args, &mut model, &prompt_ids, ui)?;
     let options = GenerateOptions {
         max_tokens: args.max_tokens,
         temperature: args.temperature,
@@ -132,12 +138,30 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
         new_token_ids: generation.tokens,
         text: text.text,
         prompt,
+        planned,
     };
     if ui.json {
         return ui.result(&report, |_| String::new());
     }
     ui.note(show(&report));
     Ok(())
+}
+
+/// Sets `model` to the budget that a plan chooses for the prompt, if there is one.
+fn planned(args: &Generate, model: &mut Inference, ids: &[u32], ui: &Ui) -> Result<Option<Chosen>> {
+    let (Some(plan), Some(deadline)) = (&args.plan, args.deadline) else { return Ok(None) };
+    if args.device.is_gpu() {
+        bail!("--plan: its times are those of the processor; use --device cpu");
+    }
+    let chosen = for_prompt(plan, &args.model, model, ids, (args.max_tokens, deadline))?;
+    model.set_active(chosen.active)?;
+    let late = if chosen.in_time { "" } else { ", more than the deadline: no budget is faster" };
+    let (active, seconds) = (format::percent(chosen.active), chosen.seconds);
+    ui.note(format_args!(
+        "plan: {active} of the experts on the {}, about {seconds:.3} s{late}; extra loss about {:.3} nats",
+        chosen.device, chosen.extra
+    ));
+    Ok(Some(chosen))
 }
 
 /// The text that is continued.

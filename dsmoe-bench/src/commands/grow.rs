@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use dsmoe_baselines::grow::{
     Fitted, GrowMethod, GrowOptions, GrownNorms, NewLayer, Space, grow, plan_growth,
 };
+use dsmoe_core::checkpoint::Checkpoint;
 use serde::Serialize;
 
 use crate::calibration::Stages;
@@ -56,6 +57,8 @@ pub(crate) fn run(args: &Grow, ui: &mut Ui) -> Result<()> {
         None => (plan_growth(&args.model, &options)?, Vec::new()),
         Some(out) => {
             let mut stages = Stages::new(ui);
+            // Layers that are copied are not looked at otherwise.
+            Checkpoint::open(&args.model)?.check_finite()?;
             let grown = grow(&args.model, out, &options, &mut |at| stages.set(at.stage, at.done, at.total));
             stages.finish();
             let grown = grown?;

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use dsmoe_core::accounting::Accounting;
+use dsmoe_core::checkpoint::Manifest;
 use dsmoe_core::config::Config;
 use dsmoe_core::init::{InitOptions, init, preset, preset_names};
 use serde_json::json;
@@ -42,6 +43,7 @@ pub(crate) fn run(args: &Init, ui: &mut Ui) -> Result<()> {
     })?;
     if let Some(tokenizer) = tokenizer {
         write(&out.join("tokenizer.json"), tokenizer)?;
+        Manifest::renew(out, "tokenizer.json")?;
     }
     let (place, params) = (out.display().to_string(), Accounting::of(&config).total);
     let (dtype, seconds) = (args.dtype.to_string(), started.elapsed().as_secs_f64());

@@ -3,6 +3,7 @@
 mod bench;
 mod chat;
 mod completions;
+mod continual;
 mod convert;
 mod data;
 mod doctor;
@@ -14,11 +15,13 @@ mod import;
 mod init;
 mod inspect;
 mod methods;
+mod plan;
 mod prune;
 mod reconstruct;
 mod reproduce;
 mod sweep;
 mod train;
+mod verify;
 
 use std::process::ExitCode;
 use std::sync::{Arc, Once};
@@ -64,14 +67,17 @@ fn run_on(comm: &Arc<dyn Communicator>, cli: Cli, ui: &mut Ui) -> Result<ExitCod
         Command::Export(args) => export::run(args, ui)?,
         Command::Import(args) => import::run(args, ui)?,
         Command::Train(args) => return train::run(args, cli.threads, comm, ui),
+        Command::Continual(args) => return on_worker(|| continual::run(args, ui)),
         Command::Eval(args) => return on_worker(|| eval::run(args, &**comm, ui)),
         Command::Sweep(args) => return on_worker(|| sweep::run(args, ui)),
+        Command::Plan(args) => return on_worker(|| plan::run(args, ui)),
         Command::Generate(args) => on_worker(|| generate::run(args, ui))?,
         Command::Init(args) => init::run(args, ui)?,
         Command::Doctor(args) => doctor::run(args, ui)?,
         Command::Bench(args) => return on_worker(|| bench::run(args, ui)),
         Command::Completions(args) => completions::script(args, ui)?,
         Command::Man(args) => completions::manual(args, ui)?,
+        Command::Verify(args) => return verify::run(args, ui),
         Command::Data(args) => return data::run(args, ui),
         Command::Reproduce(args) => return reproduce::run(args, ui),
     }

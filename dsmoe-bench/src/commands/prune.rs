@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use dsmoe_baselines::{Budget, Configured, Counts, Job, Made, SettingValues, Source, method, read_settings};
 use dsmoe_core::accounting::Accounting;
+use dsmoe_core::checkpoint::open_model;
 use dsmoe_core::config::Config;
 use dsmoe_kernels::comm::Communicator;
 use serde::Serialize;
@@ -126,6 +127,8 @@ fn make(
         &args.model,
         &[("the calibration text", calibration::identity(&calibration))],
     )?;
+    // Some methods leave tensors out that others read.
+    open_model(&args.model, config)?.check_finite()?;
     let job = Job {
         model: &args.model,
         out,

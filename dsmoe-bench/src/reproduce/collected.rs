@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 
 use super::records::{BASE, RUNS, Run, SETUP, TIMINGS, Timing};
 use super::setup::Setup;
+use super::sound;
 use crate::files::read_json;
 
 /// All files of a reproduction.
@@ -37,6 +38,7 @@ impl Collected {
                     continue;
                 }
                 let run: Run = read_json(&path)?;
+                sound::check(&path, &run)?;
                 // Results may differ all the same: the last bits of a stage depend on the machine.
                 match &found {
                     Some((other, place)) if other.key != run.key => {
@@ -67,7 +69,9 @@ impl Collected {
             for dir in dirs {
                 let path = dir.join(TIMINGS).join(format!("{id}.json"));
                 if path.is_file() {
-                    timings.entry(id.to_owned()).or_insert(read_json(&path)?);
+                    let timing: Timing = read_json(&path)?;
+                    sound::check(&path, &timing)?;
+                    timings.entry(id.to_owned()).or_insert(timing);
                 }
             }
         }

@@ -13,6 +13,7 @@ mod directions;
 mod frontier;
 mod inputs;
 mod jobs;
+mod limits;
 pub(crate) mod measure;
 mod measuring;
 pub(crate) mod merge;
@@ -27,6 +28,7 @@ mod related;
 mod results;
 mod setup;
 mod shipped;
+mod sound;
 pub(crate) mod speed;
 pub(crate) mod splice;
 mod stages;
@@ -60,7 +62,7 @@ use self::text::Text;
 use self::work::Work;
 use crate::cli::reproduce::Reproduce;
 use crate::files::{check_folder, make_folder, read_json, write_json};
-use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
+use crate::interrupts::{INTERRUPTED, STOP, Unpolled, catch_interrupts};
 use crate::ui::{Ui, stderr_line};
 
 /// How long a process waits when others work on all models that are left.
@@ -75,6 +77,8 @@ pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
         let profile = experiments.profile();
         check_text(args, &profile)?;
         if args.dry_run {
+            let machine = limits::Machine::of_plans(Path::new("."));
+            check_limits(args, &profile, machine)?;
             experiments.plan(args, ui)?;
             return Ok(ExitCode::SUCCESS);
         }
@@ -87,6 +91,7 @@ pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
     if let Some(tokens) = args.tokens {
         profile.train_on(tokens);
     }
+    limits::check_seeds(&profile)?;
     let outputs = if args.only.is_empty() { Output::of_profile(&profile)? } else { args.only.clone() };
     let jobs = all_jobs(&profile, args, &outputs)?.into_iter().enumerate();
     let mine = jobs.filter(|(number, _)| args.shard.is_none_or(|shard| shard.has(*number)));
@@ -108,8 +113,11 @@ fn in_folder(
     work: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<ExitCode> {
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("reproduce-{}", profile.name)));
+    let machine = limits::Machine::here(&out);
+    check_limits(args, &profile, machine)?;
     let _lock = open(&out, args.resume)?;
     catch_interrupts()?;
+    let _unpolled = Unpolled::begin("run the same command with --resume to continue");
     match work(&out) {
         Err(error) if error.is::<Interrupted>() => {
             stderr_line("dsmoe: stopped; run the same command with --resume to continue");
@@ -118,6 +126,15 @@ fn in_folder(
         }
         Err(error) => Err(error),
         Ok(()) => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Checks the sizes of a profile. One whose model is not known yet is refused by the stage that needs it.
+fn check_limits(args: &Reproduce, profile: &Profile, machine: limits::Machine) -> Result<()> {
+    match plan::dense(args, profile) {
+        Ok((dense, _)) => limits::check(profile, &dense, machine),
+        Err(error) if profile.world.is_some() => Err(error),
+        Err(_) => Ok(()),
     }
 }
 

@@ -1,6 +1,7 @@
 //! `dsmoe reproduce --dry-run`: the trainings of a reproduction, and their cost on this machine.
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use dsmoe_core::accounting::Accounting;
@@ -13,6 +14,7 @@ use serde::Serialize;
 
 use super::cost::Costs;
 use super::jobs::Planned;
+use super::limits;
 use super::profile::{MethodSpec, Profile, Role, gated};
 use super::text;
 use crate::cli::reproduce::Reproduce;
@@ -68,6 +70,8 @@ struct Row {
 
 pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui: &mut Ui) -> Result<()> {
     let (dense, model) = dense(args, profile)?;
+    let out = args.out.clone().unwrap_or_else(|| PathBuf::from("."));
+    limits::check(profile, &dense, limits::Machine::of_plans(&out))?;
     let train = profile.train()?.resolve()?;
     let precision = train.dtype;
     ui.note("measuring this machine");

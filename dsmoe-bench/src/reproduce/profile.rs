@@ -36,6 +36,8 @@ const EMBEDDED: [(&str, &str); 6] = [
 /// Rounds in which the size of the routers and the budget are made to fit.
 const ROUTER_ROUNDS: usize = 4;
 
+/// Least distance of the thresholds of that sweep.
+const LEAST_STEP: f64 = 0.001;
 /// Upper end of the sweep of thresholds of [`Role::WithoutThreshold`].
 const LAST_THRESHOLD: f64 = 0.999;
 
@@ -501,8 +503,8 @@ impl Profile {
                 bail!("{name} is 0; use 1 or more");
             }
         }
-        if !(measure.late_step > 0.0 && measure.late_step < 1.0) {
-            bail!("measure.late_step is {}; use a number above 0 and below 1", measure.late_step);
+        if !(LEAST_STEP..1.0).contains(&measure.late_step) {
+            bail!("measure.late_step is {}; use a number from {LEAST_STEP} and below 1", measure.late_step);
         }
         if let Some(pretrain) = self.pretrain() {
             pretrain?.resolve().context("pretrain")?;

@@ -12,7 +12,7 @@ use dsmoe_train::run::{Observer, Outcome, RunOptions, TrainData, Trainer};
 use serde_json::Value;
 
 use super::cache::Interrupted;
-use crate::interrupts::STOP;
+use crate::interrupts::{STOP, polled};
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
@@ -65,7 +65,7 @@ impl Training<'_> {
             watch.next = due.peek().map(|(step, _)| *step);
             // After the last step the model is still to be written.
             stop.store(watch.must_stop() && trainer.step() < steps, Ordering::Relaxed);
-            if trainer.run(&mut watch, &stop)? == Outcome::Finished {
+            if polled(|| trainer.run(&mut watch, &stop))? == Outcome::Finished {
                 for (step, share) in due {
                     at(share, step, trainer.measured_model())?;
                 }

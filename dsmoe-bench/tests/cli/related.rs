@@ -15,7 +15,7 @@ const PROFILE: &str = r#"
 name = "tiny-related"
 about = "seconds"
 seeds = 2
-experiments = ["hc-smoe", "uncurl", "seer-moe", "thresholds", "lesa"]
+experiments = ["hc-smoe", "uncurl", "seer-moe", "thresholds", "lesa", "esacl", "memtl"]
 world = { seed = 0, bytes = 150_000, vocab = 512 }
 model = { hidden = 32, intermediate = 64, layers = 3, heads = 2, kv_heads = 2, positions = 512 }
 pretrain = { steps = 10, batch = 4, seq = 64, lr = 4e-3, bos = "always" }
@@ -50,7 +50,10 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
     whole();
     let found: Value = read_json("related/whole/results.json");
     let experiments = list(&found["experiments"]);
-    assert_eq!(texts(&found["experiments"], "name"), ["hc-smoe", "uncurl", "seer-moe", "thresholds", "lesa"]);
+    assert_eq!(
+        texts(&found["experiments"], "name"),
+        ["hc-smoe", "uncurl", "seer-moe", "thresholds", "lesa", "esacl", "memtl"]
+    );
     let mut claims = 0;
     for experiment in experiments {
         for cell in list(&experiment["rows"]).iter().flat_map(|row| list(&row["cells"])) {
@@ -63,7 +66,7 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
             claims += 1;
         }
     }
-    assert_eq!(claims, 11);
+    assert_eq!(claims, 15);
     let report = read("related/whole/report.md");
     shows(
         &report,
@@ -80,10 +83,10 @@ fn the_plan_counts_the_stages() {
     let plan = json_of(&related("plan", ["", ""], "--dry-run --quiet"));
     let stages = plan["stages"].as_u64().unwrap();
     let of = list(&plan["rows"]).iter().map(|row| row["stages"].as_u64().unwrap()).sum::<u64>();
-    assert_eq!((stages, list(&plan["rows"]).len()), (of, 12));
+    assert_eq!((stages, list(&plan["rows"]).len()), (of, 16));
     let log = whole();
     let last = log.lines().rfind(|line| line.starts_with('[')).unwrap();
-    assert!(last.starts_with(&format!("[{stages}/{stages}] losses lesa-s1")), "{last} of {stages}");
+    assert!(last.starts_with(&format!("[{stages}/{stages}] imitated memtl-s1")), "{last} of {stages}");
     assert!(!path("related/plan").exists());
 }
 
@@ -123,7 +126,7 @@ fn experiments_are_chosen_by_name_and_change_no_number() {
 
 #[test]
 fn what_cannot_be_done_is_told_before_anything_is() {
-    let names = "use hc-smoe, uncurl, seer-moe, thresholds, lesa";
+    let names = "use hc-smoe, uncurl, seer-moe, thresholds, lesa, esacl, memtl";
     for (change, rest, words) in [
         (["\"lesa\"", "\"leas\""], "", vec!["experiments has \"leas\"", names]),
         (["\"lesa\"", "\"uncurl\""], "", vec!["experiments has \"uncurl\" twice"]),

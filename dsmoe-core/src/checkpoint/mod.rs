@@ -4,6 +4,7 @@ mod dtype;
 mod header;
 mod licences;
 mod llama;
+mod manifest;
 mod names;
 mod output;
 mod reader;
@@ -20,6 +21,7 @@ pub(crate) use llama::read_partitions;
 pub use llama::{
     LlamaTensors, check_llama_tensors, in_stored_order, model_writer, norm_names, open_model, tensor_names,
 };
+pub use manifest::{FileSum, MANIFEST_FILE, Manifest, Sums, Verification};
 pub use names::is_router;
 pub(crate) use names::{
     EMBEDDING, LayerNorm, Renames, attention_name, ffn_name, is_ignored, partition_name, router_bias_name,

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use dsmoe_kernels::comm::{self, CommError, Communicator, What, alone};
 
-use super::{CONFIG_FILE, DEFAULT_SHARD_BYTES, TensorInfo, Writer, model_writer};
+use super::{CONFIG_FILE, DEFAULT_SHARD_BYTES, Manifest, Sums, TensorInfo, Writer, model_writer};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::files::{parent, remove_dir, sync_dir};
+use crate::files::{parent, recover, remove_dir, sync_dir};
 
 /// A directory being written beside its target, `.NAME.tmp-PID`; [`OutputDir::commit`] renames it. Dropped without
 /// that, it is removed.
@@ -20,6 +20,8 @@ pub struct OutputDir {
     temporary: PathBuf,
     name: String,
     committed: bool,
+    /// Of the weights.
+    sums: Sums,
     /// The processes of which the first one writes.
     comm: Arc<dyn Communicator>,
 }
@@ -35,6 +37,7 @@ impl OutputDir {
     /// in it; or the file system refuses.
     pub fn create(path: &Path, force: bool) -> Result<OutputDir> {
         let wrong = |problem: &str| Err(Error::path(path, problem, "choose another {out}"));
+        recover(path).map_err(Error::io(path))?;
         let target =
             if path.exists() { path.canonicalize().map_err(Error::io(path))? } else { path.to_path_buf() };
         if target.exists() && !target.is_dir() {
@@ -52,13 +55,16 @@ impl OutputDir {
         let Some(name) = target.file_name().map(|name| name.to_string_lossy().into_owned()) else {
             return wrong("is not the name of a directory");
         };
+        if target != path {
+            recover(&target).map_err(Error::io(&target))?;
+        }
         let parent = parent(&target);
         fs::create_dir_all(parent).map_err(Error::io(parent))?;
         let temporary = parent.join(format!(".{name}.tmp-{}", std::process::id()));
         remove_dir(&temporary).map_err(Error::io(&temporary))?;
-        remove_abandoned(parent, &format!(".{name}.tmp-"))?;
         fs::create_dir(&temporary).map_err(Error::io(&temporary))?;
-        Ok(OutputDir { target, temporary, name, committed: false, comm: Arc::clone(alone()) })
+        let (sums, comm) = (Sums::default(), Arc::clone(alone()));
+        Ok(OutputDir { target, temporary, name, committed: false, sums, comm })
     }
 
     /// Does as [`OutputDir::create`] for a directory made from `source`, which must survive.
@@ -95,7 +101,7 @@ impl OutputDir {
             }
             None => {
                 let (target, temporary, name) = (path.to_path_buf(), PathBuf::new(), String::new());
-                OutputDir { target, temporary, name, committed: true, comm }
+                OutputDir { target, temporary, name, committed: true, sums: Sums::default(), comm }
             }
         })
     }
@@ -111,7 +117,7 @@ impl OutputDir {
     /// The file system refuses.
     pub fn writer(&self, infos: Vec<TensorInfo>) -> Result<Writer> {
         match self.writes() {
-            true => Writer::create(&self.temporary, infos),
+            true => Ok(Writer::create(&self.temporary, infos)?.with_sums(&self.sums)),
             false => Ok(Writer::discarding(infos)),
         }
     }
@@ -122,7 +128,10 @@ impl OutputDir {
     /// Those of [`model_writer`].
     pub fn model_writer(&self, config: &Config, infos: Vec<TensorInfo>) -> Result<Writer> {
         match self.writes() {
-            true => model_writer(config, &self.temporary, infos, DEFAULT_SHARD_BYTES),
+            true => {
+                let writer = model_writer(config, &self.temporary, infos, DEFAULT_SHARD_BYTES)?;
+                Ok(writer.with_sums(&self.sums))
+            }
             false => Ok(Writer::discarding(infos)),
         }
     }
@@ -146,12 +155,13 @@ impl OutputDir {
         &self.temporary
     }
 
-    /// Makes the directory appear under its name; what was there is deleted after.
+    /// Writes the manifest and makes the directory appear under its name; what was there is deleted after.
     ///
     /// # Errors
     /// The file system refuses; what was there is then still there.
     pub fn commit(mut self) -> Result<()> {
         let target = &self.target;
+        Manifest::write(&self.temporary, &self.sums)?;
         sync_dir(&self.temporary).map_err(Error::io(&self.temporary))?;
         let parent = parent(target);
         if !target.exists() {
@@ -216,24 +226,6 @@ fn is_empty(path: &Path) -> Result<bool> {
         Err(cause) if cause.kind() == ErrorKind::NotFound => Ok(true),
         Err(cause) => Err(Error::io(path)(cause)),
     }
-}
-
-/// Removes the leftovers `PREFIX<pid>` of processes that no longer run. Where processes are not listed
-/// in /proc nothing is removed.
-fn remove_abandoned(parent: &Path, prefix: &str) -> Result<()> {
-    if !Path::new("/proc/self").exists() {
-        return Ok(());
-    }
-    for entry in fs::read_dir(parent).map_err(Error::io(parent))? {
-        let entry = entry.map_err(Error::io(parent))?;
-        let name = entry.file_name();
-        let pid =
-            name.to_str().and_then(|name| name.strip_prefix(prefix)).and_then(|pid| pid.parse::<u32>().ok());
-        if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
-            remove_dir(&entry.path()).map_err(Error::io(&entry.path()))?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -137,6 +137,17 @@ impl TensorSource<'_> {
     }
 }
 
+impl Checkpoint {
+    /// Checks that all floats of all tensors are finite.
+    ///
+    /// # Errors
+    /// The first tensor, by name, with one that is not; a file cannot be read.
+    pub fn check_finite(&self) -> Result<()> {
+        let mut source = TensorSource::new(self);
+        self.names().try_for_each(|name| source.copy(name, Change::None, |_| Ok(())))
+    }
+}
+
 /// Returns whether two tensors have the same bytes.
 pub(crate) fn same_bytes(checkpoint: &Checkpoint, a: &TensorView, b: &TensorView) -> Result<bool> {
     if (a.dtype, &a.shape) != (b.dtype, &b.shape) {

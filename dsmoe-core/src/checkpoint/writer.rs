@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::dtype::{encode, is_too_large, too_large};
+use super::manifest::{Summing, Sums};
 use super::{Dtype, INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
 use crate::files::write_synced;
@@ -55,6 +56,10 @@ pub struct Writer {
     shard: usize,
     file: Option<BufWriter<File>>,
     scratch: Vec<u8>,
+    /// Of the shard being written.
+    summing: Summing,
+    /// Of the complete ones.
+    sums: Sums,
     /// No file is written.
     discards: bool,
 }
@@ -163,7 +168,9 @@ impl Writer {
         }
         let (file, scratch, discards) = (None, Vec::new(), false);
         let (next, left, shard) = (0, None, 0);
-        let mut writer = Writer { infos, joins, shards, index, next, left, shard, file, scratch, discards };
+        let (summing, sums) = (Summing::default(), Sums::default());
+        let mut writer =
+            Writer { infos, joins, shards, index, next, left, shard, file, scratch, summing, sums, discards };
         writer.open()?;
         Ok(writer)
     }
@@ -173,7 +180,19 @@ impl Writer {
         let shards = vec![Shard { path: PathBuf::new(), tensors: 0..infos.len() }];
         let (index, file, scratch) = (None, None, Vec::new());
         let (next, left, shard) = (0, None, 0);
-        Writer { infos, joins: Vec::new(), shards, index, next, left, shard, file, scratch, discards: true }
+        let (joins, summing, sums, discards) = (Vec::new(), Summing::default(), Sums::default(), true);
+        Writer { infos, joins, shards, index, next, left, shard, file, scratch, summing, sums, discards }
+    }
+
+    /// Returns where the sums of all files are once they are complete, by name.
+    pub fn sums(&self) -> Sums {
+        self.sums.clone()
+    }
+
+    /// Adds the sums of the files to `sums`.
+    pub(crate) fn with_sums(mut self, sums: &Sums) -> Writer {
+        self.sums = sums.clone();
+        self
     }
 
     /// Starts the next tensor, which must be `name`.
@@ -347,6 +366,7 @@ impl Writer {
     fn put(&mut self, bytes: &[u8]) -> Result<()> {
         if let Some(file) = &mut self.file {
             file.write_all(bytes).map_err(Error::io(&self.shards[self.shard].path))?;
+            self.summing.add(bytes);
         }
         Ok(())
     }
@@ -356,6 +376,8 @@ impl Writer {
             let path = &self.shards[self.shard].path;
             let file = file.into_inner().map_err(io::IntoInnerError::into_error).map_err(Error::io(path))?;
             file.sync_all().map_err(Error::io(path))?;
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+            self.sums.set(name.unwrap_or_default(), self.summing.finish());
         }
         self.shard += 1;
         Ok(())

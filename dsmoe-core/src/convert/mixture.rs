@@ -97,7 +97,7 @@ pub fn upcycle(
         match from {
             From::Tensor(name) => {
                 writer.begin(&info.name)?;
-                source.stream(name, Change::None, |bytes| {
+                source.copy(name, Change::None, |bytes| {
                     meter.add(bytes.len());
                     writer.write_chunk(bytes)
                 })?;

@@ -4,7 +4,9 @@ use std::path::Path;
 
 use super::{DenseForm, ExportAs, Measured};
 use crate::accounting::Accounting;
-use crate::checkpoint::{CARD_FILE, GENERATED, SOURCE_CARD_FILE, has_licences, is_generated, read_card};
+use crate::checkpoint::{
+    CARD_FILE, GENERATED, Manifest, SOURCE_CARD_FILE, has_licences, is_generated, read_card,
+};
 use crate::config::{Config, MoeConfig};
 use crate::error::{Error, Result};
 use crate::ffn::DsmoeForm;
@@ -233,6 +235,7 @@ pub fn add_perplexity(dir: &Path, measured: &Measured) -> Result<()> {
         let temporary = dir.join(format!(".{CARD_FILE}.new"));
         write_synced(&temporary, (lines.join("\n") + "\n").as_bytes()).map_err(Error::io(&temporary))?;
         std::fs::rename(&temporary, &path).map_err(Error::io(&path))?;
+        Manifest::renew(dir, CARD_FILE)?;
     }
     Ok(())
 }

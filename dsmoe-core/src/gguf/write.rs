@@ -8,7 +8,7 @@ use super::container::{ALIGNMENT, MAGIC};
 use super::types::TensorType;
 use super::value::Value;
 use crate::error::{Error, Result};
-use crate::files::{parent, sync_dir};
+use crate::files::{parent, recover, sync_dir};
 
 const VERSION: u32 = 3;
 const BUFFER: usize = 1 << 20;
@@ -61,6 +61,7 @@ impl GgufWriter {
         };
         let folder = parent(target);
         fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        recover(target).map_err(Error::io(target))?;
         let temporary = folder.join(format!(".{name}.tmp-{}", std::process::id()));
         let file = File::create(&temporary).map_err(Error::io(&temporary))?;
         let file = Some(BufWriter::with_capacity(BUFFER, file));

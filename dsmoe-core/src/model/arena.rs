@@ -10,7 +10,7 @@ use super::ropes::Ropes;
 use super::tensors::{Ranges, ffns_of, lay_out, no_gates, set_active, set_threshold, set_thresholds};
 use crate::accounting::Accounting;
 use crate::checkpoint::{
-    DEFAULT_SHARD_BYTES, Dtype, TensorInfo, WeightReader, model_writer, open_model, partition_name,
+    DEFAULT_SHARD_BYTES, Dtype, Sums, TensorInfo, WeightReader, model_writer, open_model, partition_name,
 };
 use crate::config::{Budget, CONFIG_FILE, Config, PartitionKind};
 use crate::error::{Error, Result};
@@ -133,12 +133,13 @@ impl Model {
     }
 
     /// Writes config.json, masks and the weights, in Hugging Face layout, to the existing directory `dir`; every file
-    /// is synced. Routers and partitions stay f32 and i32 whatever `dtype` is. The model then counts as trained.
+    /// is synced. Routers and partitions stay f32 and i32 whatever `dtype` is. The model then counts as trained. Returns the
+    /// sums of the weights' files.
     ///
     /// # Errors
     /// The configuration does not describe the model's FFNs; nothing is written then. The file system refuses; the
     /// message names the file.
-    pub fn save(&self, dir: &Path, dtype: Dtype) -> Result<()> {
+    pub fn save(&self, dir: &Path, dtype: Dtype) -> Result<Sums> {
         self.save_from(dir, dtype, |entry| Ok(Cow::Borrowed(&self.params[entry.range.clone()])))
     }
 
@@ -154,7 +155,7 @@ impl Model {
         dir: &Path,
         dtype: Dtype,
         mut of: impl FnMut(&Entry) -> Result<Cow<'v, [f32]>>,
-    ) -> Result<()> {
+    ) -> Result<Sums> {
         self.check_kinds()?;
         let mut infos = Vec::new();
         for entry in self.layout.entries() {
@@ -180,6 +181,7 @@ impl Model {
         for (i, order) in self.partitions.iter().flatten().enumerate() {
             writer.write(&partition_name(i), bytemuck::cast_slice(order))?;
         }
+        let sums = writer.sums();
         writer.finish()?;
         self.masks.iter().try_for_each(|masks| masks.save(dir))?;
         let mut config = self.config.clone();
@@ -187,7 +189,8 @@ impl Model {
         if let Some(moe) = &mut config.moe {
             moe.untrained = false;
         }
-        config.save(dir)
+        config.save(dir)?;
+        Ok(sums)
     }
 
     /// Checks that config.json describes every FFN as it is.

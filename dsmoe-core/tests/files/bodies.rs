@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use dsmoe_core::Error;
-use dsmoe_core::checkpoint::{Checkpoint, Header};
+use dsmoe_core::checkpoint::{Checkpoint, Header, MANIFEST_FILE, Manifest};
 use dsmoe_core::config::Config;
 use dsmoe_core::gguf::tokenizer_files;
 use dsmoe_core::masks::Masks;
@@ -64,4 +64,13 @@ pub(crate) fn masks(config: &Config, bytes: &[u8]) {
     fs::write(work.path().join("config.json"), config.to_json()).unwrap();
     fs::write(work.path().join("masks.safetensors"), bytes).unwrap();
     one_line(Masks::load(work.path()));
+}
+
+/// Reads a manifest and compares its folder with it.
+pub(crate) fn manifest(bytes: &[u8]) {
+    let work = tempfile::tempdir().unwrap();
+    fs::write(work.path().join(MANIFEST_FILE), bytes).unwrap();
+    if let Some(manifest) = one_line(Manifest::read(work.path())).flatten() {
+        one_line(manifest.verify(work.path(), &mut |_, _| ()));
+    }
 }

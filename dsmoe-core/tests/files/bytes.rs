@@ -83,6 +83,11 @@ fn wrong_headers() {
     refused(open(&two("b", 4), 9), &["x.safetensors", "describes 8 bytes of data and the file has 9"]);
 }
 
+/// Returns how many inputs of every kind are tried; `DSMOE_FUZZ_CASES` asks for more.
+fn cases(default: u32) -> u32 {
+    std::env::var("DSMOE_FUZZ_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(default)
+}
+
 /// Copies of a good file with some bytes replaced, some removed and some doubled.
 fn mutated(good: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
     let len = good.len();
@@ -122,7 +127,7 @@ fn small_masks() -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(cases(2000)))]
 
     #[test]
     fn any_bytes_as_header(bytes: Vec<u8>, data in 0u64..64) {
@@ -146,7 +151,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(cases(200)))]
 
     #[test]
     fn any_bytes_as_file(bytes: Vec<u8>) {
@@ -157,6 +162,13 @@ proptest! {
     #[test]
     fn mutated_masks(bytes in mutated(small_masks())) {
         crate::bodies::masks(&small_config(), &bytes);
+    }
+
+    #[test]
+    fn mutated_manifest(bytes in mutated(
+        br#"{"format_version":1,"files":[{"name":"x","bytes":3,"xxh3_128":"06b05ab6733a618578af5f94892f3950"}]}"#.to_vec()
+    )) {
+        crate::bodies::manifest(&bytes);
     }
 
     #[test]

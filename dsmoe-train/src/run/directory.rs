@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::Model;
+use dsmoe_core::checkpoint::MANIFEST_FILE;
 use dsmoe_core::masks::MASKS_FILE;
 use dsmoe_kernels::comm::{Communicator, What};
 
@@ -94,7 +95,9 @@ pub(super) fn prepare_directory(options: &RunOptions) -> Result<Option<fs::File>
     }
     let starts = ["tokenizer", "chat_template.", "events.out.tfevents."];
     let model_file = |name: &str| {
-        ["config.json", MASKS_FILE, "generation_config.json", "special_tokens_map.json"].contains(&name)
+        let names =
+            ["config.json", MASKS_FILE, MANIFEST_FILE, "generation_config.json", "special_tokens_map.json"];
+        names.contains(&name)
             || starts.iter().any(|start| name.starts_with(start))
             || name.starts_with("model")
                 && [".safetensors", ".index.json"].iter().any(|end| name.ends_with(end))
@@ -121,14 +124,22 @@ pub(super) fn load_newest(
     let (out, comm) = (&options.out, &*options.comm);
     let of = What::of("a checkpoint");
     let (layout, masks, outline) = (model.layout().clone(), model.masks().cloned(), model.is_outline());
+    let layers = model.config().num_layers;
     let mut start = Some(model);
     let mut newest_error = None;
     for path in checkpoints_of_first(comm, &out.join(CHECKPOINTS))? {
-        let loaded = match agree(comm, of, checkpoint::read_state(&path)) {
-            Ok(saved) => {
+        let checked = checkpoint::check_files(&path, comm);
+        let read = checked.and_then(|has| Ok((has, agree(comm, of, checkpoint::read_state(&path))?)));
+        let loaded = match read {
+            Ok((has_manifest, saved)) => {
+                if !has_manifest {
+                    let note = "has no checksums.json: its files are not checked for damage";
+                    notes.push(format!("{} {note}", path.display()));
+                }
                 let mut now = state.clone();
                 now.config.warmup_steps = wished_warmup.or(saved.config.warmup_steps);
                 agree(comm, of, saved.check(&path, &now))?;
+                agree(comm, of, saved.check_layers(&path, layers))?;
                 // Two models at once may be more than the memory holds.
                 start = None;
                 agree(comm, of, checkpoint::load(&path, &layout, masks.as_ref(), outline, comm))

@@ -31,13 +31,18 @@ fn edited(good: &'static str) -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
+/// Returns how many inputs of every kind are tried; `DSMOE_FUZZ_CASES` asks for more.
+fn cases(default: u32) -> u32 {
+    std::env::var("DSMOE_FUZZ_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(default)
+}
+
 #[test]
 fn the_unedited_files_are_accepted() {
     assert!(bodies::journal(JOURNAL.as_bytes()) && bodies::settings(SETTINGS.as_bytes()));
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(500))]
+    #![proptest_config(ProptestConfig::with_cases(cases(500)))]
 
     #[test]
     fn any_bytes_are_read_or_refused(bytes: Vec<u8>) {

@@ -105,6 +105,11 @@ impl Observer for Heard {
     }
 }
 
+/// Makes a checkpoint one of before there were manifests, so that it may be edited.
+pub(crate) fn without_manifest(checkpoint: &Path) {
+    std::fs::remove_file(checkpoint.join("checksums.json")).ok();
+}
+
 /// A model directory and runs beside it.
 pub(crate) struct Bed {
     dir: tempfile::TempDir,

@@ -216,6 +216,7 @@ fn ways_to_hold_are_checked() {
     let state = bed.path("old/checkpoints/step-00000005/state.json");
     let text_of = std::fs::read_to_string(&state).unwrap();
     std::fs::write(&state, text_of.replace("\"hold\": \"loss\",", "")).unwrap();
+    without_manifest(state.parent().unwrap());
     let other = settings(&["hold=threshold"]);
     refused(&text(1), other, bed.resumed("old"), &["hold was \"loss\" and is now \"threshold\""]);
     bed.rest("old", &[]);

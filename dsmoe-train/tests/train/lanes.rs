@@ -109,5 +109,6 @@ fn lanes_belong_to_a_run() {
     let old = state.replace("    \"lanes\": 1,\n", "");
     assert_ne!(old, state);
     std::fs::write(&path, old).unwrap();
+    without_manifest(path.parent().unwrap());
     bed.rest("old", &[]);
 }

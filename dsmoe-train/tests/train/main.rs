@@ -1,6 +1,7 @@
 //! Runs and evaluations of tiny models, from files to files.
 
 mod common;
+mod continual;
 mod determinism;
 mod evaluation;
 mod held;

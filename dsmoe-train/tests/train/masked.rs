@@ -5,7 +5,7 @@ use dsmoe_core::masks::MASKS_FILE;
 use dsmoe_core::{Masks, Model};
 use dsmoe_train::RunOptions;
 
-use crate::common::{Bed, refused, settings, text, weights};
+use crate::common::{Bed, refused, settings, text, weights, without_manifest};
 
 /// A dense model of which every row of every linear keeps two weights of five.
 pub(crate) fn pruned() -> Bed {
@@ -74,7 +74,10 @@ fn masked_weights_stay_zero_under_adamw_with_decay() {
 fn a_checkpoint_without_its_masks_is_passed_over() {
     let (bed, more) = (pruned(), ["steps=4", "sparsity=1"]);
     bed.part("out", 2, &more);
-    std::fs::remove_file(bed.path("out/checkpoints/step-00000002").join(MASKS_FILE)).unwrap();
+    let checkpoint = bed.path("out/checkpoints/step-00000002");
+    std::fs::remove_file(checkpoint.join(MASKS_FILE)).unwrap();
+    refused(&text(1), settings(&more), bed.resumed("out"), &["masks.safetensors", "not what was written"]);
+    without_manifest(&checkpoint);
     let parts = ["its masks are not those of the starting model"];
     refused(&text(1), settings(&more), bed.resumed("out"), &parts);
 }

@@ -23,9 +23,10 @@ fn a_finished_run_is_a_model_with_its_history() {
     assert_eq!(heard.saved, [6, 12, 18, 20]);
     assert_eq!(names(&out.join("checkpoints")), ["step-00000018", "step-00000020"]);
     let checkpoint = names(&out.join("checkpoints/step-00000020"));
-    assert_eq!(checkpoint, ["config.json", "model.safetensors", "optimizer.safetensors", "state.json"]);
+    let weights = ["checksums.json", "config.json", "model.safetensors"];
+    assert_eq!(checkpoint, [&weights[..], &["optimizer.safetensors", "state.json"]].concat());
     let (events, files): (Vec<_>, Vec<_>) = names(&out).into_iter().partition(|n| n.starts_with("events."));
-    let model = ["checkpoints", "config.json", "metrics.jsonl", "model.safetensors"];
+    let model = ["checkpoints", "checksums.json", "config.json", "metrics.jsonl", "model.safetensors"];
     assert_eq!(files, [&model[..], &["run.toml", "tokenizer.json"]].concat());
     assert_eq!(events.len(), 1, "{events:?}");
     assert!(Model::load(&out).unwrap().params().iter().all(|x| x.is_finite()));
@@ -91,8 +92,64 @@ fn half_written_and_broken_checkpoints_are_skipped() {
     for name in names(&checkpoints) {
         std::fs::write(checkpoints.join(name).join("state.json"), "{}").unwrap();
     }
+    let parts = ["step-00000020", "state.json", "not what was written", "set force"];
+    refused(&text(1), settings(&[]), bed.resumed("out"), &parts);
+    for name in names(&checkpoints) {
+        std::fs::remove_file(checkpoints.join(name).join("checksums.json")).unwrap();
+    }
     let parts = ["step-00000020", "state.json", "format_version", "set force"];
     refused(&text(1), settings(&[]), bed.resumed("out"), &parts);
+}
+
+#[test]
+fn every_flipped_bit_of_a_checkpoint_is_found_and_the_one_before_is_taken() {
+    let bed = Bed::new(true);
+    let out = bed.path("out");
+    bed.part("out", 4, &["save_every=2"]);
+    let checkpoints = out.join("checkpoints");
+    let newest = checkpoints.join("step-00000004");
+    let before: Vec<_> =
+        ["step-00000002", "step-00000004"].map(|name| copied(&checkpoints.join(name))).into();
+    let restore = || {
+        for name in names(&checkpoints) {
+            std::fs::remove_dir_all(checkpoints.join(name)).unwrap();
+        }
+        for (name, files) in ["step-00000002", "step-00000004"].iter().zip(&before) {
+            std::fs::create_dir_all(checkpoints.join(name)).unwrap();
+            files
+                .iter()
+                .for_each(|(file, bytes)| std::fs::write(checkpoints.join(name).join(file), bytes).unwrap());
+        }
+    };
+    let mut random = 7u64;
+    for (file, bytes) in &before[1] {
+        for _ in 0..6 {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let bit = (random >> 20) as usize % (8 * bytes.len());
+            // A digit of a hash in its other case is the same hash.
+            if file == "checksums.json" && bit % 8 == 5 {
+                continue;
+            }
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            std::fs::write(newest.join(file), damaged).unwrap();
+            let (_, heard) = bed.train(&[], RunOptions { stop_after: Some(1), ..bed.resumed("out") });
+            heard.noted(&["skipped a broken checkpoint", file, "step-00000002 at step 2 of 20"]);
+            restore();
+        }
+    }
+    // Checkpoints of before there were manifests.
+    for name in names(&checkpoints) {
+        let manifest = checkpoints.join(&name).join("checksums.json");
+        std::fs::remove_file(manifest).ok();
+    }
+    let (_, heard) = bed.train(&[], RunOptions { stop_after: Some(1), ..bed.resumed("out") });
+    heard.noted(&["has no checksums.json: its files are not checked for damage", "at step 4 of 20"]);
+}
+
+/// The files of a folder.
+fn copied(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    names(dir).into_iter().map(|name| (name.clone(), std::fs::read(dir.join(name)).unwrap())).collect()
 }
 
 #[test]
@@ -188,6 +245,7 @@ fn what_is_not_finite_stops_the_run_and_saves_nothing() {
         let range = model.layout().get(tensor).unwrap().range.clone();
         model.params_mut()[range].fill(3e38);
         std::fs::create_dir_all(to).unwrap();
+        without_manifest(to);
         model.save(to, Dtype::F32).unwrap();
     };
     for (tensor, parts) in [

@@ -8,18 +8,27 @@ use serde_json::json;
 use crate::cli::data as args;
 use crate::files::make_folder;
 use crate::format::{self, Table};
+use crate::memory;
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
 /// Largest number of bytes that the tokenizer is trained on; more text only takes more time.
 const TOKENIZER_BYTES: u64 = 4_000_000;
 const MIN_BYTES: u64 = 10_000;
+/// Bytes of an item of a probe with its row.
+const ITEM_BYTES: u64 = 2 << 10;
 
 pub(crate) fn run(args: &args::World, ui: &mut Ui) -> Result<()> {
     if args.bytes < MIN_BYTES {
         bail!("--bytes {} is too little for four domains; give {MIN_BYTES} or more", args.bytes);
     }
     let (out, items) = (&args.out, args.items as usize);
+    if let Some(free) = memory::free_disk(out).filter(|free| args.bytes > *free) {
+        let [asked, free] = [args.bytes, free].map(format::bytes);
+        bail!("--bytes is {asked} and the disk has {free} free; give less");
+    }
+    let needed = (items as u64).saturating_mul(ITEM_BYTES);
+    memory::check(&format!("--items {items}"), needed, memory::total(), "give less")?;
     make_folder(out, args.force, "choose another --out, or pass --force to write the world's files anew")?;
     let world = World::new(args.seed);
     let written = Progress::during(ui, "writing text", Unit::Bytes, |show| {

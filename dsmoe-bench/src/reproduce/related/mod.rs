@@ -4,11 +4,13 @@
 //! claims are data: which row should be better than which controls, where. The numbers decide by the rule of [`experiment`].
 
 mod definition;
+mod esacl;
 mod experiment;
 mod experts;
 mod hc_smoe;
 mod lab;
 mod lesa;
+mod memtl;
 mod outcome;
 mod plan;
 mod seer_moe;
@@ -44,8 +46,15 @@ use outcome::{Found, Outcome, Setup};
 use plan::{Row, count};
 
 /// All experiments.
-static ALL: [Experiment; 5] =
-    [hc_smoe::EXPERIMENT, uncurl::EXPERIMENT, seer_moe::EXPERIMENT, thresholds::EXPERIMENT, lesa::EXPERIMENT];
+static ALL: [Experiment; 7] = [
+    hc_smoe::EXPERIMENT,
+    uncurl::EXPERIMENT,
+    seer_moe::EXPERIMENT,
+    thresholds::EXPERIMENT,
+    lesa::EXPERIMENT,
+    esacl::EXPERIMENT,
+    memtl::EXPERIMENT,
+];
 
 /// The numbers of an experiment and seed, as `runs/` keeps them.
 #[derive(Debug, Serialize, Deserialize)]

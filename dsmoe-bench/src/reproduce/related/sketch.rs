@@ -77,6 +77,11 @@ impl<'a> Sketch<'a> {
         Ok(())
     }
 
+    /// Returns what a training of the dense model costs.
+    pub(crate) fn training_cost(&self, config: &TrainConfig) -> Result<f64> {
+        self.costs.train(config)
+    }
+
     /// Stages that each cost `tokens` of forward passes of the dense model.
     pub(crate) fn other(&mut self, stages: usize, tokens: f64) {
         self.planned.stages += stages;

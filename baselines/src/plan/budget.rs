@@ -1,0 +1,269 @@
+//! What each budget of a model costs a request, and the choice of a budget by it.
+//!
+//! ```text
+//! q_B = 0,  q_j = sum_{i=j}^{B-1} softplus(y_i)       the predicted extra loss at budget j against the largest, from a head's outputs y
+//! loss = mean over j < B of (q_j - t_j)^2
+//! ```
+
+use serde::{Deserialize, Serialize};
+
+use super::network::{Ensemble, Fit};
+use crate::error::{Error, Result};
+
+/// Widths of the backbone.
+const HIDDEN: [usize; 2] = [60, 40];
+/// Halvings of the interval that holds a price.
+const HALVINGS: usize = 60;
+
+/// A network that predicts from a request's features what its continuation loses at every budget.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Curves {
+    budgets: usize,
+    /// Means and deviations of the features.
+    mean: Vec<f64>,
+    deviation: Vec<f64>,
+    network: Ensemble,
+}
+
+/// The predictions for one request: by head and budget, nats.
+pub type Predicted = Vec<Vec<f64>>;
+
+impl Curves {
+    /// Fits a network of so many heads to rows of features and of extra losses at all budgets, ascending, the last of which is 0.
+    /// `show` receives how many passes are done; returns nothing where it does not consent.
+    ///
+    /// # Errors
+    /// No rows, rows of different lengths, fewer than two budgets, or no heads.
+    pub fn fit(
+        features: &[Vec<f64>],
+        extra: &[Vec<f64>],
+        heads: usize,
+        fit: Fit,
+        show: &mut dyn FnMut(usize) -> bool,
+    ) -> Result<Option<Curves>> {
+        let width = features.first().map_or(0, Vec::len);
+        let budgets = extra.first().map_or(0, Vec::len);
+        let alike =
+            features.iter().all(|row| row.len() == width) && extra.iter().all(|row| row.len() == budgets);
+        if width == 0 || budgets < 2 || heads == 0 || !alike || features.len() != extra.len() {
+            return Err(Error::Numeric {
+                place: "plan".to_owned(),
+                problem: format!("{} rows of {width} features and {budgets} budgets", features.len()),
+                help: "give rows of one length, two budgets at least, and a head".to_owned(),
+            });
+        }
+        let rows = features.len() as f64;
+        let mean: Vec<f64> =
+            (0..width).map(|i| features.iter().map(|row| row[i]).sum::<f64>() / rows).collect();
+        let square = |i: usize| features.iter().map(|row| (row[i] - mean[i]).powi(2)).sum::<f64>() / rows;
+        // What does not vary tells nothing.
+        let deviation: Vec<f64> = (0..width).map(|i| square(i).sqrt()).collect();
+        let network = Ensemble::new(width, HIDDEN, budgets - 1, heads, fit.seed);
+        let mut curves = Curves { budgets, mean, deviation, network };
+        let x: Vec<f32> = features.iter().flat_map(|row| curves.scaled(row)).collect();
+        let loss = |y: &[f32], batch: &[usize]| {
+            let (mut sum, mut grad) = (0.0, Vec::with_capacity(y.len()));
+            let scale = 1.0 / (batch.len() * (budgets - 1)) as f64;
+            for (y, &row) in y.chunks(budgets - 1).zip(batch) {
+                let q = curve(y);
+                let differences: Vec<f64> = q.iter().zip(&extra[row]).map(|(q, t)| q - t).collect();
+                sum += scale * differences[..budgets - 1].iter().map(|d| d * d).sum::<f64>();
+                let mut slope = 0.0;
+                for (i, &y) in y.iter().enumerate() {
+                    // Output i is in q_0 to q_i.
+                    slope += 2.0 * scale * differences[i];
+                    grad.push((slope / (1.0 + (-f64::from(y)).exp())) as f32);
+                }
+            }
+            (sum, grad)
+        };
+        let mut network = curves.network.clone();
+        let fitted = network.fit(&x, &loss, fit, show);
+        curves.network = network;
+        Ok(fitted.map(|_| curves))
+    }
+
+    fn scaled(&self, features: &[f64]) -> impl Iterator<Item = f32> {
+        let scaled = features.iter().zip(&self.mean).zip(&self.deviation);
+        let of = |((x, mean), deviation): ((&f64, &f64), &f64)| {
+            // Far outside of what was learnt a feature counts as the farthest.
+            if *deviation > 0.0 { ((x - mean) / deviation).clamp(-10.0, 10.0) as f32 } else { 0.0 }
+        };
+        scaled.map(of).collect::<Vec<f32>>().into_iter()
+    }
+
+    /// Returns the number of heads.
+    pub fn heads(&self) -> usize {
+        self.network.heads()
+    }
+
+    /// Checks a network that was read: for so many budgets.
+    ///
+    /// # Errors
+    /// It does not fit together, or holds what is not finite.
+    pub fn check(&self, budgets: usize) -> Result<()> {
+        let width = self.mean.len();
+        let numbers = self.mean.iter().chain(&self.deviation).all(|x| x.is_finite());
+        let fits = self.deviation.len() == width && self.budgets == budgets && budgets > 1;
+        if numbers && fits && self.network.is_sound(width, budgets - 1) {
+            return Ok(());
+        }
+        Err(Error::Numeric {
+            place: "plan".to_owned(),
+            problem: format!("the network is not one of {width} features and {budgets} budgets"),
+            help: "train it again".to_owned(),
+        })
+    }
+
+    /// Predicts for one request.
+    ///
+    /// # Errors
+    /// There are not as many features as the network learnt from, or one is not finite.
+    pub fn predict(&self, features: &[f64]) -> Result<Predicted> {
+        if features.len() != self.mean.len() || features.iter().any(|x| !x.is_finite()) {
+            return Err(Error::Numeric {
+                place: "plan".to_owned(),
+                problem: format!("{} features for a network of {}", features.len(), self.mean.len()),
+                help: "use the model and the prompt length that the plan was made with".to_owned(),
+            });
+        }
+        let x: Vec<f32> = self.scaled(features).collect();
+        Ok(self.network.forward(&x).iter().map(|y| curve(y)).collect())
+    }
+}
+
+/// Returns the extra losses that a head's outputs stand for.
+fn curve(y: &[f32]) -> Vec<f64> {
+    let mut q = vec![0.0; y.len() + 1];
+    for (i, &y) in y.iter().enumerate().rev() {
+        let y = f64::from(y);
+        q[i] = q[i + 1] + y.max(0.0) + (-y.abs()).exp().ln_1p();
+    }
+    q
+}
+
+/// How a request's budget follows from the predictions of the heads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Policy {
+    /// Deviations of the heads that are added to their mean: heads that disagree get a larger budget.
+    pub kappa: f64,
+}
+
+impl Policy {
+    /// Returns what the heads predict for every budget.
+    pub fn expected(self, predicted: &[Vec<f64>]) -> Vec<f64> {
+        let (heads, budgets) = (predicted.len().max(1) as f64, predicted.first().map_or(0, Vec::len));
+        let of = |j: usize| {
+            let mean = predicted.iter().map(|q| q[j]).sum::<f64>() / heads;
+            let square = predicted.iter().map(|q| (q[j] - mean).powi(2)).sum::<f64>() / heads;
+            mean + self.kappa * square.sqrt()
+        };
+        (0..budgets).map(of).collect()
+    }
+
+    /// Returns the least budget whose expected extra loss is within `tolerance`; the largest is within any.
+    pub fn within(self, predicted: &[Vec<f64>], tolerance: f64) -> usize {
+        let expected = self.expected(predicted);
+        expected.iter().position(|q| *q <= tolerance).unwrap_or(expected.len().saturating_sub(1))
+    }
+}
+
+/// Returns a budget for every request, so that their mean share is `target` at the most and the sum of the losses `costs` small:
+/// each takes the least of `cost + price share`, and the price is the lowest that meets the target.
+pub fn at_mean_share(costs: &[Vec<f64>], shares: &[f64], target: f64) -> Vec<usize> {
+    let at = |price: f64| -> Vec<usize> {
+        let least = |costs: &Vec<f64>| {
+            let priced = costs.iter().zip(shares).map(|(cost, share)| cost + price * share).enumerate();
+            // Among equals the smaller budget.
+            priced.min_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(j, _)| j)
+        };
+        costs.iter().map(least).collect()
+    };
+    let mean = |chosen: &[usize]| chosen.iter().map(|&j| shares[j]).sum::<f64>() / chosen.len().max(1) as f64;
+    let fits = |chosen: &[usize]| mean(chosen) <= target + 1e-12;
+    let free = at(0.0);
+    if fits(&free) {
+        return free;
+    }
+    let (mut low, mut high) = (0.0, 1.0);
+    while !fits(&at(high)) {
+        high *= 2.0;
+        if high > 1e12 {
+            return vec![0; costs.len()];
+        }
+    }
+    for _ in 0..HALVINGS {
+        let middle = 0.5 * (low + high);
+        if fits(&at(middle)) { high = middle } else { low = middle }
+    }
+    at(high)
+}
+
+#[cfg(test)]
+mod tests {
+    use dsmoe_kernels::rng::Rng;
+
+    use super::*;
+
+    #[test]
+    fn curves_fall_to_zero_at_the_largest_budget() {
+        let q = curve(&[0.0, -1.0, 2.0]);
+        let softplus = |y: f64| (1.0 + y.exp()).ln();
+        assert!((q[2] - softplus(2.0)).abs() < 1e-12);
+        assert!((q[0] - softplus(0.0) - softplus(-1.0) - softplus(2.0)).abs() < 1e-12);
+        assert_eq!(q[3], 0.0);
+        assert!(curve(&[100.0])[0] == 100.0 && curve(&[-100.0])[0] >= 0.0);
+    }
+
+    #[test]
+    fn heads_learn_curves_and_disagree_where_nothing_was_learnt() {
+        let mut rng = Rng::new(3, 0);
+        let features: Vec<Vec<f64>> =
+            (0..400).map(|_| (0..4).map(|_| f64::from(rng.normal())).collect()).collect();
+        let extra: Vec<Vec<f64>> =
+            features.iter().map(|x| vec![1.0 + x[0].abs(), 0.5 + 0.5 * x[0].abs(), 0.0]).collect();
+        let fit = Fit { epochs: 60, lr: 3e-3, ..Fit::default() };
+        let curves = Curves::fit(&features, &extra, 4, fit, &mut |_| true).unwrap().unwrap();
+        curves.check(3).unwrap();
+        assert!(curves.check(4).is_err());
+        let plain = Policy { kappa: 0.0 };
+        let error: f64 = features
+            .iter()
+            .zip(&extra)
+            .map(|(x, t)| (plain.expected(&curves.predict(x).unwrap())[0] - t[0]).abs())
+            .sum::<f64>()
+            / 400.0;
+        assert!(error < 0.2, "{error}");
+        let spread = |x: &[f64]| {
+            let predicted = curves.predict(x).unwrap();
+            Policy { kappa: 1.0 }.expected(&predicted)[0] - plain.expected(&predicted)[0]
+        };
+        assert!(spread(&[8.0, 8.0, -8.0, 8.0]) > 2.0 * spread(&[0.5, 0.0, 0.0, 0.0]));
+        assert!(curves.predict(&[0.0; 3]).is_err() && curves.predict(&[f64::NAN; 4]).is_err());
+        // Heads that are one have no deviation.
+        let one = Curves::fit(&features, &extra, 1, fit, &mut |_| true).unwrap().unwrap();
+        let predicted = one.predict(&features[0]).unwrap();
+        assert_eq!(Policy { kappa: 5.0 }.expected(&predicted), plain.expected(&predicted));
+        let twice = vec![predicted[0].clone(), predicted[0].clone()];
+        assert_eq!(Policy { kappa: 5.0 }.expected(&twice), predicted[0]);
+        assert!(Curves::fit(&features[..0], &extra[..0], 1, fit, &mut |_| true).is_err());
+        assert!(Curves::fit(&features, &extra, 0, fit, &mut |_| true).is_err());
+    }
+
+    #[test]
+    fn budgets_keep_within_a_tolerance_or_a_share() {
+        let predicted = vec![vec![0.3, 0.1, 0.0], vec![0.5, 0.1, 0.0]];
+        assert_eq!(Policy { kappa: 0.0 }.within(&predicted, 0.4), 0);
+        assert_eq!(Policy { kappa: 1.0 }.within(&predicted, 0.4), 1);
+        assert_eq!(Policy { kappa: 1.0 }.within(&predicted, 0.05), 2);
+        let shares = [0.25, 0.5, 1.0];
+        let costs = vec![vec![0.0, 0.0, 0.0], vec![4.0, 1.0, 0.0], vec![0.2, 0.1, 0.0]];
+        for (target, want) in [(1.0, [0, 2, 2]), (0.5, [0, 2, 0]), (0.25, [0, 0, 0]), (0.1, [0, 0, 0])] {
+            let chosen = at_mean_share(&costs, &shares, target);
+            let mean = chosen.iter().map(|&j| shares[j]).sum::<f64>() / 3.0;
+            assert!(mean <= f64::max(target, 0.25) + 1e-12);
+            assert_eq!(chosen, want, "{target}");
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! `dsmoe plan offload`: the paper's own problem.
+
+use std::sync::atomic::Ordering;
+
+use anyhow::{Context, Result};
+use dsmoe_baselines::plan::offload::{Imitation, imitate};
+use serde_json::json;
+
+use super::fit_of;
+use crate::cli::plan::PlanOffload;
+use crate::format::{self, Table};
+use crate::interrupts::{STOP, catch_interrupts};
+use crate::progress::{Progress, Unit};
+use crate::ui::Ui;
+
+pub(super) fn run(args: &PlanOffload, ui: &mut Ui) -> Result<()> {
+    let (users, samples) = (usize::from(args.users), args.samples as usize);
+    catch_interrupts()?;
+    let found = Progress::during(ui, "networks", Unit::Parts, |show| {
+        imitate(users, samples, usize::from(args.heads.heads), fit_of(&args.heads), &mut |done, all| {
+            show(done as u64, all as u64);
+            !STOP.load(Ordering::Relaxed)
+        })
+    });
+    let found = found.context("stopped; nothing is kept of an experiment, run it again")?;
+    let result = json!({ "users": users, "samples": samples, "seed": args.heads.seed, "results": found });
+    ui.result(&result, |_| show(&found))
+}
+
+fn show(found: &[Imitation]) -> String {
+    let mut table =
+        Table::new(["heads", "answer", "right decisions", "squared error", "cost over the optimum"]);
+    for found in found {
+        table.row([
+            found.heads.to_string(),
+            found.choice.to_owned(),
+            format::percent(found.accuracy),
+            format!("{:.5}", found.squared_error),
+            format!("{:.4}", found.cost),
+        ]);
+    }
+    format!("{}\nThe oracle knows the optimum: a bound, no method.\n", table.show())
+}

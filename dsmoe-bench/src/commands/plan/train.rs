@@ -1,0 +1,93 @@
+//! `dsmoe plan train`: the heads that predict what a budget costs.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use dsmoe_baselines::plan::{Curves, Fit};
+use serde::{Deserialize, Serialize};
+
+use super::fit_of;
+use super::profile::{Profile, Profiled};
+use crate::cli::plan::PlanTrain;
+use crate::files::{read_json, write_json};
+use crate::format;
+use crate::progress::{Progress, Unit};
+use crate::ui::Ui;
+
+const HEADS: &str = "heads.json";
+
+/// A trained network, with what it was trained on.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Heads {
+    model_sha256: String,
+    heads: usize,
+    epochs: usize,
+    seed: u64,
+    pub(super) curves: Curves,
+}
+
+impl Heads {
+    /// Reads the network in the folder `plan` of that profile.
+    pub(super) fn read(plan: &Path, profile: &Profile) -> Result<Heads> {
+        let path = plan.join(HEADS);
+        if !path.is_file() {
+            bail!("{}: holds no network; train one with dsmoe plan train", plan.display());
+        }
+        let heads: Heads = read_json(&path)?;
+        heads.curves.check(profile.shares.len()).with_context(|| path.display().to_string())?;
+        if heads.model_sha256 != profile.model_sha256 {
+            bail!("{}: the network of another profile; train it again with dsmoe plan train", path.display());
+        }
+        Ok(heads)
+    }
+}
+
+pub(super) fn run(args: &PlanTrain, ui: &mut Ui) -> Result<()> {
+    let profile = Profile::read(&args.plan)?;
+    let rows: Vec<&Profiled> = profile.requests.iter().collect();
+    let fit = fit_of(&args.heads);
+    let heads = usize::from(args.heads.heads);
+    let curves = fitted(&rows, heads, fit, ui)?;
+    let error = |row: &&Profiled| -> Result<f64> {
+        let predicted = curves.predict(&row.features)?;
+        let policy = dsmoe_baselines::plan::Policy { kappa: 0.0 };
+        let expected = policy.expected(&predicted);
+        Ok(expected.iter().zip(row.extra()).map(|(q, t)| (q - t).powi(2)).sum::<f64>()
+            / expected.len() as f64)
+    };
+    let errors = rows.iter().map(error).collect::<Result<Vec<f64>>>()?;
+    let squared_error = errors.iter().sum::<f64>() / errors.len().max(1) as f64;
+    let made = Heads {
+        model_sha256: profile.model_sha256.clone(),
+        heads,
+        epochs: fit.epochs,
+        seed: fit.seed,
+        curves,
+    };
+    write_json(&args.plan.join(HEADS), &made)?;
+    let result = serde_json::json!({
+        "plan": args.plan.display().to_string(), "heads": heads, "requests": rows.len(), "squared_error": squared_error,
+    });
+    ui.result(&result, |_| {
+        format::fields(vec![
+            ("heads", heads.to_string()),
+            ("requests", format::count(rows.len() as u64)),
+            ("squared error", format!("{squared_error:.5}, on the requests that were learnt")),
+        ])
+    })
+}
+
+/// Fits a network to rows, with progress.
+pub(super) fn fitted(rows: &[&Profiled], heads: usize, fit: Fit, ui: &Ui) -> Result<Curves> {
+    let features: Vec<Vec<f64>> = rows.iter().map(|row| row.features.clone()).collect();
+    let extra: Vec<Vec<f64>> = rows.iter().map(|row| row.extra()).collect();
+    let passes = fit.epochs * if heads == 1 { 1 } else { heads + 1 };
+    let made = Progress::during(ui, "heads", Unit::Parts, |show| {
+        Curves::fit(&features, &extra, heads, fit, &mut |done| {
+            show(done as u64, passes as u64);
+            true
+        })
+    })?;
+    made.context("the training was stopped; run the command again")
+}

@@ -1,0 +1,100 @@
+//! `dsmoe continual`.
+
+use crate::common::{fails, json_of, list, number, path, read, read_json, shows, succeeds, write};
+
+const TASKS: &str = "
+[train]
+batch = 4
+seq = 32
+lr = 1e-3
+valid_fraction = 0.1
+
+[method]
+prune = \"scores\"
+every = 2
+rho = 0.05
+select = 0.5
+select_every = 3
+replay = 6
+
+[[task]]
+name = \"first\"
+data = \"first.txt\"
+steps = 6
+
+[[task]]
+name = \"second\"
+data = [\"second.txt\"]
+steps = 4
+";
+
+fn texts() {
+    let text = read("text.txt");
+    let middle = (text.len() / 2..).find(|&at| text.is_char_boundary(at)).unwrap();
+    write("continual/first.txt", &text[..middle]);
+    write("continual/second.txt", &text[middle..]);
+    write("continual/tasks.toml", TASKS);
+}
+
+#[test]
+fn tasks_are_learnt_and_resumed() {
+    texts();
+    let line = "continual continual/tasks.toml --model dense";
+    let plan = json_of(&format!("{line} --dry-run"));
+    assert_eq!((list(&plan["tasks"]).len(), plan["tokens_per_step"].as_u64()), (2, Some(128)));
+    assert_eq!(plan["method"]["density"], 0.5);
+    let found = json_of(&format!("{line} --out continual/run"));
+    assert_eq!((list(&found["start"]).len(), list(&found["learnt"]).len()), (2, 2));
+    for learnt in list(&found["learnt"]) {
+        assert!(
+            (number(&learnt["density"]) - 0.5).abs() < 0.01 && number(&learnt["flops"]) > 0.0,
+            "{learnt}"
+        );
+    }
+    let rise = number(&found["learnt"][1]["losses"][0]) - number(&found["learnt"][0]["losses"][0]);
+    assert!((rise - number(&found["forgetting"])).abs() < 1e-12);
+    assert_eq!(read_json("continual/run/results.json")["learnt"], found["learnt"]);
+    // The model after a task is a model like any other.
+    let eval = json_of("eval continual/run/tasks/02-second --data continual/second.txt --seq 32");
+    assert!(number(&eval["nll"]) > 0.0);
+
+    fails(&format!("{line} --out continual/run"), &["is not empty", "--resume"]);
+    let bytes = || std::fs::read(path("continual/run/tasks/02-second/model.safetensors")).unwrap();
+    let whole = bytes();
+    std::fs::remove_dir_all(path("continual/run/tasks/02-second")).unwrap();
+    std::fs::remove_file(path("continual/run/results.json")).unwrap();
+    let again = json_of(&format!("{line} --out continual/run --resume"));
+    assert_eq!(again["learnt"], found["learnt"]);
+    assert_eq!(bytes(), whole);
+    shows(
+        &succeeds(&format!("{line} --out continual/run --resume")),
+        &["after", "density", "start", "forgetting"],
+    );
+    write("continual/other.toml", TASKS.replace("replay = 6", "replay = 7"));
+    let other = "continual continual/other.toml --model dense --out continual/run --resume";
+    fails(other, &["continual.json", "method was", "another --out"]);
+}
+
+#[test]
+fn wrong_task_files_are_said() {
+    texts();
+    for (name, text, wanted) in [
+        ("none", "[train]\nseq = 32\n".to_owned(), &["there is no task", "[[task]]"][..]),
+        ("nameless", TASKS.replace("name = \"second\"\n", ""), &["task 2 has no name", "add name"]),
+        ("textless", TASKS.replace("data = \"first.txt\"\n", ""), &["task 1 has no data", "add data"]),
+        ("stepless", TASKS.replace("steps = 4\n", ""), &["task 2 has no steps", "add steps"]),
+        ("missing", TASKS.replace("first.txt", "no.txt"), &["no.txt"]),
+        ("dense", TASKS.replace("every = 2", "density = 0.0"), &["density is 0", "0.001 to 1"]),
+        ("typo", TASKS.replace("rho", "rhoo"), &["line 11", "rhoo", "continual --help"]),
+        ("key", TASKS.replace("lr = ", "save_every = "), &["[train] has save_every", "batch, seq"]),
+        ("long", TASKS.replace("seq = 32", "seq = 4000"), &["seq is 4000", "at most"]),
+        ("toml", "[[task".to_owned(), &["line 1"]),
+    ] {
+        let file = format!("continual/{name}.toml");
+        write(&file, text);
+        fails(&format!("continual {file} --model dense --out continual/refused"), wanted);
+        assert!(!path("continual/refused").exists(), "{name}");
+    }
+    fails("continual continual/nowhere.toml --model dense --out continual/refused", &["nowhere.toml"]);
+    fails("continual continual/tasks.toml --model nowhere --out continual/refused", &["nowhere"]);
+}

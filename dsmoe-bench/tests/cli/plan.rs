@@ -1,0 +1,123 @@
+//! `dsmoe plan`, and `dsmoe generate --plan`.
+
+use crate::common::{fails, json_of, list, number, path, read, read_json, shows, succeeds, write};
+
+/// A model with thresholds by budget, and a profile of it.
+fn profiled() -> &'static str {
+    static MADE: std::sync::OnceLock<()> = std::sync::OnceLock::new();
+    MADE.get_or_init(|| {
+        succeeds("convert dense --calib text.txt --samples 16 --seq 32 --active-target 0.5 --out plan/model");
+        let text = read("text.txt");
+        let middle = (text.len() / 2..).find(|&at| text.is_char_boundary(at)).unwrap();
+        write("plan/a.txt", &text[..middle]);
+        write("plan/b.txt", &text[middle..]);
+        succeeds(&format!("{PROFILE} --out plan/made"));
+    });
+    "plan/made"
+}
+
+const PROFILE: &str = "plan profile plan/model --data a=plan/a.txt b=plan/b.txt --prompt 16 --continuation 16 --requests 12 \
+                       --repeats 1";
+
+#[test]
+fn a_plan_is_profiled_trained_and_chooses() {
+    let plan = profiled();
+    let profile = read_json("plan/made/profile.json");
+    let shares = list(&profile["shares"]);
+    assert!(shares.len() > 1 && list(&profile["requests"]).len() == 24);
+    // What is profiled is what `dsmoe eval` measures: the whole windows of a source at one budget.
+    fails(&format!("{PROFILE} --out {plan}"), &["is not empty", "--resume"]);
+    let before = read("plan/made/points/features.json");
+    std::fs::remove_file(path("plan/made/points/features.json")).unwrap();
+    succeeds(&format!("{PROFILE} --out {plan} --resume"));
+    assert_eq!(read("plan/made/points/features.json"), before);
+    assert_eq!(read_json("plan/made/profile.json")["requests"], profile["requests"]);
+    let shorter = PROFILE.replace("--continuation 16", "--continuation 8");
+    fails(&format!("{shorter} --out {plan} --resume"), &["another model, text or setting"]);
+    let dry = json_of(&format!("{PROFILE} --dry-run"));
+    assert_eq!(dry["requests"], 24);
+
+    fails(&format!("plan choose {plan} --prompt hello"), &["holds no network", "dsmoe plan train"]);
+    let trained = json_of(&format!("plan train {plan} --heads 3 --epochs 20"));
+    assert_eq!((number(&trained["heads"]), number(&trained["requests"])), (3.0, 24.0));
+    let heads = read("plan/made/heads.json");
+    succeeds(&format!("plan train {plan} --heads 3 --epochs 20"));
+    assert_eq!(read("plan/made/heads.json"), heads);
+
+    let prompt = "the-little-town-lies-on-a-river";
+    let choose = |more: &str| json_of(&format!("plan choose {plan} --prompt {prompt} --max-tokens 8 {more}"));
+    let slow = choose("--deadline 1000 --mu 1000000");
+    let one = &slow["requests"][0];
+    assert_eq!((one["device"].as_str(), one["in_time"].as_bool()), (Some("processor"), Some(true)));
+    assert_eq!(number(&one["active"]), number(shares.last().unwrap()));
+    let hurried = choose("--deadline 0.0000001");
+    assert_eq!(hurried["requests"][0]["in_time"], false);
+    let served = choose("--deadline 1 --server 1e9,1e9,0");
+    assert_eq!(served["requests"][0]["device"], "server");
+    assert_eq!(number(&served["requests"][0]["server_share"]), 1.0);
+
+    write(
+        "plan/requests.jsonl",
+        "{\"prompt\": \"the river runs\", \"max_tokens\": 4, \"deadline\": 2}\n\n{\"prompt\": \"a town and a hill\", \"max_tokens\": 9, \
+         \"deadline\": 1, \"weight\": 2}\n",
+    );
+    let both = json_of(&format!("plan choose {plan} --requests plan/requests.jsonl"));
+    assert_eq!(list(&both["requests"]).len(), 2);
+    write("plan/wrong.jsonl", "{\"prompt\": \"x y z\", \"max_tokens\": 4}\n");
+    fails(&format!("plan choose {plan} --requests plan/wrong.jsonl"), &["line 1", "deadline"]);
+    fails(&format!("plan choose {plan} --prompt hello --server 1,2"), &["--server", "PREFILL,DECODE,START"]);
+
+    let line = format!("generate plan/model --max-tokens 4 --prompt {prompt}");
+    let made = json_of(&format!("{line} --plan {plan} --deadline 100"));
+    assert!(shares.contains(&made["planned"]["active"]), "{made}");
+    let again = json_of(&format!("{line} --active {}", made["planned"]["active"]));
+    assert_eq!(again["new_token_ids"], made["new_token_ids"]);
+    fails(&format!("generate dense --plan {plan} --deadline 1 --prompt hello"), &["plan of another model"]);
+    fails(&format!("generate plan/model --plan {plan} --prompt hello"), &["--deadline"]);
+}
+
+#[test]
+fn a_plan_is_compared_with_one_budget_for_all() {
+    let plan = profiled();
+    let found = json_of(&format!("plan eval {plan} --heads 2 --epochs 5 --scenes 2 --server 5000,500,0.001"));
+    let splits = list(&found["splits"]);
+    assert_eq!(splits.len(), 3);
+    for split in splits {
+        // Who knows the losses does best.
+        for way in ["one_budget", "one_head", "ensemble", "cautious"] {
+            assert!(number(&split["oracle"]) <= number(&split[way]) + 1e-9, "{way}: {split}");
+        }
+    }
+    let placements = list(&found["placements"]);
+    let few = placements.iter().filter(|row| row["requests"] == 5);
+    assert!(
+        few.clone().count() >= 6 && few.into_iter().all(|row| number(&row["cost"]) >= 1.0 - 1e-9),
+        "{found}"
+    );
+    shows(
+        &succeeds(&format!("plan eval {plan} --heads 2 --epochs 5 --scenes 1")),
+        &["one budget", "oracle", "descent"],
+    );
+    fails(&format!("plan eval {plan} --active 0.123"), &["--active 0.123", "has the budgets"]);
+    fails("plan eval dense", &["holds no profile", "dsmoe plan profile"]);
+    fails("plan profile moe --data text.txt --out plan/no", &["no thresholds by budget"]);
+    let line = "plan profile plan/model --data text.txt --out plan/no";
+    fails(&format!("{line} --prompt 1"), &["--prompt 1", "2 tokens at least"]);
+    fails(&format!("{line} --prompt 100 --continuation 100"), &["128 in all"]);
+    fails(&format!("{line} --active 0.5"), &["one budget leaves no choice"]);
+    write("plan/short.txt", "too short");
+    fails("plan profile plan/model --data plan/short.txt --out plan/no", &["fewer than two requests"]);
+    assert!(!path("plan/no").exists());
+}
+
+#[test]
+fn the_papers_problem_is_imitated() {
+    let found = json_of("plan offload --users 2 --samples 400 --heads 2 --epochs 4");
+    let rows = list(&found["results"]);
+    assert_eq!(rows.len(), 5);
+    assert!(rows.iter().all(|row| number(&row["cost"]) >= 1.0 - 1e-9), "{found}");
+    shows(
+        &succeeds("plan offload --users 2 --samples 40 --heads 1 --epochs 1"),
+        &["right decisions", "no method"],
+    );
+}

@@ -1,0 +1,260 @@
+//! The steps of one task.
+
+use dsmoe_core::{Inference, Model};
+use dsmoe_datasets::Mixture;
+use dsmoe_router::BudgetController;
+
+use super::dual::DualAveraging;
+use super::passes::{Passes, fisher, losses};
+use super::prune::{Schedule, density, masks_of, masks_of_nonzero};
+use super::settings::{Method, Over, Prune, When};
+use super::sharpness::{Slopes, ascend, step_scale};
+use super::stream::{Stream, Window};
+use crate::config::TrainConfig;
+use crate::error::Result;
+use crate::eval::{EvalOptions, evaluate};
+use crate::optim::{AdamW, GradNorms, Update, clip_scale, grad_norms};
+use crate::run::held;
+
+/// Windows whose gradients make up the Fisher information of scores.
+const FISHER_WINDOWS: usize = 8;
+
+/// What a task does not change.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Given<'a> {
+    /// The number of the task.
+    pub(super) task: usize,
+    /// The settings of its steps, resolved.
+    pub(super) config: &'a TrainConfig,
+    pub(super) method: &'a Method,
+    /// The texts of all tasks.
+    pub(super) texts: &'a [Mixture],
+    /// What is kept of earlier tasks.
+    pub(super) replay: &'a [Window],
+    /// The weights after the last task, and how firmly they are held.
+    pub(super) anchor: Option<&'a Anchor>,
+}
+
+/// Weights that the next tasks are pulled to.
+#[derive(Debug)]
+pub(super) struct Anchor {
+    pub(super) params: Vec<f32>,
+    pub(super) fisher: Vec<f32>,
+}
+
+/// What a task's steps have come to.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Learnt {
+    /// Loss of the last step.
+    pub(super) loss: f64,
+    /// What pruning at the end added to the held-out loss.
+    pub(super) jump: Option<f64>,
+    /// Mean share of active experts in all steps.
+    pub(super) active: Option<f64>,
+    /// Tokens of all passes forward and backward.
+    pub(super) tokens: u64,
+    /// Tokens of all passes forward alone.
+    pub(super) scored_tokens: u64,
+    /// What this task keeps for replay, the most important first.
+    pub(super) keep: Vec<Window>,
+}
+
+/// Learns one task.
+pub(super) struct Learner<'a> {
+    given: Given<'a>,
+    model: &'a mut Model,
+    passes: Passes,
+    optimizer: AdamW,
+    dual: Option<DualAveraging>,
+    controller: Option<BudgetController>,
+    sparsity: f32,
+    /// The gradient at the weights, where a second one is taken uphill.
+    here: Vec<f32>,
+    /// The gradient that the step takes.
+    grads: Vec<f32>,
+    /// The weights, while the second gradient is taken.
+    saved: Vec<f32>,
+    passed: u64,
+}
+
+/// The gradients of one step.
+struct Taken {
+    loss: f64,
+    norms: GradNorms,
+    active: Option<f64>,
+    /// The step uphill over the gradient.
+    scale: f32,
+}
+
+impl<'a> Learner<'a> {
+    pub(super) fn new(model: &'a mut Model, given: Given<'a>) -> Result<Learner<'a>> {
+        let mut config = given.config.clone();
+        let of_gates = held(model, &mut config, dsmoe_core::Device::Cpu)?;
+        let Method { prune, c, mu, .. } = given.method;
+        let dual = match (prune, c, mu) {
+            (Prune::DualAveraging, Some(c), Some(mu)) => {
+                Some(DualAveraging::new(model.params(), config.lr, *c, *mu))
+            }
+            _ => None,
+        };
+        Ok(Learner {
+            passes: Passes::new(model, given.config)?,
+            optimizer: AdamW::new(model.layout()),
+            dual,
+            controller: of_gates.controller,
+            sparsity: of_gates.weight,
+            here: Vec::new(),
+            grads: Vec::new(),
+            saved: Vec::new(),
+            passed: 0,
+            given,
+            model,
+        })
+    }
+
+    /// Takes all steps, and prunes. `show` receives finished steps and their losses, and says whether to go on; returns nothing
+    /// where it does not.
+    pub(super) fn learn(mut self, show: &mut dyn FnMut(u64, f64) -> bool) -> Result<Option<Learnt>> {
+        let Given { task, config, method, texts, replay, .. } = self.given;
+        let steps = config.steps.unwrap_or(0);
+        let schedule = self.schedule(steps);
+        let mut stream = Stream::new(task, &texts[task], config, method, replay)?;
+        let (mut learnt, mut active) = (Learnt::default(), Vec::new());
+        for step in 0..steps {
+            let windows = stream.windows(step, replay, &mut |asked| self.uphill_costs(asked))?;
+            let taken = self.gradients(step, &windows)?;
+            if let Some(density) = schedule.as_ref().and_then(|schedule| schedule.after(step + 1)) {
+                self.prune(density, &taken, &windows)?;
+            }
+            self.update(step, &taken);
+            if let (Some(controller), Some(share)) = (&mut self.controller, taken.active) {
+                self.sparsity = controller.update(share as f32);
+            }
+            learnt.loss = taken.loss;
+            active.extend(taken.active);
+            if !show(step + 1, taken.loss) {
+                return Ok(None);
+            }
+        }
+        if method.ranks() && method.when == Some(When::End) && steps > 0 {
+            let before = held_out_loss(self.model, &texts[task], config)?;
+            let windows = stream.windows(steps, replay, &mut |asked| self.uphill_costs(asked))?;
+            let taken = self.gradients(steps, &windows)?;
+            self.prune(method.density.unwrap_or(1.0), &taken, &windows)?;
+            learnt.jump = Some(held_out_loss(self.model, &texts[task], config)? - before);
+        }
+        if self.dual.is_some() {
+            self.model.set_masks(masks_of_nonzero(self.model))?;
+        }
+        learnt.active = (!active.is_empty()).then(|| active.iter().sum::<f64>() / active.len() as f64);
+        learnt.scored_tokens = 2 * stream.scored() * config.seq as u64;
+        learnt.tokens = self.passed;
+        learnt.keep = stream.keep(method.replay);
+        Ok(Some(learnt))
+    }
+
+    /// Returns when to prune during the task, if then.
+    fn schedule(&self, steps: u64) -> Option<Schedule> {
+        let Method { density: end, every, when, .. } = *self.given.method;
+        let start = density(self.model.layout(), self.model.masks());
+        let during = self.given.method.ranks() && when == Some(When::During) && steps > 0;
+        during.then(|| Schedule::new(steps, every.unwrap_or(1), start, end.unwrap_or(1.0)))
+    }
+
+    /// Computes the gradient of the step: at the weights, or uphill of them.
+    fn gradients(&mut self, step: u64, windows: &[Window]) -> Result<Taken> {
+        let Given { texts, config, method, .. } = self.given;
+        let at = (step, self.sparsity);
+        let first = self.passes.gradient(self.model, texts, windows, at)?;
+        self.passed += config.tokens_per_step();
+        let active = self.passes.engine.stats().map(|stats| stats.summary().active_ratio);
+        let mut taken = Taken { loss: first.lm_loss, norms: first.norms, active, scale: 0.0 };
+        if method.rho > 0.0 {
+            copy(&mut self.here, &self.passes.engine.grads()?);
+            taken.scale = step_scale(method.rho, first.norms.all);
+            copy(&mut self.saved, self.model.params());
+            ascend(self.model.params_mut(), &self.here, taken.scale);
+            let second = self.passes.gradient(self.model, texts, windows, at);
+            self.model.params_mut().copy_from_slice(&self.saved);
+            taken.norms = second?.norms;
+            self.passed += config.tokens_per_step();
+        }
+        copy(&mut self.grads, &self.passes.engine.grads()?);
+        if let Some(anchor) = self.given.anchor {
+            let weight = method.ewc as f32;
+            let of_pull = anchor.fisher.iter().zip(&anchor.params).zip(self.model.params());
+            for (g, ((fisher, old), w)) in self.grads.iter_mut().zip(of_pull) {
+                *g += weight * fisher * (w - old);
+            }
+            if let Some(masks) = self.model.masks() {
+                masks.apply(&mut self.grads, self.model.layout());
+            }
+            taken.norms = grad_norms(self.model.layout(), &self.grads);
+        }
+        Ok(taken)
+    }
+
+    /// Prunes weights so that a share `density` is left.
+    fn prune(&mut self, density: f64, taken: &Taken, windows: &[Window]) -> Result<()> {
+        let Given { texts, config, method, .. } = self.given;
+        let scores = match method.prune {
+            Prune::Scores => {
+                let windows = &windows[..windows.len().min(FISHER_WINDOWS)];
+                let fisher = fisher(self.model, texts, windows, config)?;
+                self.passed += (windows.len() * config.seq) as u64;
+                let (here, uphill, scale) = (&self.here, &self.grads, taken.scale);
+                Slopes { here, uphill, scale, fisher: &fisher }.scores(self.model.params())
+            }
+            _ => self.model.params().iter().map(|w| w.abs()).collect(),
+        };
+        let masks = masks_of(self.model, &scores, density, method.over.unwrap_or(Over::Matrix));
+        masks.apply(&mut self.grads, self.model.layout());
+        self.model.set_masks(masks)?;
+        Ok(())
+    }
+
+    /// Updates the parameters by the step's gradient.
+    fn update(&mut self, step: u64, taken: &Taken) {
+        let config = self.given.config;
+        let scale = clip_scale(taken.norms.all, config.clip);
+        let layout = self.model.layout().clone();
+        match &mut self.dual {
+            Some(dual) => dual.step(self.model.params_mut(), &self.grads, &layout, (step + 1, scale)),
+            None => {
+                let lr = config.schedule().lr_at(step);
+                let update = Update { config, lr, scale, step: step + 1 };
+                self.optimizer.step(Some(self.model.params_mut()), &self.grads, &layout, &update);
+            }
+        }
+        self.model.apply_masks();
+    }
+
+    /// Returns what a step uphill costs each of the windows `asked`. The direction is that of the first ones.
+    fn uphill_costs(&mut self, asked: &[Window]) -> Result<Vec<f32>> {
+        let Given { texts, config, method, .. } = self.given;
+        let batch = config.batch * config.accumulate;
+        let first: Vec<Window> = asked.iter().copied().cycle().take(batch).collect();
+        let result = self.passes.gradient(self.model, texts, &first, (0, self.sparsity))?;
+        self.passed += config.tokens_per_step();
+        copy(&mut self.here, &self.passes.engine.grads()?);
+        let here = losses(self.model, texts, asked, config)?;
+        copy(&mut self.saved, self.model.params());
+        ascend(self.model.params_mut(), &self.here, step_scale(method.rho, result.norms.all));
+        let uphill = losses(self.model, texts, asked, config);
+        self.model.params_mut().copy_from_slice(&self.saved);
+        Ok(uphill?.iter().zip(&here).map(|(uphill, here)| uphill - here).collect())
+    }
+}
+
+fn copy(to: &mut Vec<f32>, from: &[f32]) {
+    to.clear();
+    to.extend_from_slice(from);
+}
+
+/// Returns the mean loss of the text that is held out.
+pub(super) fn held_out_loss(model: &Model, text: &Mixture, config: &TrainConfig) -> Result<f64> {
+    let packed = Inference::new(model, config.dtype);
+    // A window of `seq` predicted tokens, as in training.
+    let options = EvalOptions::new((config.seq + 1).max(2));
+    Ok(evaluate(&packed, text.parts()[0].split.valid_tokens(), options, &mut |_, _| {})?.nll)
+}

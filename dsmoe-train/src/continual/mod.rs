@@ -1,0 +1,456 @@
+//! Continual learning: one model learns tasks in a row and is pruned while it does, and what it forgets is measured.
+//!
+//! The method is a construction after EsaCL (Ren and Honavar, 2024), of whose body only the abstract was available, from named
+//! parts: sharpness-aware steps (`sharpness`), pruning by a sharpness-aware score or by regularised dual averaging (`prune`,
+//! `dual`), and the selection of sequences whose loss rises most uphill (`stream`).
+//!
+//! ```text
+//! OUT/continual.json              what is learnt, from which model, on which text
+//! OUT/start.json                  the losses before the first task
+//! OUT/tasks/01-NAME/              the model after that task, with masks and report.json
+//! ```
+//! A task's directory appears complete. Learning that was interrupted goes on at the first task that is not done, and comes to
+//! the same bytes.
+
+mod dual;
+mod learner;
+mod passes;
+mod prune;
+mod settings;
+mod sharpness;
+mod stream;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use dsmoe_core::Model;
+use dsmoe_core::checkpoint::copy_companions;
+use dsmoe_datasets::files::read_at_most;
+use dsmoe_datasets::{Mixture, TokenSource};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use self::learner::{Anchor, Given, Learner, Learnt, held_out_loss};
+use self::passes::fisher;
+use self::prune::density;
+pub use self::settings::{Method, Over, Prune, TRAIN_KEYS, When};
+pub use self::stream::Window;
+use self::stream::merge;
+use crate::checkpoint::{data_identity, model_identity};
+use crate::config::{Budget, TrainConfig};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::run::held;
+
+const SETTINGS_FILE: &str = "continual.json";
+const START_FILE: &str = "start.json";
+const REPORT_FILE: &str = "report.json";
+const TASKS: &str = "tasks";
+/// The largest file of a report, in bytes.
+const LARGEST: u64 = 256 << 20;
+/// Windows of a task whose gradients say how firmly its weights are held.
+const ANCHOR_WINDOWS: usize = 32;
+
+/// A text to learn.
+#[derive(Clone, Debug)]
+pub struct Task {
+    /// Its name in reports and directories.
+    pub name: String,
+    /// Optimiser steps; 0 for a text that is measured and not learnt.
+    pub steps: u64,
+    /// The text.
+    pub source: TokenSource,
+}
+
+/// What is to be learnt, and where.
+#[derive(Clone, Debug)]
+pub struct ContinualOptions {
+    /// The directory of the model that learns.
+    pub model: PathBuf,
+    /// The directory to write.
+    pub out: PathBuf,
+    /// Goes on at the first task that is not done.
+    pub resume: bool,
+    /// Settings of the steps of every task: those of [`TRAIN_KEYS`].
+    pub train: TrainConfig,
+    /// The method.
+    pub method: Method,
+}
+
+/// What came of one task.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TaskReport {
+    /// The task.
+    pub name: String,
+    /// Its steps.
+    pub steps: u64,
+    /// The mean held-out losses of all tasks after this one, nats.
+    pub losses: Vec<f64>,
+    /// Share of the weights of the layers' linears that is left.
+    pub density: f64,
+    /// What pruning at the end of the task added to its held-out loss.
+    pub jump: Option<f64>,
+    /// Loss of the last step.
+    pub train_loss: f64,
+    /// Mean share of active experts in its steps.
+    pub active: Option<f64>,
+    /// Tokens of passes forward and backward, and forward alone.
+    pub tokens: u64,
+    /// See [`TaskReport::tokens`].
+    pub scored_tokens: u64,
+    /// Floating-point operations of both, as if nothing were pruned.
+    pub flops: f64,
+    /// The windows that are replayed from now on.
+    pub replay: Vec<Window>,
+}
+
+/// What came of all tasks that are done.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct ContinualReport {
+    /// False if the learning was interrupted.
+    pub finished: bool,
+    /// The tasks, in their order.
+    pub tasks: Vec<String>,
+    /// The losses of all tasks before the first one is learnt, nats.
+    pub start: Vec<f64>,
+    /// The tasks that were learnt.
+    pub learnt: Vec<TaskReport>,
+    /// The mean loss of the learnt tasks after the last one.
+    pub mean_final: Option<f64>,
+    /// The mean rise of a task's loss from when it was learnt to the end; the last task is not in it.
+    pub forgetting: Option<f64>,
+}
+
+/// Progress of a task.
+#[derive(Clone, Copy, Debug)]
+pub struct TaskProgress<'a> {
+    /// The task.
+    pub name: &'a str,
+    /// Steps done of all tasks, and the steps of all tasks.
+    pub done: u64,
+    /// See [`TaskProgress::done`].
+    pub total: u64,
+    /// Loss of the last step.
+    pub loss: f64,
+}
+
+/// Checks settings and tasks, as far as that is possible without the text, and returns the settings of every task.
+///
+/// # Errors
+/// A setting outside its range or without effect, no task to learn, or names that are wrong or occur twice.
+pub fn check(
+    model: &dsmoe_core::config::Config,
+    tasks: &[(&str, u64)],
+    train: &TrainConfig,
+    method: &Method,
+) -> Result<(Vec<TrainConfig>, Method)> {
+    let method = method.clone().resolve()?;
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    for (i, (name, _)) in tasks.iter().enumerate() {
+        if name.is_empty() || name.len() > 64 || !name.chars().all(is_plain) || name.starts_with('.') {
+            let allowed = "up to 64 letters, digits, `-`, `_` and `.`";
+            return Err(Error::field("the name of a task", format!("{name:?}"), allowed));
+        }
+        if tasks[..i].iter().any(|(other, _)| other == name) {
+            return Err(Error::field("the name of a task", format!("{name:?} twice"), "a name once"));
+        }
+    }
+    if tasks.iter().all(|(_, steps)| *steps == 0) {
+        return Err(Error::field("steps", "0 in every task", "at least 1 in one of them"));
+    }
+    if train.seq > model.max_position {
+        let allowed = format!("at most the model's max_position_embeddings {}", model.max_position);
+        return Err(Error::field("seq", train.seq, allowed));
+    }
+    if train.valid_fraction == 0.0 || train.valid_samples == 0 {
+        return Err(Error::field(
+            "valid_fraction",
+            "0",
+            "a share above 0: losses are those of held-out text",
+        ));
+    }
+    let config = |steps: u64| {
+        let lanes = Some(1);
+        TrainConfig { steps: Some(steps.max(1)), lanes, ..train.clone() }.resolve_for(model)
+    };
+    let configs = tasks.iter().map(|(_, steps)| config(*steps)).collect::<Result<Vec<_>>>()?;
+    for config in &configs {
+        if matches!(config.budget(), Budget::Range(..)) {
+            return Err(Error::field("active_range", "set", "one active_target"));
+        }
+    }
+    Ok((configs, method))
+}
+
+/// Learns `tasks`, one after the other. `progress` hears of every step and says whether to go on. Returns the report of what is
+/// done.
+///
+/// # Errors
+/// Settings, tasks, text and model that do not fit together; an output directory that cannot be used or is of other tasks; a loss
+/// that is not finite.
+pub fn learn(
+    options: &ContinualOptions,
+    tasks: &[Task],
+    progress: &mut dyn FnMut(TaskProgress<'_>) -> bool,
+) -> Result<ContinualReport> {
+    let mut model = Model::load(&options.model)?;
+    let names: Vec<(&str, u64)> = tasks.iter().map(|task| (&task.name[..], task.steps)).collect();
+    let (configs, method) = check(model.config(), &names, &options.train, &options.method)?;
+    held(&model, &mut configs[0].clone(), dsmoe_core::Device::Cpu)?;
+    let texts = texts(&model, tasks, &configs[0])?;
+    let identity = identity(&model, tasks, &configs[0], &method)?;
+    let folder = Folder::open(options, &identity)?;
+
+    let losses = |model: &Model| -> Result<Vec<f64>> {
+        texts.iter().map(|text| held_out_loss(model, text, &configs[0])).collect()
+    };
+    let start = folder.start(|| losses(&model))?;
+    let total: u64 = tasks.iter().map(|task| task.steps).sum();
+    let mut state = State::default();
+    let mut finished = true;
+    for (at, task) in tasks.iter().enumerate().filter(|(_, task)| task.steps > 0) {
+        let place = folder.place(at, &task.name);
+        let report = match folder.done(&place, &task.name)? {
+            Some(report) => {
+                model = Model::load(&place)?;
+                report
+            }
+            None => {
+                let done: u64 = tasks[..at].iter().map(|task| task.steps).sum();
+                let (config, anchor) = (&configs[at], state.anchor.as_ref());
+                let (texts, replay) = (&texts[..], &state.replay[..]);
+                let given = Given { task: at, config, method: &method, texts, replay, anchor };
+                if method.regrow == Some(true) {
+                    model.set_masks(dsmoe_core::masks::Masks::new())?;
+                }
+                let show = &mut |step: u64, loss: f64| {
+                    progress(TaskProgress { name: &task.name, done: done + step, total, loss })
+                };
+                let Some(learnt) = Learner::new(&mut model, given)?.learn(show)? else {
+                    finished = false;
+                    break;
+                };
+                let replay = merge(&state.replay, &learnt.keep, state.reports.len() + 1, method.replay);
+                let report = report_of(&model, task, &learnt, (config, losses(&model)?, replay));
+                folder.write(&place, &model, &report)?;
+                report
+            }
+        };
+        if method.ewc > 0.0 {
+            state.hold(&model, &texts, at, &configs[at])?;
+        }
+        state.replay.clone_from(&report.replay);
+        state.reports.push((at, report));
+    }
+    Ok(state.report(finished, tasks, start))
+}
+
+/// What the tasks that are done leave for the next ones.
+#[derive(Debug, Default)]
+struct State {
+    /// The tasks' numbers and reports.
+    reports: Vec<(usize, TaskReport)>,
+    replay: Vec<Window>,
+    anchor: Option<Anchor>,
+}
+
+impl State {
+    /// Adds the weights of `model` after task `at` to what the next tasks are pulled to.
+    fn hold(&mut self, model: &Model, texts: &[Mixture], at: usize, config: &TrainConfig) -> Result<()> {
+        let mut order = texts[at].interleaving(ANCHOR_WINDOWS, config.seed)?;
+        let windows: Vec<Window> =
+            order.batch_at(0).map(|sample| Window { task: at, window: sample.window }).collect();
+        let mut sum = fisher(model, texts, &windows, config)?;
+        if let Some(before) = &self.anchor {
+            sum.iter_mut().zip(&before.fisher).for_each(|(sum, before)| *sum += before);
+        }
+        self.anchor = Some(Anchor { params: model.params().to_vec(), fisher: sum });
+        Ok(())
+    }
+
+    fn report(self, finished: bool, tasks: &[Task], start: Vec<f64>) -> ContinualReport {
+        let mean =
+            |values: &[f64]| (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64);
+        let last = self.reports.last().map_or(&[][..], |(_, report)| &report.losses);
+        let finals: Vec<f64> = self.reports.iter().map(|(at, _)| last[*at]).collect();
+        let earlier = self.reports.split_last().map_or(&[][..], |(_, earlier)| earlier);
+        let rises: Vec<f64> = earlier.iter().map(|(at, report)| last[*at] - report.losses[*at]).collect();
+        ContinualReport {
+            finished,
+            tasks: tasks.iter().map(|task| task.name.clone()).collect(),
+            start,
+            mean_final: mean(&finals),
+            forgetting: mean(&rises),
+            learnt: self.reports.into_iter().map(|(_, report)| report).collect(),
+        }
+    }
+}
+
+fn report_of(
+    model: &Model,
+    task: &Task,
+    learnt: &Learnt,
+    (config, losses, replay): (&TrainConfig, Vec<f64>, Vec<Window>),
+) -> TaskReport {
+    let experts = model.config().num_experts().map_or(0.0, |n| n as f64);
+    let active = learnt.active.map_or(experts, |share| share * experts);
+    let forward = model.accounting().mean_flops_per_token(active, config.seq);
+    // Backward is twice the forward.
+    let flops = forward * (3.0 * learnt.tokens as f64 + learnt.scored_tokens as f64);
+    TaskReport {
+        name: task.name.clone(),
+        steps: task.steps,
+        losses,
+        density: density(model.layout(), model.masks()),
+        jump: learnt.jump,
+        train_loss: learnt.loss,
+        active: learnt.active,
+        tokens: learnt.tokens,
+        scored_tokens: learnt.scored_tokens,
+        flops,
+        replay,
+    }
+}
+
+/// Splits the texts of all tasks into training and held-out sides.
+fn texts(model: &Model, tasks: &[Task], config: &TrainConfig) -> Result<Vec<Mixture>> {
+    let split = |task: &Task| {
+        let (largest, vocab) = (task.source.tokens.max_id(), model.config().vocab_size);
+        if largest as usize >= vocab {
+            let allowed = format!("the model's own tokenizer: ids are below vocab_size {vocab}");
+            return Err(Error::field("a token id of the text", largest, allowed));
+        }
+        let text = Mixture::new(std::slice::from_ref(&task.source), config.split_options(), None)?;
+        if text.parts()[0].split.valid_tokens().len() < 2 {
+            let found = format!("too small to hold out any of task {}", task.name);
+            return Err(Error::field("valid_fraction", found, "a larger share, or more text"));
+        }
+        Ok(text)
+    };
+    tasks.iter().map(split).collect()
+}
+
+/// Describes everything that the bytes of the result depend on.
+fn identity(model: &Model, tasks: &[Task], config: &TrainConfig, method: &Method) -> Result<Value> {
+    let tasks = tasks.iter().map(|task| {
+        let sha256 = data_identity(std::slice::from_ref(&task.source))?;
+        Ok(json!({ "name": task.name, "steps": task.steps, "text_sha256": sha256 }))
+    });
+    let mut train = serde_json::to_value(config).expect("numbers and strings are JSON");
+    if let Some(train) = train.as_object_mut() {
+        train.retain(|key, _| TRAIN_KEYS.contains(&&key[..]) && key != "warmup_steps");
+    }
+    Ok(json!({
+        "model_sha256": model_identity(model),
+        "tasks": tasks.collect::<Result<Vec<Value>>>()?,
+        "train": train,
+        "warmup_steps": config.warmup_steps,
+        "method": method,
+    }))
+}
+
+/// The output directory.
+struct Folder {
+    out: PathBuf,
+    source: PathBuf,
+    /// Held as long as tasks are learnt.
+    _lock: Option<fs::File>,
+}
+
+impl Folder {
+    fn open(options: &ContinualOptions, identity: &Value) -> Result<Folder> {
+        let out = &options.out;
+        let names = files::names(out)?;
+        let path = out.join(SETTINGS_FILE);
+        if !names.is_empty() && !options.resume {
+            return Err(Error::OutNotEmpty(out.clone()));
+        }
+        if !names.is_empty() && !path.is_file() {
+            return Err(Error::NotARun(out.clone()));
+        }
+        let lock = files::lock_dir(out)?;
+        if path.is_file() {
+            same(&path, &read_json(&path)?, identity)?;
+        } else {
+            write_json(&path, identity)?;
+        }
+        fs::create_dir_all(out.join(TASKS)).map_err(Error::io(out))?;
+        Ok(Folder { out: out.clone(), source: options.model.clone(), _lock: lock })
+    }
+
+    /// Returns the losses before the first task, which `measure` finds where they are not known.
+    fn start(&self, measure: impl FnOnce() -> Result<Vec<f64>>) -> Result<Vec<f64>> {
+        let path = self.out.join(START_FILE);
+        if path.is_file() {
+            return read_json(&path);
+        }
+        let losses = measure()?;
+        write_json(&path, &losses)?;
+        Ok(losses)
+    }
+
+    fn place(&self, at: usize, name: &str) -> PathBuf {
+        self.out.join(TASKS).join(format!("{:02}-{name}", at + 1))
+    }
+
+    /// Returns the report of a task that is done.
+    fn done(&self, place: &Path, name: &str) -> Result<Option<TaskReport>> {
+        let path = place.join(REPORT_FILE);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let report: TaskReport = read_json(&path)?;
+        if report.name != name {
+            return Err(Error::checkpoint(&path, format!("it is of task {}", report.name)));
+        }
+        Ok(Some(report))
+    }
+
+    /// Writes the model after a task and its report into the directory `place`, which appears complete.
+    fn write(&self, place: &Path, model: &Model, report: &TaskReport) -> Result<()> {
+        let name = place.file_name().unwrap_or_default().to_string_lossy();
+        let temporary = place.with_file_name(format!(".{name}.tmp"));
+        files::fill_dir(&temporary, |dir| {
+            model.save(dir, dsmoe_core::checkpoint::Dtype::F32)?;
+            copy_companions(&self.source, dir)?;
+            write_json(&dir.join(REPORT_FILE), report)?;
+            files::sync_dir(dir)
+        })?;
+        files::remove_dir(place)?;
+        fs::rename(&temporary, place).map_err(Error::io(place))?;
+        files::sync_dir(&self.out.join(TASKS))
+    }
+}
+
+/// Refuses to go on with other tasks or settings.
+fn same(path: &Path, saved: &Value, now: &Value) -> Result<()> {
+    let none = Value::Null;
+    let keys = now.as_object().into_iter().flat_map(|now| now.keys());
+    for key in keys {
+        let [was, is] = [saved, now].map(|of| of.get(key).unwrap_or(&none));
+        if was != is {
+            return Err(Error::ResumeMismatch {
+                path: path.to_path_buf(),
+                field: key.clone(),
+                saved: was.to_string(),
+                now: is.to_string(),
+                help: "use the old ones, or another {out}".into(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let bytes = read_at_most(path, LARGEST).map_err(Error::io(path))?;
+    serde_json::from_slice(&bytes).map_err(|cause| Error::checkpoint(path, cause.to_string()))
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut bytes = serde_json::to_vec_pretty(value).expect("numbers and strings are JSON");
+    bytes.push(b'\n');
+    files::replace(path, &bytes)
+}

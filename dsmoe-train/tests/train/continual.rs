@@ -1,0 +1,256 @@
+//! Tasks in a row: what is learnt, pruned, kept and forgotten.
+
+use std::path::Path;
+
+use dsmoe_core::Model;
+use dsmoe_datasets::{TokenSource, TokenStream};
+use dsmoe_kernels::rng::Rng;
+use dsmoe_train::TrainConfig;
+use dsmoe_train::continual::{ContinualOptions, ContinualReport, Method, Task, learn};
+
+use crate::common::{Bed, VOCAB, settings, text, weights};
+
+/// Text whose documents walk the vocabulary in steps of one size.
+fn walk(stride: u64) -> TokenStream {
+    let mut rng = Rng::new(stride, 1);
+    let mut stream = TokenStream { ids: Vec::new(), doc_starts: Vec::new() };
+    for _ in 0..60 {
+        stream.doc_starts.push(stream.ids.len());
+        let mut id = rng.below(VOCAB as u64);
+        for _ in 0..40 {
+            stream.ids.push(id as u32);
+            id = (id + stride) % VOCAB as u64;
+        }
+    }
+    stream
+}
+
+fn task(name: &str, steps: u64, text: &TokenStream) -> Task {
+    let source = TokenSource { name: name.to_owned(), weight: 1.0, tokens: text.into() };
+    Task { name: name.to_owned(), steps, source }
+}
+
+fn three(steps: u64) -> Vec<Task> {
+    [("one", 1), ("five", 5), ("seven", 7)].map(|(name, stride)| task(name, steps, &walk(stride))).into()
+}
+
+fn train() -> TrainConfig {
+    settings(&["sparsity=1", "lr=1e-2", "warmup_steps=2"])
+}
+
+fn method(text: &str) -> Method {
+    toml_of(text)
+}
+
+fn toml_of(text: &str) -> Method {
+    let table: serde_json::Value = serde_json::from_str(text).unwrap();
+    serde_json::from_value(table).unwrap()
+}
+
+fn options(bed: &Bed, out: &str, method: Method) -> ContinualOptions {
+    ContinualOptions { model: bed.source.clone(), out: bed.path(out), resume: false, train: train(), method }
+}
+
+fn whole(bed: &Bed, out: &str, method: Method, tasks: &[Task]) -> ContinualReport {
+    learn(&options(bed, out, method), tasks, &mut |_| true).unwrap()
+}
+
+fn after(bed: &Bed, out: &str, task: &str) -> std::path::PathBuf {
+    bed.path(out).join("tasks").join(task)
+}
+
+/// The bytes of all files of all tasks.
+fn bytes(out: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut all = Vec::new();
+    for dir in std::fs::read_dir(out.join("tasks")).unwrap() {
+        let dir = dir.unwrap().path();
+        for file in std::fs::read_dir(&dir).unwrap() {
+            let path = file.unwrap().path();
+            let name = path.strip_prefix(out).unwrap().display().to_string();
+            all.push((name, std::fs::read(&path).unwrap()));
+        }
+    }
+    all.sort();
+    all
+}
+
+#[test]
+fn one_task_of_plain_steps_is_a_run() {
+    for (experts, setting) in [(true, "active_target=0.5"), (false, "sparsity=1")] {
+        let bed = Bed::new(experts);
+        bed.whole("run", &[setting]);
+        let options =
+            ContinualOptions { train: settings(&[setting]), ..options(&bed, "row", method(r#"{"rho": 0}"#)) };
+        learn(&options, &[task("one", 20, &text(1))], &mut |_| true).unwrap();
+        assert_eq!(weights(&bed.path("run")), weights(&after(&bed, "row", "01-one")), "experts: {experts}");
+        let uphill = ContinualOptions { out: bed.path("uphill"), method: method("{}"), ..options };
+        learn(&uphill, &[task("one", 20, &text(1))], &mut |_| true).unwrap();
+        assert_ne!(weights(&bed.path("run")), weights(&after(&bed, "uphill", "01-one")));
+    }
+}
+
+const ALL: &str =
+    r#"{"prune": "scores", "every": 3, "select": 0.4, "select_every": 4, "replay": 12, "ewc": 0.5}"#;
+
+#[test]
+fn what_is_interrupted_ends_as_a_whole() {
+    let bed = Bed::new(false);
+    let tasks = three(12);
+    let report = whole(&bed, "whole", method(ALL), &tasks);
+    let parts = ContinualOptions { resume: true, ..options(&bed, "parts", method(ALL)) };
+    // Inside the first, the second and the third task, and between two.
+    for steps in [5u64, 17, 24, 30] {
+        let mut heard = 0;
+        let part = learn(&parts, &tasks, &mut |progress| {
+            heard = progress.done;
+            progress.done < steps
+        });
+        assert!(!part.unwrap().finished);
+        assert_eq!(heard, steps);
+    }
+    let rest = learn(&parts, &tasks, &mut |_| true).unwrap();
+    assert_eq!(rest, report);
+    let (left, right) = (bytes(&bed.path("whole")), bytes(&bed.path("parts")));
+    assert!(left.len() > 12);
+    for (left, right) in left.iter().zip(&right) {
+        assert!(left == right, "{} differs", left.0);
+    }
+    assert_eq!(left.len(), right.len());
+    // Again: nothing is left to do, and nothing changes.
+    assert_eq!(learn(&parts, &tasks, &mut |_| panic!("a step")).unwrap(), report);
+
+    let other = ContinualOptions { method: method(r#"{"rho": 0.1}"#), ..parts.clone() };
+    let message = learn(&other, &tasks, &mut |_| true).unwrap_err().to_string();
+    assert!(message.contains("continual.json: method was"), "{message}");
+    let fresh = ContinualOptions { resume: false, ..parts };
+    let message = learn(&fresh, &tasks, &mut |_| true).unwrap_err().to_string();
+    assert!(message.contains("is not empty"), "{message}");
+}
+
+#[test]
+fn what_is_pruned_is_zero_and_the_rest_learns() {
+    let bed = Bed::new(false);
+    for (name, text) in [
+        ("magnitude", r#"{"prune": "magnitude", "density": 0.5, "rho": 0, "every": 3}"#),
+        ("end", r#"{"prune": "magnitude", "density": 0.5, "rho": 0, "when": "end", "over": "row"}"#),
+        ("scores", r#"{"prune": "scores", "density": 0.5, "every": 3, "regrow": false}"#),
+        ("score-end", r#"{"prune": "scores", "density": 0.5, "when": "end"}"#),
+    ] {
+        let report = whole(&bed, name, method(text), &three(20));
+        assert_eq!(report.learnt.len(), 3);
+        for (i, learnt) in report.learnt.iter().enumerate() {
+            assert!((learnt.density - 0.5).abs() < 2e-3, "{name}: {}", learnt.density);
+            assert_eq!(learnt.jump.is_some(), name.contains("end"));
+            assert!(learnt.losses[i] < report.start[i], "{name}: {learnt:?}");
+            let model = Model::load(&after(&bed, name, &format!("{:02}-{}", i + 1, learnt.name))).unwrap();
+            let masks = model.masks().unwrap();
+            assert_eq!(masks.first_nonzero(model.params(), model.layout()), None);
+        }
+    }
+    // Pruned weights that may not grow again are the same after every task.
+    let masks = |task: &str| Model::load(&after(&bed, "scores", task)).unwrap().masks().cloned();
+    assert_eq!(masks("01-one"), masks("03-seven"));
+    let masks = |task: &str| Model::load(&after(&bed, "magnitude", task)).unwrap().masks().cloned();
+    assert_ne!(masks("01-one"), masks("03-seven"));
+}
+
+#[test]
+fn dual_averaging_prunes_without_a_share() {
+    let bed = Bed::new(false);
+    let share = |out: &str, text: &str| {
+        let mut options = options(&bed, out, method(text));
+        options.train = settings(&["sparsity=1", "lr=0.1"]);
+        learn(&options, &three(20), &mut |_| true).unwrap().learnt[0].density
+    };
+    let mild = share("mild", r#"{"prune": "dual-averaging", "c": 0.005}"#);
+    let strong = share("strong", r#"{"prune": "dual-averaging", "c": 0.05}"#);
+    assert!(strong < mild && mild < 1.0, "{strong} and {mild} left");
+    assert!(strong > 0.0);
+}
+
+#[test]
+fn selection_among_equal_sequences_changes_nothing() {
+    // Documents of one token and different lengths: every window is the same.
+    let mut stream = TokenStream { ids: Vec::new(), doc_starts: Vec::new() };
+    for len in 40..100 {
+        stream.doc_starts.push(stream.ids.len());
+        stream.ids.extend(std::iter::repeat_n(7, len));
+    }
+    let bed = Bed::new(false);
+    let tasks = [task("same", 8, &stream)];
+    whole(&bed, "all", method("{}"), &tasks);
+    let chosen = whole(&bed, "chosen", method(r#"{"select": 0.4, "select_every": 4}"#), &tasks);
+    assert!(chosen.learnt[0].scored_tokens > 0);
+    let [all, some] = ["all", "chosen"].map(|out| weights(&after(&bed, out, "01-same")));
+    assert_eq!(all, some);
+    // Of different ones, others are learnt.
+    whole(&bed, "all of one", method("{}"), &[task("one", 8, &walk(1))]);
+    whole(&bed, "some of one", method(r#"{"select": 0.4, "select_every": 4}"#), &[task("one", 8, &walk(1))]);
+    let [all, some] = ["all of one", "some of one"].map(|out| weights(&after(&bed, out, "01-one")));
+    assert_ne!(all, some);
+}
+
+#[test]
+fn replay_and_a_pull_hold_what_was_learnt() {
+    let bed = Bed::new(false);
+    let plain = whole(&bed, "plain", method(r#"{"rho": 0}"#), &three(40));
+    let replayed =
+        whole(&bed, "replayed", method(r#"{"rho": 0, "replay": 40, "replay_share": 0.5}"#), &three(40));
+    let pulled = whole(&bed, "pulled", method(r#"{"rho": 0, "ewc": 3000}"#), &three(40));
+    let forgetting = |report: &ContinualReport| report.forgetting.unwrap();
+    let [plain_f, replayed_f, pulled_f] = [&plain, &replayed, &pulled].map(forgetting);
+    assert!(plain_f > 0.1, "nothing was forgotten: {plain_f}");
+    assert!(replayed_f < 0.5 * plain_f, "{replayed_f} of {plain_f}");
+    assert!(pulled_f < 0.9 * plain_f, "{pulled_f} of {plain_f}");
+    // The matrix and the means say the same.
+    let last = &plain.learnt[2].losses;
+    let rise = (0..2).map(|j| last[j] - plain.learnt[j].losses[j]).sum::<f64>() / 2.0;
+    assert!((rise - plain_f).abs() < 1e-12);
+    assert!((last.iter().sum::<f64>() / 3.0 - plain.mean_final.unwrap()).abs() < 1e-12);
+    // Each task has its part of what is kept.
+    let kept: Vec<usize> = (0..3)
+        .map(|task| replayed.learnt[2].replay.iter().filter(|kept| kept.task == task).count())
+        .collect();
+    assert_eq!(kept, [13, 13, 13]);
+    assert!(plain.learnt[2].replay.is_empty());
+}
+
+#[test]
+fn a_task_of_no_steps_is_measured_alone() {
+    let bed = Bed::new(false);
+    let mut tasks = three(10);
+    (tasks[0].steps, tasks[2].steps) = (0, 0);
+    let report = whole(&bed, "row", method(r#"{"rho": 0}"#), &tasks);
+    assert_eq!((report.learnt.len(), report.start.len()), (1, 3));
+    assert_eq!((report.learnt[0].losses.len(), report.forgetting), (3, None));
+    assert_eq!(report.mean_final, Some(report.learnt[0].losses[1]));
+}
+
+#[test]
+fn what_cannot_be_learnt_is_said() {
+    let bed = Bed::new(false);
+    let with = |text: &str, tasks: &[Task], train: TrainConfig| {
+        let options = ContinualOptions { train, ..options(&bed, "refused", method(text)) };
+        let error = learn(&options, tasks, &mut |_| true).unwrap_err().to_string();
+        assert!(!bed.path("refused").exists(), "{error}");
+        error
+    };
+    let twice = [task("one", 3, &walk(1)), task("one", 3, &walk(2))];
+    let big = TokenStream { ids: vec![VOCAB as u32; 400], doc_starts: vec![0] };
+    for (error, wanted) in [
+        (with("{}", &[], train()), "steps is 0 in every task"),
+        (with("{}", &three(0), train()), "steps is 0 in every task"),
+        (with("{}", &twice, train()), "the name of a task is \"one\" twice"),
+        (with("{}", &[task("../x", 3, &walk(1))], train()), "the name of a task is \"../x\""),
+        (with(r#"{"density": 0.5}"#, &three(3), train()), "density is set; use it with prune"),
+        (with("{}", &[task("big", 3, &big)], train()), "a token id of the text is 48"),
+        (with("{}", &three(3), settings(&["sparsity=1", "seq=65"])), "seq is 65; use at most the model's"),
+        (with("{}", &three(3), settings(&["sparsity=1", "valid_fraction=0"])), "valid_fraction is 0"),
+        (
+            with("{}", &three(3), settings(&["active_target=0.5"])),
+            "active_target is 0.5; use a model with experts",
+        ),
+    ] {
+        assert!(error.starts_with(wanted), "{error}");
+    }
+}
