@@ -172,7 +172,9 @@ fn weights_that_are_not_numbers_are_refused_by_every_command() {
     for (i, tensor) in mixture.into_iter().enumerate() {
         let name = format!("nan-mixture-{i}");
         poisoned("nan-mixture", tensor, &name);
-        for (method, _) in listed.iter().filter(|(_, source)| *source == "experts") {
+        // `duo-router` takes no mixtures.
+        let of_mixtures = |(method, source): &&(&str, &str)| *source == "experts" && *method != "duo-router";
+        for (method, _) in listed.iter().filter(of_mixtures) {
             let line = format!("prune {name} --method {method} --budget 0.85 {calib} --out nan-out/{method}");
             fails(&line, &parts);
         }
