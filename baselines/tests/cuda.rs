@@ -240,9 +240,9 @@ fn args() -> StepArgs {
         loss_scale,
         sparsity_weight: 0.5,
         sparsity_over,
-        separability_weight: 0.0,
         balance_scale: 0.5,
         seed: 7,
+        ..StepArgs::default()
     }
 }
 

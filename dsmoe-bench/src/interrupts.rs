@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM: the first asks the work to stop, the second ends the process. SIGUSR1 asks it to stop, too.
+//! Ctrl-C, SIGTERM and SIGHUP: the first asks the work to stop, the second ends the process. SIGUSR1 asks it to stop, too.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -11,7 +11,7 @@ use crate::ui::stderr_line;
 /// The exit status that a shell reports for a program ended by Ctrl-C.
 pub(crate) const INTERRUPTED: u8 = 130;
 
-/// Is raised by Ctrl-C, SIGTERM or SIGUSR1 after [`catch_interrupts`] was called.
+/// Is raised by Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 after [`catch_interrupts`] was called.
 pub(crate) static STOP: AtomicBool = AtomicBool::new(false);
 
 /// Time in which work that does not look at [`STOP`] may come to its end.
@@ -72,53 +72,69 @@ fn end_unpolled() {
     }
 }
 
-/// Is raised by Ctrl-C or SIGTERM alone.
+/// Is raised by all of them but SIGUSR1.
 static INTERRUPT: AtomicBool = AtomicBool::new(false);
 
-/// Returns whether Ctrl-C or SIGTERM asked the work to stop.
+/// Returns whether another signal than SIGUSR1 asked the work to stop.
 pub(crate) fn interrupted() -> bool {
     INTERRUPT.load(Ordering::Relaxed)
 }
 
-/// Makes the first Ctrl-C or SIGTERM raise [`STOP`], and the second end the process. SIGUSR1 raises it, however often.
+/// Makes the first Ctrl-C, SIGTERM or SIGHUP raise [`STOP`], and the second end the process. SIGUSR1 raises it, however often.
 pub(crate) fn catch_interrupts() -> Result<()> {
     catch_interrupts_of(true)
 }
 
 /// Does as [`catch_interrupts`], without a line on stderr unless `tells`.
 pub(crate) fn catch_interrupts_of(tells: bool) -> Result<()> {
-    catch_usr1(tells)?;
-    ctrlc::set_handler(move || {
-        if INTERRUPT.swap(true, Ordering::Relaxed) {
-            std::process::exit(i32::from(INTERRUPTED));
-        }
-        STOP.store(true, Ordering::Relaxed);
-        if tells {
-            stderr_line("dsmoe: stopping after this step; interrupt again to stop at once");
-        }
-        end_unpolled();
-    })
-    .context("cannot listen for Ctrl-C")
+    listen(tells).context("cannot listen for signals")
+}
+
+/// Stops the work, or ends the process if it has been asked to stop before.
+fn interrupt(tells: bool) {
+    if INTERRUPT.swap(true, Ordering::Relaxed) {
+        std::process::exit(i32::from(INTERRUPTED));
+    }
+    STOP.store(true, Ordering::Relaxed);
+    if tells {
+        stderr_line("dsmoe: stopping after this step; interrupt again to stop at once");
+    }
+    end_unpolled();
 }
 
 /// Launchers pass SIGUSR1 on to all processes and let them take their time, where other signals end them soon.
 #[cfg(unix)]
-fn catch_usr1(tells: bool) -> Result<()> {
-    use signal_hook::consts::SIGUSR1;
+fn listen(tells: bool) -> std::io::Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
     use signal_hook::iterator::Signals;
 
-    let mut signals = Signals::new([SIGUSR1]).context("cannot listen for SIGUSR1")?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1])?;
+    if !hangup_is_ignored() {
+        signals.add_signal(SIGHUP)?;
+    }
     let listen = move || {
-        for _ in signals.forever() {
-            if !STOP.swap(true, Ordering::Relaxed) && tells {
+        for signal in signals.forever() {
+            if signal != SIGUSR1 {
+                interrupt(tells);
+            } else if !STOP.swap(true, Ordering::Relaxed) && tells {
                 stderr_line("dsmoe: stopping after this step");
             }
         }
     };
-    std::thread::Builder::new().spawn(listen).map(drop).context("cannot listen for SIGUSR1")
+    std::thread::Builder::new().spawn(listen).map(drop)
+}
+
+/// Returns whether the process was started so that it outlives its terminal, as by `nohup`. Where the system does not tell,
+/// SIGHUP is left alone.
+#[cfg(unix)]
+fn hangup_is_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    // Bit 0 is signal 1.
+    ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_none_or(|mask| mask & 1 == 1)
 }
 
 #[cfg(not(unix))]
-fn catch_usr1(_: bool) -> Result<()> {
-    Ok(())
+fn listen(tells: bool) -> Result<(), ctrlc::Error> {
+    ctrlc::set_handler(move || interrupt(tells))
 }

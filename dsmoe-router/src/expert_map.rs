@@ -102,7 +102,7 @@ mod tests {
     fn coefficients_of_gates_with_one_expert_add_up() {
         // The published example: three of four gates, renormalised, and gates 0 and 2 run one expert.
         let config = MixtureConfig::new(4, 3, true).unwrap();
-        let routed = route(&config, array![[2.0f32, 1.0, 0.5, -1.0]].view());
+        let routed = route(&config, array![[2.0f32, 1.0, 0.5, -1.0]].view(), crate::Fade::NONE);
         let want = [0.628_532, 0.231_224, 0.140_244];
         dsmoe_kernels::testing::assert_close("gates", &routed.routing.coefficients, &want, 1e-6);
         let map = ExpertMap::new(vec![0, 1, 0, 2], 3).unwrap();

@@ -2,11 +2,13 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod confidence;
 pub mod config;
 pub mod controller;
 pub mod counts;
 mod error;
 pub mod expert_map;
+mod fade;
 pub mod gate;
 pub mod init;
 pub mod linalg;
@@ -24,6 +26,7 @@ pub use config::{GateValue, Rescale, RouterConfig, ZeroActive};
 pub use controller::BudgetController;
 pub use counts::LogitCounts;
 pub use error::{Error, Result};
+pub use fade::Fade;
 pub use gate::{Routed, route};
 pub use init::{RouterInit, RouterValues, router_weights};
 pub use routing::Routing;

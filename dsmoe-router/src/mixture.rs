@@ -3,11 +3,12 @@
 //! ```text
 //! probabilities  p = softmax of the logits z over all n experts
 //! selected       the k largest of a token, lower expert index first among equals
-//! coefficients   c_e = p_e of the selected; renormalised: p_e / sum over the selected of p
+//! coefficients   c_e = u_e p_e of the selected; renormalised: u_e p_e / sum over the selected of u p
+//!                  u = 1, or the factor of an expert that fades out
 //! balance loss   weight n sum over experts of f_e P_e
 //!                  f_e = tokens that run e / T, P_e = mean over tokens of p_e      (Fedus et al. 2021)
 //! gradients      with a_e = dc_e for the selected, 0 for the others
-//!                  plain         dz_j = p_j (a_j - sum_e a_e p_e)
+//!                  plain         dz_j = p_j (u_j a_j - sum_e u_e a_e p_e)
 //!                  renormalised  dz_j = c_j (a_j - sum_e a_e c_e) for the selected, 0 for the others
 //!                  balance       dz_j += weight n / T p_j (f_j - sum_e f_e p_e)
 //! ```
@@ -15,7 +16,7 @@
 
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
-use crate::{Error, Result, Routing};
+use crate::{Error, Fade, Result, Routing};
 
 /// Settings of the router of a mixture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +36,15 @@ pub struct MixtureRouted {
     pub probabilities: Array2<f64>,
     /// The selected pairs with their coefficients.
     pub routing: Routing,
+    /// u p of the selected, 0 of the others, `[T, n]`; none where no expert fades out.
+    faded: Option<Array2<f64>>,
+}
+
+impl MixtureRouted {
+    /// Returns u p of a selected pair.
+    fn value(&self, t: usize, e: usize) -> f64 {
+        self.faded.as_ref().unwrap_or(&self.probabilities)[[t, e]]
+    }
 }
 
 impl MixtureConfig {
@@ -54,7 +64,7 @@ impl MixtureConfig {
         if !self.renormalise {
             return 1.0;
         }
-        selected(&routed.routing, t).map(|(_, e)| routed.probabilities[[t, e]]).sum()
+        selected(&routed.routing, t).map(|(_, e)| routed.value(t, e)).sum()
     }
 }
 
@@ -67,17 +77,18 @@ fn selected(routing: &Routing, t: usize) -> impl Iterator<Item = (usize, usize)>
     })
 }
 
-/// Routes tokens by their `logits` `[T, n]`.
+/// Routes tokens by their `logits` `[T, n]`, with experts that fade out.
 ///
 /// # Panics
 /// The shapes do not fit; `top_k` is not in 1..=num_experts.
-pub fn route(config: &MixtureConfig, logits: ArrayView2<'_, f32>) -> MixtureRouted {
+pub fn route(config: &MixtureConfig, logits: ArrayView2<'_, f32>, fade: Fade) -> MixtureRouted {
     let ((num_tokens, n), k) = (logits.dim(), config.top_k);
     let fits = n == config.num_experts && (1..=n).contains(&k);
     assert!(fits, "mixture::route: logits [{num_tokens}, {n}] for {config:?}");
     let mut probabilities = logits.mapv(f64::from);
     let mut mask = Array2::from_elem((num_tokens, n), false);
     let mut divisors = vec![1.0; num_tokens];
+    let mut faded = (fade.kept < k).then(|| Array2::zeros((num_tokens, n)));
     let mut order: Vec<usize> = Vec::with_capacity(n);
     for (t, z) in logits.outer_iter().enumerate() {
         order.clear();
@@ -89,14 +100,18 @@ pub fn route(config: &MixtureConfig, logits: ArrayView2<'_, f32>) -> MixtureRout
         let sum: f64 = p.sum();
         p.mapv_inplace(|p| p / sum);
         if config.renormalise {
-            divisors[t] = order[..k].iter().map(|&e| p[e]).sum();
+            divisors[t] = order[..k].iter().enumerate().map(|(rank, &e)| fade.at(rank) * p[e]).sum();
         }
-        for &e in &order[..k] {
+        for (rank, &e) in order[..k].iter().enumerate() {
             mask[[t, e]] = true;
+            if let Some(faded) = &mut faded {
+                faded[[t, e]] = fade.at(rank) * p[e];
+            }
         }
     }
-    let routing = Routing::from_mask(mask.view(), |t, e| (probabilities[[t, e]] / divisors[t]) as f32);
-    MixtureRouted { probabilities, routing }
+    let values = faded.as_ref().unwrap_or(&probabilities);
+    let routing = Routing::from_mask(mask.view(), |t, e| (values[[t, e]] / divisors[t]) as f32);
+    MixtureRouted { probabilities, routing, faded }
 }
 
 /// Returns the shares f of tokens that run each expert.
@@ -139,14 +154,15 @@ pub fn backward(
         dz.fill(0.0);
         if config.renormalise {
             let sum = config.divisor(routed, t);
-            let mean: f64 = selected(&routed.routing, t).map(|(_, e)| by[e] * p[e] / sum).sum();
+            let mean: f64 = selected(&routed.routing, t).map(|(_, e)| by[e] * routed.value(t, e) / sum).sum();
             for (_, e) in selected(&routed.routing, t) {
-                dz[e] = p[e] / sum * (by[e] - mean);
+                dz[e] = routed.value(t, e) / sum * (by[e] - mean);
             }
         } else {
-            let mean: f64 = by.iter().zip(p).map(|(by, p)| by * p).sum();
+            let of = |e: usize| by[e] * routed.value(t, e);
+            let mean: f64 = selected(&routed.routing, t).map(|(_, e)| of(e)).sum();
             for (e, dz) in dz.iter_mut().enumerate() {
-                *dz = p[e] * (by[e] - mean);
+                *dz = of(e) - p[e] * mean;
             }
         }
         if balance != 0.0 {
@@ -171,16 +187,29 @@ mod tests {
         // Softmax of (ln 4, ln 3, ln 2, ln 1) is (0.4, 0.3, 0.2, 0.1).
         let logits = array![[4.0f32.ln(), 3.0f32.ln(), 2.0f32.ln(), 0.0]];
         let plain = MixtureConfig::new(4, 2, false).unwrap();
-        let routed = route(&plain, logits.view());
+        let routed = route(&plain, logits.view(), Fade::NONE);
         assert_eq!(routed.routing.offsets, [0, 1, 2, 2, 2]);
         assert_close("coefficients", &routed.routing.coefficients, &[0.4, 0.3], 1e-6);
         let renormalised = MixtureConfig { renormalise: true, ..plain };
-        let coefficients = route(&renormalised, logits.view()).routing.coefficients;
+        let coefficients = route(&renormalised, logits.view(), Fade::NONE).routing.coefficients;
         assert_close("renormalised", &coefficients, &[4.0 / 7.0, 3.0 / 7.0], 1e-6);
+        // The second expert at half of its weight.
+        let half = Fade { kept: 1, factor: 0.5 };
+        let coefficients = route(&renormalised, logits.view(), half).routing.coefficients;
+        assert_close("faded", &coefficients, &[0.4 / 0.55, 0.15 / 0.55], 1e-6);
+        assert_close(
+            "faded, plain",
+            &route(&plain, logits.view(), half).routing.coefficients,
+            &[0.4, 0.15],
+            1e-6,
+        );
+        // At 0 the coefficients are those of a smaller k.
+        let gone = route(&renormalised, logits.view(), Fade { factor: 0.0, ..half }).routing.coefficients;
+        assert_eq!(gone, [1.0, 0.0]);
         // One token: f = (1, 1, 0, 0), P = p.
         assert!((balance_loss(&routed) - 4.0 * 0.7).abs() < 1e-6);
         // Equal logits: the experts of the lowest indices, and the loss of even use is not below k.
-        let even = route(&plain, array![[0.0f32, 0.0, 0.0, 0.0]].view());
+        let even = route(&plain, array![[0.0f32, 0.0, 0.0, 0.0]].view(), Fade::NONE);
         assert_eq!(even.routing.offsets, [0, 1, 2, 2, 2]);
         assert!((balance_loss(&even) - 2.0).abs() < 1e-12);
     }
@@ -203,9 +232,17 @@ mod tests {
             ArrayView2::from_shape((TOKENS, EXPERTS), &logits[..]).unwrap(),
             ArrayView2::from_shape((TOKENS, EXPERTS), &by[..]).unwrap(),
         );
-        for (renormalise, weight) in [(false, 0.0), (false, 0.7), (true, 0.0), (true, 0.7)] {
+        let half = Fade { kept: 1, factor: 0.4 };
+        for (renormalise, weight, fade) in [
+            (false, 0.0, Fade::NONE),
+            (false, 0.7, Fade::NONE),
+            (true, 0.0, Fade::NONE),
+            (true, 0.7, Fade::NONE),
+            (false, 0.7, half),
+            (true, 0.7, half),
+        ] {
             let config = MixtureConfig::new(EXPERTS, 2, renormalise).unwrap();
-            let routed = route(&config, z);
+            let routed = route(&config, z, fade);
             let shares = shares(&routed);
             let mut got = Array2::zeros((TOKENS, EXPERTS));
             backward(&config, &routed, a, weight, got.view_mut());
@@ -214,10 +251,13 @@ mod tests {
                 let mut loss = 0.0;
                 for (t, z) in z.chunks_exact(EXPERTS).enumerate() {
                     let sum: f64 = z.iter().map(|z| z.exp()).sum();
-                    let chosen: Vec<usize> = selected(&routed.routing, t).map(|(_, e)| e).collect();
-                    let of: f64 = chosen.iter().map(|&e| z[e].exp() / sum).sum();
+                    let mut chosen: Vec<usize> = selected(&routed.routing, t).map(|(_, e)| e).collect();
+                    chosen.sort_by(|&a, &b| z[b].total_cmp(&z[a]));
+                    let factors = [1.0, fade.factor];
+                    let parts = chosen.iter().zip(factors).map(|(&e, factor)| (e, factor * z[e].exp() / sum));
+                    let of: f64 = parts.clone().map(|(_, part)| part).sum();
                     let of = if renormalise { of } else { 1.0 };
-                    loss += chosen.iter().map(|&e| f64::from(a[[t, e]]) * z[e].exp() / sum / of).sum::<f64>();
+                    loss += parts.map(|(e, part)| f64::from(a[[t, e]]) * part / of).sum::<f64>();
                     let used: f64 = z.iter().zip(&shares).map(|(z, f)| f * z.exp() / sum).sum();
                     loss += weight * EXPERTS as f64 * used / TOKENS as f64;
                 }

@@ -3,7 +3,8 @@
 //! ```text
 //! noisy logits   h = z + e s                e ~ N(0, 1), s = softplus(raw) + 0.01; h = z without noise
 //! selected       the k largest h of a token, lower expert index first among equals
-//! scores         p = softmax of the selected h (or 1 for each), 0 elsewhere
+//! scores         p = u exp(h) over the sum of the selected (or u for each), 0 elsewhere; u = 1, or the factor of an expert
+//!                that fades out
 //! coefficient    score_scale p; 1 for residual experts, which every token has besides
 //! importance_i   sum over tokens of p_i
 //! load_i         sum over tokens of P(i is selected when its own noise is drawn anew)
@@ -17,7 +18,7 @@
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, Routing};
+use crate::{Error, Fade, Result, Routing};
 
 /// Added to the softplus of the noise network.
 const NOISE_FLOOR: f64 = 0.01;
@@ -115,11 +116,16 @@ pub fn noise_std(raw: ArrayView2<'_, f32>) -> Array2<f32> {
     })
 }
 
-/// Routes tokens by their `logits` `[T, n]`; without `noise` as in evaluation.
+/// Routes tokens by their `logits` `[T, n]`, with experts that fade out; without `noise` as in evaluation.
 ///
 /// # Panics
 /// The shapes do not fit; `top_k` is not in 1..=num_experts.
-pub fn route(config: &TopKConfig, logits: ArrayView2<'_, f32>, noise: Option<Noise<'_>>) -> TopKRouted {
+pub fn route(
+    config: &TopKConfig,
+    logits: ArrayView2<'_, f32>,
+    noise: Option<Noise<'_>>,
+    fade: Fade,
+) -> TopKRouted {
     let ((num_tokens, n), k) = (logits.dim(), config.top_k);
     let fits = n == config.num_experts && (1..=n).contains(&k);
     assert!(fits, "topk::route: logits [{num_tokens}, {n}] for {config:?}");
@@ -144,10 +150,11 @@ pub fn route(config: &TopKConfig, logits: ArrayView2<'_, f32>, noise: Option<Noi
         order.sort_unstable_by(|&a, &b| h[b].total_cmp(&h[a]).then(a.cmp(&b)));
         ranking.row_mut(t).iter_mut().zip(&order).for_each(|(slot, &expert)| *slot = expert);
         let selected = &order[..k];
-        let sum: f64 = selected.iter().map(|&i| (h[i] - h[order[0]]).exp()).sum();
-        for &i in selected {
+        let exp = |rank: usize, i: usize| fade.at(rank) * (h[i] - h[order[0]]).exp();
+        let sum: f64 = selected.iter().enumerate().map(|(rank, &i)| exp(rank, i)).sum();
+        for (rank, &i) in selected.iter().enumerate() {
             let softmax = config.scores == Scores::Softmax;
-            scores[[t, i]] = if softmax { (h[i] - h[order[0]]).exp() / sum } else { 1.0 };
+            scores[[t, i]] = if softmax { exp(rank, i) / sum } else { fade.at(rank) };
             mask[[t, i]] = true;
         }
     }
@@ -210,7 +217,7 @@ pub fn backward(
         dh.fill(0.0);
         ds.fill(0.0);
 
-        // forward: p = softmax(h) over the selected, coefficient = score_scale p, importance += p; p = 1 is constant
+        // forward: p = softmax(h) over the selected, coefficient = score_scale p, importance += p; p = u is constant
         if config.scores == Scores::Softmax {
             let scores = routed.scores.row(t);
             let dp =
@@ -333,7 +340,7 @@ mod tests {
         let config = TopKConfig::new(2, 1).unwrap();
         let (ones, draws) = (array![[1.0, 1.0]], array![[1.0, -1.0]]);
         let noise = Noise { std: ones.view(), draws: draws.view() };
-        let routed = route(&config, array![[0.0, 0.0]].view(), Some(noise));
+        let routed = route(&config, array![[0.0, 0.0]].view(), Some(noise), Fade::NONE);
         assert!((routed.load[0] - 0.841_345).abs() < 1e-6);
         assert!((routed.load[1] - 0.158_655).abs() < 1e-6);
         assert_eq!(routed.routing.offsets, [0, 1, 1]);
@@ -342,26 +349,26 @@ mod tests {
     #[test]
     fn routes_by_hand() {
         let one = TopKConfig::new(2, 1).unwrap();
-        let routed = route(&one, array![[1.0, 0.0], [3.0, 0.0]].view(), None);
+        let routed = route(&one, array![[1.0, 0.0], [3.0, 0.0]].view(), None, Fade::NONE);
         assert_eq!((&routed.importance[..], &routed.load[..]), (&[2.0, 0.0][..], &[2.0, 0.0][..]));
         assert!((0.01 * balance_loss(&routed) - 0.04).abs() < 1e-9);
 
         // All experts with even scores are the dense layer over n.
         let config = TopKConfig { score_scale: 1.0, ..TopKConfig::new(4, 4).unwrap() };
-        let routed = route(&config, Array2::zeros((3, 4)).view(), None);
+        let routed = route(&config, Array2::zeros((3, 4)).view(), None, Fade::NONE);
         assert_eq!(routed.routing.coefficients, [0.25; 12]);
         assert_eq!(TopKConfig::new(4, 2).unwrap().score_scale, 2.0);
 
         // Residual experts serve every token and are no part of the balance.
         let config = TopKConfig { num_residual: 2, scores: Scores::One, ..TopKConfig::new(3, 1).unwrap() };
-        let routed = route(&config, array![[0.0, 5.0, 1.0], [2.0, 1.0, 1.0]].view(), None);
+        let routed = route(&config, array![[0.0, 5.0, 1.0], [2.0, 1.0, 1.0]].view(), None, Fade::NONE);
         assert_eq!(routed.routing.offsets, [0, 1, 2, 2, 4, 6]);
         assert_eq!(routed.routing.coefficients, [3.0, 3.0, 1.0, 1.0, 1.0, 1.0]);
         assert_eq!((&routed.importance[..], &routed.load[..]), (&[1.0, 1.0, 0.0][..], &[1.0, 1.0, 0.0][..]));
 
         // Among equals the first.
         let config = TopKConfig::new(3, 2).unwrap();
-        let routed = route(&config, array![[0.0, 5.0, 1.0], [2.0, 2.0, 2.0]].view(), None);
+        let routed = route(&config, array![[0.0, 5.0, 1.0], [2.0, 2.0, 2.0]].view(), None, Fade::NONE);
         let selected = routed.scores.mapv(|p| p > 0.0);
         assert_eq!(selected, array![[false, true, true], [true, true, false]]);
         let p = 1.0 / (1.0 + (-4.0f64).exp());
@@ -385,7 +392,7 @@ mod tests {
         balance_weight: f64,
     ) -> (f64, Array2<usize>) {
         let noise = noisy.then_some(Noise { std: std.view(), draws: draws.view() });
-        let routed = route(config, logits.view(), noise);
+        let routed = route(config, logits.view(), noise, Fade::NONE);
         let pairs = routed.scores.indexed_iter();
         let output: f64 =
             pairs.map(|(at, p)| f64::from(config.score_scale) * p * f64::from(dcoefficients[at])).sum();
@@ -409,7 +416,7 @@ mod tests {
             let (mut logits, draws, dcoefficients) = (make(n, 1), make(n, 2), make(n + num_residual, 3));
             let mut std = noise_std(make(n, 4).view());
             let noise = noisy.then_some(Noise { std: std.view(), draws: draws.view() });
-            let routed = route(&config, logits.view(), noise);
+            let routed = route(&config, logits.view(), noise, Fade::NONE);
             let (mut dlogits, mut dstd) = (Array2::zeros((num_tokens, n)), Array2::zeros((num_tokens, n)));
             let (dz, ds) = (dlogits.view_mut(), Some(dstd.view_mut()));
             backward(&config, &routed, dcoefficients.view(), balance_weight, dz, ds);

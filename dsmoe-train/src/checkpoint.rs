@@ -461,10 +461,10 @@ fn damaged(file: &Path) -> Error {
 pub(crate) fn read_state(path: &Path) -> Result<State> {
     let file = path.join(STATE_FILE);
     let text = fs::read_to_string(&file).map_err(Error::io(&file))?;
-    if let Some(manifest) = Manifest::read(path)? {
-        if !manifest.holds(STATE_FILE, text.as_bytes()) {
-            return Err(damaged(&file));
-        }
+    if let Some(manifest) = Manifest::read(path)?
+        && !manifest.holds(STATE_FILE, text.as_bytes())
+    {
+        return Err(damaged(&file));
     }
     let bad = |message: String| Error::checkpoint(&file, message);
     let json: Value = serde_json::from_str(&text).map_err(|cause| bad(cause.to_string()))?;

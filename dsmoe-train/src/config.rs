@@ -8,6 +8,7 @@ use dsmoe_core::config::Config;
 use dsmoe_datasets::files::read_at_most;
 use dsmoe_datasets::{Bos, SplitOptions};
 use dsmoe_kernels::Precision;
+use dsmoe_router::Fade;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -25,6 +26,8 @@ const WARMUP_STEPS: u64 = 100;
 const PAPER_SPARSITY: f64 = 1.0;
 /// Weight of a teacher's divergence: the text's own loss keeps a tenth, since a distribution tells more than one token.
 pub(crate) const TEACHER_WEIGHT: f64 = 0.9;
+/// Share of the steps in which experts of a token fade out.
+const TOP_K_ANNEAL: f64 = 0.5;
 /// Tokens of a row of a cached teacher, when nothing else is said.
 pub const TEACHER_TOP: usize = 64;
 /// Most tokens of a row.
@@ -85,6 +88,13 @@ dsmoe_core::with_defaults! {
         pub hold: Option<Hold> = None,
         /// Weight of the separability loss, which pushes gates away from their threshold; default 0.
         pub separability: f64 = 0.0,
+        /// Weight of the entropy of gates, under which they decide: of softmax gates over all experts, of sigmoid gates each for
+        /// itself. Mixtures train without their balance loss then. Default 0.
+        pub gate_entropy: f64 = 0.0,
+        /// Experts of a token that the run ends with, of a model whose tokens all run more; it trains without its balance loss then.
+        pub top_k: Option<usize> = None,
+        /// Share of the steps in which the coefficients of the experts that go fade out; default 0.5. Only with `top_k`.
+        pub top_k_anneal: Option<f64> = None,
         /// Weight of the divergence from the teacher, 0 to 1; the text's loss has the rest. Only with a teacher; default
         /// 0.9.
         pub teacher_weight: Option<f64> = None,
@@ -286,6 +296,19 @@ impl TrainConfig {
         self.resolve()
     }
 
+    /// Returns how experts of a token have faded out before step `step`, which counts from 0.
+    pub(crate) fn fade_at(&self, step: u64) -> Fade {
+        let Some(kept) = self.top_k else { return Fade::NONE };
+        let span = self.top_k_anneal.unwrap_or(TOP_K_ANNEAL) * self.steps.unwrap_or(0) as f64;
+        let done = if span > 0.0 { (step as f64 / span).min(1.0) } else { 1.0 };
+        Fade { kept, factor: 1.0 - done }
+    }
+
+    /// Reports whether mixtures train with their balance loss, which pulls against gates that decide.
+    pub(crate) fn balances(&self) -> bool {
+        self.gate_entropy == 0.0 && self.top_k.is_none()
+    }
+
     /// Returns the share of active experts that `model` was made for, if these settings leave it to the model.
     pub fn made_for(&self, model: &Config) -> Option<f64> {
         let explicit = self.sparsity.is_some() || self.active_target.is_some() || self.active_range.is_some();
@@ -321,6 +344,8 @@ impl TrainConfig {
             ("sparsity", self.sparsity.unwrap_or(0.0), 0.0..=1e6, "0 to 1000000"),
             ("active_target", self.active_target.unwrap_or(1.0), 1e-6..=1.0, "a share above 0 and up to 1"),
             ("separability", self.separability, 0.0..=1e6, "0 to 1000000"),
+            ("gate_entropy", self.gate_entropy, 0.0..=1e6, "0 to 1000000"),
+            ("top_k_anneal", self.top_k_anneal.unwrap_or(0.0), 0.0..=1.0, "0 to 1"),
             ("teacher_weight", self.teacher_weight.unwrap_or(0.0), 0.0..=1.0, "0 to 1"),
             ("router_lr_scale", self.router_lr_scale, 0.0..=1e6, "0 to 1000000"),
             ("valid_fraction", self.valid_fraction, 0.0..=0.999, "0 or more and below 1"),
@@ -337,6 +362,13 @@ impl TrainConfig {
         in_range("eval_every", self.eval_every.unwrap_or(1), 1..=u64::MAX)?;
         in_range("threads", self.threads.unwrap_or(1), 1..=1024)?;
         in_range("valid_samples", self.valid_samples, 0..=1 << 40)?;
+        if self.top_k_anneal.is_some() && self.top_k.is_none() {
+            let allowed = "{top_k} K too, or leave top_k_anneal out";
+            return Err(Error::field("top_k_anneal", "set alone", allowed));
+        }
+        if self.top_k.is_some() {
+            self.top_k_anneal.get_or_insert(TOP_K_ANNEAL);
+        }
         if self.eval_every.is_some() && (self.valid_fraction == 0.0 || self.valid_samples == 0) {
             let allowed = "valid_fraction above 0, valid_samples above 0, or leave eval_every out";
             return Err(Error::field("eval_every", "set with nothing held out", allowed));

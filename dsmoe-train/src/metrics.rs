@@ -19,7 +19,7 @@ pub struct StepRecord {
     pub step: u64,
     /// Tokens predicted so far, this step's included.
     pub tokens: u64,
-    /// `lm_loss` (with a teacher of weight w, (1 - w) `lm_loss` + w `kl`) + `balance_loss` + `sparsity_weight` times the sparsity loss or, under a target, the mean gate + the weighted separability loss.
+    /// `lm_loss` (with a teacher of weight w, (1 - w) `lm_loss` + w `kl`) + `balance_loss` + `sparsity_weight` times the sparsity loss or, under a target, the mean gate + the weighted separability loss and entropy of gates.
     pub loss: f64,
     /// Mean negative log-likelihood of the step's tokens, nats.
     pub lm_loss: f64,
@@ -35,6 +35,9 @@ pub struct StepRecord {
     /// Mean of the separability loss over layers, tokens and gates, where it has a weight.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub separability_loss: Option<f64>,
+    /// Mean of the entropy of gates over layers and tokens, of sigmoid gates over gates too, where it has a weight.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gate_entropy: Option<f64>,
     /// Learning rate.
     pub lr: f64,
     /// Global gradient norm before clipping.

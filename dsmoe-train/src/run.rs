@@ -27,7 +27,7 @@ use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::{Interleaving, Mixture};
 use dsmoe_kernels::Isa;
 use dsmoe_kernels::comm::{Communicator, What};
-use dsmoe_router::{BudgetController, RoutingSummary, SparsityOver, ThresholdController};
+use dsmoe_router::{BudgetController, Fade, RoutingSummary, SparsityOver, ThresholdController};
 
 pub use self::directory::check_out;
 use self::directory::{
@@ -136,6 +136,7 @@ impl Trainer {
             true => load_newest(&options, model, &mut state, wished_warmup, &mut notes)?,
             false => (model, None),
         };
+        let model = with_top_k(model, &state)?;
         let saved = optimizer.as_ref().map(|_| state.step);
         let mut optimizer = optimizer.unwrap_or(owned);
         optimizer.train_only(state.config.trained());
@@ -227,6 +228,7 @@ impl Trainer {
         while self.state.step < last {
             let Some((record, stopping)) = self.take_step(started, stop)? else { break };
             observer.step(&record);
+            lower_top_k(&mut self.model, &self.state.config, self.state.step)?;
             self.stepper.engine.notes().iter().for_each(|note| observer.note(note));
             let step = self.state.step;
             let due = |every: Option<u64>| every.is_some_and(|every| step.is_multiple_of(every));
@@ -287,12 +289,14 @@ impl Trainer {
             loss: self.state.config.mixed(result.lm_loss, result.divergence)
                 + result.balance_loss
                 + f64::from(self.state.sparsity_weight) * penalty(&result)
-                + self.state.config.separability * result.separability,
+                + self.state.config.separability * result.separability
+                + self.state.config.gate_entropy * result.gate_entropy,
             lm_loss: result.lm_loss,
             kl: self.state.teacher.as_ref().map(|_| result.divergence),
             sparsity_loss: routed.then_some(result.sparsity_loss),
             balance_loss: self.model.config().ffn.as_ref().map(|_| result.balance_loss),
             separability_loss: Some(result.separability).filter(|_| self.state.config.separability > 0.0),
+            gate_entropy: Some(result.gate_entropy).filter(|_| self.state.config.gate_entropy > 0.0),
             budget: Some(result.budget).filter(|_| self.state.config.active_range.is_some()),
             threshold_logit,
             lr: self.state.config.schedule().lr_at(step),
@@ -680,9 +684,44 @@ pub(crate) struct Held {
     pub(crate) weight: f32,
 }
 
+/// Returns the model with as many experts of a token as the run has after the steps done.
+fn with_top_k(mut model: Model, state: &State) -> Result<Model> {
+    lower_top_k(&mut model, &state.config, state.step)?;
+    Ok(model)
+}
+
+/// Lowers the number of experts of a token once those that go have faded out.
+fn lower_top_k(model: &mut Model, config: &TrainConfig, step: u64) -> Result<()> {
+    let Fade { kept, factor } = config.fade_at(step);
+    let runs = model.config().ffn.as_ref().and_then(|spec| spec.top_k());
+    if factor == 0.0 && runs != Some(kept) {
+        model.lower_top_k(kept)?;
+    }
+    Ok(())
+}
+
+/// Refuses settings of gates that the model does not have, or that a device does not train with.
+fn check_gates(model: &Model, config: &TrainConfig, device: Device) -> Result<()> {
+    if config.gate_entropy > 0.0 && (device != Device::Cpu || model.num_experts().is_none()) {
+        let allowed = "0 on a GPU and for a model without gates";
+        return Err(Error::field("gate_entropy", config.gate_entropy, allowed));
+    }
+    let Some(top_k) = config.top_k else { return Ok(()) };
+    let wrong = |allowed: String| Err(Error::field("top_k", top_k, allowed));
+    match model.config().ffn.as_ref().and_then(|spec| spec.top_k()) {
+        _ if device != Device::Cpu => wrong("no number on a GPU: train on the processor".to_owned()),
+        None => wrong("no number for a model whose tokens run no fixed number of experts".to_owned()),
+        Some(before) if !(1..=before).contains(&top_k) => {
+            wrong(format!("1 to the number of experts that tokens of this model run, {before}"))
+        }
+        Some(_) => Ok(()),
+    }
+}
+
 /// Returns what holds the share that `config` wants, and sets the default way in `config`.
 pub(crate) fn held(model: &Model, config: &mut TrainConfig, device: Device) -> Result<Held> {
     let none = Held { controller: None, thresholds: None, weight: 0.0 };
+    check_gates(model, config, device)?;
     if config.separability > 0.0 && (device != Device::Cpu || model.config().moe.is_none()) {
         let allowed = "0 on a GPU and for a model without gates";
         return Err(Error::field("separability", config.separability, allowed));

@@ -191,7 +191,9 @@ pub(crate) fn step_args(config: &TrainConfig, gates: &Gates<'_>, index: u64) -> 
         sparsity_weight: gates.sparsity / micro_batches,
         sparsity_over: gates.over,
         separability_weight: config.separability as f32 / micro_batches,
-        balance_scale: 1.0 / micro_batches,
+        entropy_weight: config.gate_entropy as f32 / micro_batches,
+        fade: config.fade_at(index / config.micro_batches()),
+        balance_scale: if config.balances() { 1.0 / micro_batches } else { 0.0 },
         // Depends on the seed and the position only, so that a resumed run draws the same noise.
         seed: Rng::new(config.seed, index).next_u64(),
     }

@@ -21,6 +21,7 @@ use dsmoe_core::calibrate::{LayerStream, LayerWeights, Linear, check_router_text
 use dsmoe_core::partition::clusters;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::{Precision, linear, swiglu};
+use dsmoe_router::Fade;
 use dsmoe_router::topk::{Scores, TopKConfig, route};
 use ndarray::ArrayView2;
 
@@ -164,7 +165,7 @@ fn join(
         let rows = tap.x.len() / hidden;
         let shape = (rows, spec.router.num_experts);
         let logits = ArrayView2::from_shape(shape, &z).expect("a logit for each token and expert");
-        let scores = route(&spec.router, logits, None).scores;
+        let scores = route(&spec.router, logits, None, Fade::NONE).scores;
         values.clear();
         values.extend_from_slice(tap.neurons);
         for (t, values) in values.chunks_exact_mut(width).enumerate() {

@@ -154,12 +154,13 @@ impl Ffn for TopkMoeFfn {
         let of_router = &params[self.router_start()..];
         let routed = self.router().forward(&mut saved.router, x, of_router, Some(training));
         routed.count(record);
+        let (balance_loss, gate_entropy) = (routed.balance_loss, routed.gate_entropy);
         let (weights, routes) = (&self.gated.weights(params), routes(routed.routing));
         let (pairs, dims) = (Pairs::Routed(&routes), self.dims(x.len() / self.gated.hidden));
         let (saved, scratch) = (&mut saved.experts, &mut scratch.experts);
         expert_ffn::ForwardTrain { y, saved, x, weights, pairs, dims, scratch }.run();
         add_output_bias(y, self.gated.output_bias(params));
-        FfnReport { balance_loss: routed.balance_loss, ..FfnReport::default() }
+        FfnReport { balance_loss, gate_entropy, ..FfnReport::default() }
     }
 
     fn backward(&self, args: FfnBackward<'_>) {
@@ -196,7 +197,7 @@ mod tests {
     use dsmoe_kernels::buf::Buf;
     use dsmoe_kernels::testing::{assert_close, f64s, normals};
     use dsmoe_router::topk::{Scores, TopKConfig};
-    use dsmoe_router::{SparsityGrad, SparsityOver};
+    use dsmoe_router::{Fade, SparsityGrad, SparsityOver};
 
     use super::super::spec::{GateNetwork, GateSpec};
     use super::*;
@@ -228,14 +229,18 @@ mod tests {
         infer(&*ffn.pack(params, Precision::F32), x)
     }
 
-    /// The forward pass of training: the output, the balance loss and the saved values.
-    fn train(ffn: &TopkMoeFfn, x: &[f32], params: &[f32], seed: u64) -> (Vec<f32>, f64, Box<dyn Any + Send>) {
+    /// The forward pass of training: the output, the losses of gates and the saved values.
+    fn train(
+        ffn: &TopkMoeFfn,
+        x: &[f32],
+        params: &[f32],
+        training: GateTraining,
+    ) -> (Vec<f32>, f64, Box<dyn Any + Send>) {
         let (mut y, mut saved) = (vec![0.0; x.len()], ffn.new_saved(TOKENS));
-        let training = GateTraining { seed, ..GateTraining::default() };
         let scratch = &mut FfnScratch::default();
         let args = FfnForward { y: &mut y, saved: &mut *saved, x, params, training, record: None, scratch };
         let report = ffn.forward_train(args);
-        (y, report.balance_loss, saved)
+        (y, report.balance_loss + f64::from(training.entropy) * report.gate_entropy, saved)
     }
 
     fn dense(params: &[f32], x: &[f32]) -> Vec<f32> {
@@ -278,22 +283,31 @@ mod tests {
         }
     }
 
-    /// The objective `<y, dy>` + balance loss, and the experts of each token.
-    fn loss(ffn: &TopkMoeFfn, x: &[f32], params: &[f32], dy: &[f32]) -> (f64, Vec<u32>, Vec<usize>) {
-        let (y, balance_loss, saved) = train(ffn, x, params, 9);
+    /// The objective `<y, dy>` + the losses of gates, and the experts of each token.
+    fn loss(
+        ffn: &TopkMoeFfn,
+        [x, params, dy]: [&[f32]; 3],
+        training: GateTraining,
+    ) -> (f64, Vec<u32>, Vec<usize>) {
+        let (y, of_gates, saved) = train(ffn, x, params, training);
         let routed = saved.downcast_ref::<TopkSaved>().and_then(|saved| saved.router.routed.as_ref());
         let routing = &routed.expect("routed").routing;
         let value = f64s(&y).iter().zip(f64s(dy)).map(|(y, dy)| y * dy).sum::<f64>();
-        (value + balance_loss, routing.tokens.clone(), routing.offsets.clone())
+        (value + of_gates, routing.tokens.clone(), routing.offsets.clone())
     }
 
     #[test]
     fn gradients_are_differences_while_the_selection_holds() {
-        for (network, normalize, noise, scores, num_residual, balance_weight) in [
-            (GateNetwork::Mlp, false, true, Scores::Softmax, 0, 0.5),
-            (GateNetwork::Linear, false, true, Scores::Softmax, 1, 0.5),
-            (GateNetwork::Linear, false, false, Scores::Softmax, 0, 0.0),
-            (GateNetwork::Mlp, true, false, Scores::One, 0, 0.0),
+        let plain = GateTraining { seed: 9, ..GateTraining::default() };
+        let faded = GateTraining { entropy: 0.4, fade: Fade { kept: 1, factor: 0.6 }, ..plain };
+        for (network, normalize, noise, scores, num_residual, balance_weight, training) in [
+            (GateNetwork::Mlp, false, true, Scores::Softmax, 0, 0.5, plain),
+            (GateNetwork::Linear, false, true, Scores::Softmax, 1, 0.5, plain),
+            (GateNetwork::Linear, false, false, Scores::Softmax, 0, 0.0, plain),
+            (GateNetwork::Mlp, true, false, Scores::One, 0, 0.0, plain),
+            (GateNetwork::Linear, false, true, Scores::Softmax, 1, 0.5, faded),
+            (GateNetwork::Mlp, false, false, Scores::Softmax, 0, 0.0, faded),
+            (GateNetwork::Linear, false, false, Scores::One, 0, 0.0, faded),
         ] {
             let plain = TopKConfig::new(EXPERTS - num_residual, 2).unwrap();
             let router = TopKConfig { num_residual, scores, ..plain };
@@ -301,7 +315,7 @@ mod tests {
             let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, TopkSpec { router, gate, balance_weight });
             let params = params(&ffn, 3);
             let (x, dy) = (normals(TOKENS * HIDDEN, 4), normals(TOKENS * HIDDEN, 5));
-            let (_, _, mut saved) = train(&ffn, &x, &params, 9);
+            let (_, _, mut saved) = train(&ffn, &x, &params, training);
             let (mut dx, mut grads) = (vec![0.0; x.len()], Buf::zeros(params.len()));
             ffn.backward(FfnBackward {
                 dx: &mut dx,
@@ -311,11 +325,11 @@ mod tests {
                 x: &x,
                 params: &params,
                 sparsity: SparsityGrad { weight: 0.0, over: SparsityOver::Active },
-                training: GateTraining { seed: 9, ..GateTraining::default() },
+                training,
                 scratch: &mut FfnScratch::default(),
             });
 
-            let (_, tokens, offsets) = loss(&ffn, &x, &params, &dy);
+            let (_, tokens, offsets) = loss(&ffn, [&x, &params, &dy], training);
             let (h, mut checked) = (1e-3f32, 0);
             let mut check = |what: String, got: f32, at: &dyn Fn(f32) -> (f64, Vec<u32>, Vec<usize>)| {
                 let (up, down) = (at(h), at(-h));
@@ -336,11 +350,11 @@ mod tests {
             };
             for i in points.clone() {
                 let what = format!("{gate:?} parameter {i}");
-                check(what, grads[i], &|h| loss(&ffn, &x, &moved(&params, i, h), &dy));
+                check(what, grads[i], &|h| loss(&ffn, [&x, &moved(&params, i, h), &dy], training));
             }
             for i in (0..x.len()).step_by(5) {
                 let what = format!("{gate:?} input {i}");
-                check(what, dx[i], &|h| loss(&ffn, &moved(&x, i, h), &params, &dy));
+                check(what, dx[i], &|h| loss(&ffn, [&moved(&x, i, h), &params, &dy], training));
             }
             assert!(checked > points.clone().count(), "{checked} of {} parameters", points.count());
         }
@@ -353,7 +367,7 @@ mod tests {
         let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, TopkSpec { router, gate, balance_weight: 0.01 });
         let params = params(&ffn, 6);
         let x = normals(TOKENS * HIDDEN, 7);
-        let outputs = |seed| train(&ffn, &x, &params, seed).0;
+        let outputs = |seed| train(&ffn, &x, &params, GateTraining { seed, ..GateTraining::default() }).0;
         assert_eq!(outputs(1), outputs(1));
         assert_ne!(outputs(1), outputs(2));
         assert_eq!(packed(&ffn, &params, &x), packed(&ffn, &params, &x));

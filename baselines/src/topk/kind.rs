@@ -104,6 +104,14 @@ impl FfnSpec for TopkSpec {
         self.all_experts()
     }
 
+    fn top_k(&self) -> Option<usize> {
+        Some(self.router.top_k)
+    }
+
+    fn with_top_k(&self, top_k: usize) -> Option<Arc<dyn FfnSpec>> {
+        Some(Arc::new(TopkSpec { router: TopKConfig { top_k, ..self.router }, ..*self }))
+    }
+
     fn active_experts(&self) -> Option<f64> {
         Some(TopkSpec::active_experts(self) as f64)
     }

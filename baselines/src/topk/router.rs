@@ -7,6 +7,7 @@ use dsmoe_core::ffn::{GateBackward, GateTraining, HostGate, HostRouted, block_le
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::topk::{self, Noise, TopKRouted};
+use dsmoe_router::{Fade, confidence};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
 use super::gate::{Gate, GateActs, GateGrads, GateWeights, NetworkBackward};
@@ -23,6 +24,8 @@ pub(super) struct TopkRouter {
 #[derive(Debug, Default)]
 pub(super) struct RouterSaved {
     acts: GateActs,
+    /// The softmax over all experts, where its entropy has a weight.
+    soft: Option<Array2<f64>>,
     pub(super) routed: Option<TopKRouted>,
 }
 
@@ -49,12 +52,17 @@ impl TopkRouter {
     }
 
     /// Routes noisy logits; `raw` is the output of the noise network.
-    fn route_noisy(&self, logits: ArrayView2<'_, f32>, raw: ArrayView2<'_, f32>, seed: u64) -> TopKRouted {
+    fn route_noisy(
+        &self,
+        logits: ArrayView2<'_, f32>,
+        raw: ArrayView2<'_, f32>,
+        training: GateTraining,
+    ) -> TopKRouted {
         let std = topk::noise_std(raw);
         let mut draws = vec![0.0; raw.len()];
-        Rng::new(seed, u64::from_be_bytes(*b"gatenois")).fill_normal(&mut draws, 1.0);
+        Rng::new(training.seed, u64::from_be_bytes(*b"gatenois")).fill_normal(&mut draws, 1.0);
         let noise = Noise { std: std.view(), draws: matrix(&draws, raw.nrows(), raw.ncols()) };
-        topk::route(&self.spec.router, logits, Some(noise))
+        topk::route(&self.spec.router, logits, Some(noise), training.fade)
     }
 }
 
@@ -70,23 +78,30 @@ impl HostGate for TopkRouter {
         params: &[f32],
         training: Option<GateTraining>,
     ) -> HostRouted<'a> {
-        let RouterSaved { acts, routed } = saved.downcast_mut().expect("saved by a top-k router");
+        let RouterSaved { acts, soft, routed } = saved.downcast_mut().expect("saved by a top-k router");
         let (tokens, n) = (x.len() / self.hidden, self.spec.router.num_experts);
         let noisy = training.filter(|_| self.spec.gate.noise);
         let mut logits = Buf::default();
         self.gate().forward(&mut logits, acts, x, self.weights(params, noisy.is_some()), noisy.is_some());
         let logits = matrix(&logits, tokens, n);
         let routed = routed.insert(match noisy {
-            None => topk::route(&self.spec.router, logits, None),
-            Some(GateTraining { seed, .. }) => self.route_noisy(logits, matrix(&acts.raw, tokens, n), seed),
+            None => {
+                let fade = training.map_or(Fade::NONE, |training| training.fade);
+                topk::route(&self.spec.router, logits, None, fade)
+            }
+            Some(training) => self.route_noisy(logits, matrix(&acts.raw, tokens, n), training),
         });
+        let has_entropy = training.is_some_and(|training| training.entropy != 0.0);
+        *soft = has_entropy.then(|| confidence::softmax(logits));
+        let gate_entropy = soft.as_ref().map_or(0.0, |soft| confidence::of_softmax(soft.view()));
         let weight = training.map_or(0.0, |training| self.balance_weight(training));
-        HostRouted { routing: &routed.routing, balance_loss: weight * topk::balance_loss(routed) }
+        let balance_loss = weight * topk::balance_loss(routed);
+        HostRouted { routing: &routed.routing, balance_loss, gate_entropy }
     }
 
     fn backward(&self, args: GateBackward<'_>) {
         let GateBackward { dx, grads, dcoefficients, saved, x, params, training } = args;
-        let RouterSaved { acts, routed } = saved.downcast_ref().expect("saved by a top-k router");
+        let RouterSaved { acts, soft, routed } = saved.downcast_ref().expect("saved by a top-k router");
         let routed = routed.as_ref().expect("a forward before the backward");
         let (tokens, n, noisy) = (x.len() / self.hidden, self.spec.router.num_experts, self.spec.gate.noise);
         let mut dlogits = vec![0.0; tokens * n];
@@ -99,6 +114,11 @@ impl HostGate for TopkRouter {
             ArrayViewMut2::from_shape((tokens, n), &mut dlogits).expect("tokens * experts values"),
             dstd.as_mut().map(|dstd| dstd.view_mut()),
         );
+        if let Some(soft) = soft {
+            let dlogits =
+                ArrayViewMut2::from_shape((tokens, n), &mut dlogits).expect("tokens * experts values");
+            confidence::add_of_softmax(soft.view(), f64::from(training.entropy), dlogits);
+        }
         // s = softplus(raw) + 0.01, so ds/draw = sigmoid(raw).
         let draw = dstd.map(|dstd| {
             let (values, _) = dstd.into_raw_vec_and_offset();

@@ -90,6 +90,13 @@ pub(crate) struct Train {
     /// Weight of a loss that pushes gates away from their threshold [default: 0]
     #[arg(help_heading = BUDGET, long, value_name = "WEIGHT")]
     pub(crate) separability: Option<f64>,
+    /// Weight of the entropy of gates, under which they decide; mixtures train without their balance loss then [default: 0]
+    #[arg(help_heading = BUDGET, long, value_name = "WEIGHT")]
+    pub(crate) gate_entropy: Option<f64>,
+    /// Experts of a token that the run ends with, of a mixture whose tokens run more: the coefficients of the others fade out in
+    /// the first half of the steps (--set top_k_anneal=SHARE)
+    #[arg(help_heading = BUDGET, long, value_name = "K")]
+    pub(crate) top_k: Option<usize>,
     /// Model directory or GGUF file with the same vocabulary, usually the dense model: the run learns its distribution of
     /// the next token too (KL divergence at temperature 1). Computed in bf16 beside the model
     #[arg(help_heading = TEACHER, long, value_name = "DIR")]

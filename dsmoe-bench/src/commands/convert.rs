@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use dsmoe_baselines::dsmoe::Routers;
 use dsmoe_core::accounting::Accounting;
+use dsmoe_core::checkpoint::open_model;
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::start::{self, Start, StartSettings, default_width};
 use dsmoe_core::convert::{
@@ -210,6 +211,8 @@ pub(crate) fn run(args: &Convert, comm: &Arc<dyn Communicator>, ui: &mut Ui) -> 
     let done = match &options.routers {
         RouterStart::Calibrated(text) if routers == Routers::Fitted => {
             let fit = fitted(args, &options, text);
+            // The layers' stream does not read the final norm and the head.
+            open_model(&args.model, &Config::load(&args.model)?)?.check_finite()?;
             start::start_on(comm, &args.model, &args.out, &fit, &mut shown)
                 .map(|done| (done.report, Some(done.active)))
         }

@@ -195,6 +195,8 @@ fn settings(args: &Train, threads: Option<u16>) -> Result<TrainConfig> {
     over(&mut config.lr, &args.lr);
     over(&mut config.router_lr_scale, &args.router_lr_scale);
     over(&mut config.separability, &args.separability);
+    over(&mut config.gate_entropy, &args.gate_entropy);
+    config.top_k = args.top_k.or(config.top_k);
     config.hold = args.hold.or(config.hold);
     config.teacher_weight = args.teacher_weight.or(config.teacher_weight);
     if args.device.is_gpu() {

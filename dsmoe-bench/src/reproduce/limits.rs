@@ -14,6 +14,8 @@ use crate::training::memory_plan;
 
 /// Memory of the largest machine that a plan may be for.
 const LARGEST_MACHINE: u64 = 16 << 40;
+/// Memory of a machine that plans are for at least, but for trainings.
+const PLANNED_MACHINE: u64 = 256 << 30;
 /// Memory of a machine that does not tell.
 const UNKNOWN_MACHINE: u64 = 64 << 30;
 /// Bytes of an item of a probe with its row, both splits and all probes.
@@ -49,7 +51,8 @@ impl Machine {
 
     /// Returns this machine for plans, which may be those of trainings on a larger one.
     pub(super) fn of_plans(out: &Path) -> Machine {
-        Machine { training: LARGEST_MACHINE, ..Machine::here(out) }
+        let here = Machine::here(out);
+        Machine { memory: here.memory.max(PLANNED_MACHINE), training: LARGEST_MACHINE, ..here }
     }
 }
 
@@ -78,8 +81,9 @@ pub(super) fn check(profile: &Profile, dense: &Config, machine: Machine) -> Resu
     let train = profile.train()?.resolve()?;
     let (seq, measure) = (train.seq as u64, &profile.measure);
     let layers = dense.num_layers as u64;
-    // Hidden states of a layer, in and out, and its FFN.
-    let state = 4 * (8 * dense.hidden as u64 + 3 * dense.intermediate as u64);
+    // Hidden states of a layer, in and out, of the dense and of the changed model; FFNs take a part of the tokens at a time.
+    let stream = 4 * 4 * dense.hidden as u64;
+    let state = 2 * stream + 4 * 3 * dense.intermediate as u64;
     let cache = 8 * layers * dense.hidden as u64;
     let sources = (profile.held_out.len().max(profile.source.len()) as u64).max(SOURCES);
     let window = sources * (4 * (seq + 1) + WINDOW_BYTES);
@@ -88,7 +92,7 @@ pub(super) fn check(profile: &Profile, dense: &Config, machine: Machine) -> Resu
     let rows = profile.method.len() as u64;
     for (name, value, each) in [
         ("seeds", profile.seeds, rows * JOB_BYTES),
-        ("calibration.samples", profile.calibration.samples as u64, seq * (4 + state)),
+        ("calibration.samples", profile.calibration.samples as u64, seq * (4 + stream)),
         ("measure.windows", measure.windows as u64, window),
         ("measure.sweep_windows", measure.sweep_windows as u64, window),
         ("measure.agreement_windows", measure.agreement_windows as u64, window),

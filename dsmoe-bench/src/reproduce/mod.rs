@@ -114,7 +114,7 @@ fn in_folder(
 ) -> Result<ExitCode> {
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from(format!("reproduce-{}", profile.name)));
     let machine = limits::Machine::here(&out);
-    check_limits(args, &profile, machine)?;
+    check_limits(args, profile, machine)?;
     let _lock = open(&out, args.resume)?;
     catch_interrupts()?;
     let _unpolled = Unpolled::begin("run the same command with --resume to continue");

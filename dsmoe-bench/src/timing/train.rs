@@ -157,9 +157,8 @@ impl Run {
             loss_scale: 1.0 / self.inputs.len() as f32,
             sparsity_weight: SPARSITY_WEIGHT,
             sparsity_over: SparsityOver::Active,
-            separability_weight: 0.0,
-            balance_scale: 1.0,
             seed: self.steps,
+            ..StepArgs::default()
         };
         let batch = Batch { inputs: &self.inputs, targets: &self.targets, seq: self.seq };
         self.engine.begin(self.steps + 1, 1)?;

@@ -124,6 +124,14 @@ pub(crate) fn limited(blocks: u32, line: &str) -> Command {
     command
 }
 
+/// The command as `nohup` starts it, or as a terminal does.
+pub(crate) fn with_hangup(is_ignored: bool, line: &str) -> Command {
+    let trap = if is_ignored { "trap '' HUP" } else { "trap - HUP" };
+    let mut command = command_in(folder(), "sh", "");
+    command.args(["-c", &format!("{trap}; exec \"$0\" \"$@\""), PROGRAM]).args(words(line));
+    command
+}
+
 /// How a run of the command ended.
 pub(crate) struct Run {
     pub(crate) code: i32,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::common::{
     check_failure, command, end, finish, limited, on_text, path, run, shows, spawn, succeeds, wait_until,
-    weights,
+    weights, with_hangup,
 };
 
 /// A training run of the tiny DSMoE model.
@@ -75,6 +75,31 @@ fn a_user_signal_saves_and_the_rest_is_the_same() {
     assert!(newest_checkpoint("signalled").is_some() && !path("signalled/model.safetensors").exists());
     succeeds(&line);
     assert!(weights("unsignalled") == weights("signalled"), "weights differ after a signal");
+}
+
+/// Returns whether this process was started by `nohup` or its like.
+fn hangup_is_ignored() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).map(str::trim);
+    mask.is_none_or(|mask| mask.ends_with(['1', '3', '5', '7', '9', 'b', 'd', 'f']))
+}
+
+#[test]
+fn a_run_outlives_its_terminal_only_if_it_was_told_to() {
+    for (out, is_ignored, code) in [("hung-up", false, 130), ("left-alone", true, 0)] {
+        // A shell cannot take back what its parent has ignored.
+        if !is_ignored && hangup_is_ignored() {
+            continue;
+        }
+        let mut command = with_hangup(is_ignored, &train(out, 200, ""));
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let metrics = path(out).join("metrics.jsonl");
+        wait_until("training", || fs::metadata(&metrics).is_ok_and(|file| file.len() >= 3000));
+        let run = end(child, "-HUP");
+        assert_eq!(run.code, code, "{}", run.stderr);
+        assert_eq!(path(out).join("model.safetensors").exists(), is_ignored);
+        assert!(newest_checkpoint(out).is_some());
+    }
 }
 
 #[test]

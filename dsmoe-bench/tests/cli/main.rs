@@ -21,6 +21,7 @@ mod prune;
 mod related;
 mod reproduce;
 mod snapshots;
+mod surgery;
 mod sweep;
 mod track;
 mod trust;

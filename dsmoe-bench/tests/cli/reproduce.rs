@@ -594,7 +594,7 @@ fn budgets_and_methods_are_chosen_by_name() {
     let asked = "reproduce --profile reproduce/chosen.toml --model dense";
     fails(
         &format!("{asked} --data . --budgets 0.6 --out reproduce/never"),
-        &["--budgets 0.6", "no such budget"],
+        &["--budgets 60.0 %", "no such budget; it has 50.0 %, 75.0 %"],
     );
     fails(&format!("{asked} --out reproduce/never"), &["needs text"]);
     fails(&format!("{asked} --data a b --out reproduce/never"), &["[[source]]", "--data"]);

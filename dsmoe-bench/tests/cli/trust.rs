@@ -90,7 +90,6 @@ fn every_flipped_bit_of_a_stored_artefact_is_found() {
             }
         }
     }
-    println!("{count} flips, all found or without effect");
     assert!(count >= 30, "{count}");
 }
 
@@ -173,7 +172,9 @@ fn weights_that_are_not_numbers_are_refused_by_every_command() {
     for (i, tensor) in mixture.into_iter().enumerate() {
         let name = format!("nan-mixture-{i}");
         poisoned("nan-mixture", tensor, &name);
-        for (method, _) in listed.iter().filter(|(_, source)| *source == "experts") {
+        // `duo-router` takes no mixtures.
+        let of_mixtures = |(method, source): &&(&str, &str)| *source == "experts" && *method != "duo-router";
+        for (method, _) in listed.iter().filter(of_mixtures) {
             let line = format!("prune {name} --method {method} --budget 0.85 {calib} --out nan-out/{method}");
             fails(&line, &parts);
         }
@@ -302,6 +303,7 @@ fn bad_tokenizers_are_one_line_that_names_the_file() {
 
 /// A read-only folder is one line; the superuser may write there all the same.
 #[test]
+#[expect(clippy::print_stdout, reason = "a test that skips says so")]
 fn a_folder_that_cannot_be_written_is_one_line() {
     fs::create_dir_all(path("read-only")).unwrap();
     let protect = |mode: &str| Command::new("chmod").args([mode]).arg(path("read-only")).status().unwrap();

@@ -238,6 +238,28 @@ impl Config {
         self.ffn = Some(Arc::new(spec));
     }
 
+    /// Lowers the number of experts that are chosen for every token.
+    ///
+    /// # Errors
+    /// Their number is not fixed, or `top_k` is not in 1 to it.
+    pub fn lower_top_k(&mut self, top_k: usize) -> Result<()> {
+        let spec = self.ffn.as_ref().and_then(|spec| Some((spec.top_k()?, spec.with_top_k(top_k)?)));
+        let Some((before, lowered)) = spec else {
+            let problem =
+                format!("tokens of this model run no fixed number of experts, and {top_k} are asked for");
+            return Err(Error::argument(problem, "use a mixture of experts"));
+        };
+        if !(1..=before).contains(&top_k) {
+            let problem = format!("{top_k} experts of a token are asked for, and this model runs {before}");
+            return Err(Error::argument(problem, format!("use 1 to {before}")));
+        }
+        match lowered.as_mixture() {
+            Some(spec) => self.set_mixture(spec.clone()),
+            None => self.ffn = Some(lowered),
+        }
+        Ok(())
+    }
+
     /// Writes out what another family would read otherwise where the key is absent.
     fn state_defaults(&self, raw: &mut Map<String, Value>) {
         let window = self.architecture.layers.iter().find_map(|layer| layer.window);

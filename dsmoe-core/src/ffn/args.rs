@@ -4,7 +4,7 @@ use std::any::Any;
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn;
-use dsmoe_router::{Pull, Routed, Routing, RoutingStats, SparsityGrad};
+use dsmoe_router::{Fade, Pull, Routed, Routing, RoutingStats, SparsityGrad};
 use ndarray::Array2;
 
 use crate::kept::KeptScratch;
@@ -66,6 +66,9 @@ pub struct FfnReport {
     pub balance_loss: f64,
     /// Mean over tokens and gates of the separability loss; 0 unless it has a weight.
     pub separability: f64,
+    /// Mean over tokens of the entropy of the gates, of sigmoid gates over gates too ([`dsmoe_router::confidence`]); 0 unless it
+    /// has a weight.
+    pub gate_entropy: f64,
 }
 
 /// Settings of one layer's gate in one micro-batch of training; the same in the forward and the backward.
@@ -77,12 +80,16 @@ pub struct GateTraining {
     pub balance_scale: f32,
     /// Weight of this layer's separability loss.
     pub separability: f32,
+    /// Weight of the entropy of this layer's gates.
+    pub entropy: f32,
+    /// Experts of a token that fade out, where tokens run a fixed number.
+    pub fade: Fade,
 }
 
 impl Default for GateTraining {
-    /// Uses seed 0, a single micro-batch and no separability loss.
+    /// Uses seed 0, a single micro-batch, no loss of separability or entropy, and all experts.
     fn default() -> GateTraining {
-        GateTraining { seed: 0, balance_scale: 1.0, separability: 0.0 }
+        GateTraining { seed: 0, balance_scale: 1.0, separability: 0.0, entropy: 0.0, fade: Fade::NONE }
     }
 }
 

@@ -34,6 +34,8 @@ pub struct HostRouted<'a> {
     pub routing: &'a Routing,
     /// The loss of [`FfnReport::balance_loss`](super::FfnReport::balance_loss); 0 in inference.
     pub balance_loss: f64,
+    /// The entropy of [`FfnReport::gate_entropy`](super::FfnReport::gate_entropy); 0 in inference.
+    pub gate_entropy: f64,
 }
 
 impl HostRouted<'_> {

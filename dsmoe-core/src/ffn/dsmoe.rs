@@ -6,7 +6,7 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved};
 use dsmoe_router::sparsity::{self, SparsityOver};
-use dsmoe_router::{Routed, RouterConfig, Routing, SparsityGrad, separability, ste};
+use dsmoe_router::{Routed, RouterConfig, Routing, SparsityGrad, confidence, separability, ste};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
 use super::bound::{RouterBound, draws};
@@ -326,6 +326,10 @@ impl Ffn for DsmoeFfn {
                 0.0 => 0.0,
                 _ => separability::loss(saved.routed.logits.view(), self.bar),
             },
+            gate_entropy: match training.entropy {
+                0.0 => 0.0,
+                _ => confidence::of_sigmoid(saved.routed.logits.view()),
+            },
         }
     }
 
@@ -366,6 +370,11 @@ impl Ffn for DsmoeFfn {
             routed.logits.view(),
             self.bar,
             training.separability,
+            ArrayViewMut2::from_shape(shape, dlogits).expect(of_logits),
+        );
+        confidence::add_of_sigmoid(
+            routed.logits.view(),
+            f64::from(training.entropy),
             ArrayViewMut2::from_shape(shape, dlogits).expect(of_logits),
         );
         let gating = self.gating();

@@ -198,6 +198,17 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
     /// Returns the number of experts that every token runs, mean over layers, where it is fixed.
     fn active_experts(&self) -> Option<f64>;
 
+    /// Returns the number of experts that are chosen for a token, where it is fixed and can be lowered ([`FfnSpec::with_top_k`]).
+    fn top_k(&self) -> Option<usize> {
+        None
+    }
+
+    /// Returns the settings with `top_k` chosen experts, 1 or more and no more than there are, and the same tensors; none where no
+    /// number is fixed.
+    fn with_top_k(&self, _top_k: usize) -> Option<Arc<dyn FfnSpec>> {
+        None
+    }
+
     /// Returns the number of equal blocks of neurons, in the order of the rows, that are the experts of an FFN whose
     /// output is the sum of theirs, each times its coefficient; none for another FFN.
     fn blocks(&self) -> Option<usize> {

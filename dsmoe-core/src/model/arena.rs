@@ -286,6 +286,16 @@ impl Model {
         set_active(&mut self.config, active, |layer, logit| self.ffns[layer].set_threshold_logit(logit))
     }
 
+    /// Lowers the number of experts that are chosen for every token, here and in the files of [`Model::save`].
+    ///
+    /// # Errors
+    /// Their number is not fixed, or `top_k` is not in 1 to it.
+    pub fn lower_top_k(&mut self, top_k: usize) -> Result<()> {
+        self.config.lower_top_k(top_k)?;
+        self.ffns = ffns_of(&self.config);
+        Ok(())
+    }
+
     /// Sets what the logits of each layer's gates have to exceed, until the next choice of thresholds; files keep the
     /// budgets.
     ///

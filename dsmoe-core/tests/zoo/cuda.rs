@@ -195,9 +195,8 @@ fn a_training_step_with_every_switch_is_that_of_the_processor() {
         loss_scale: 1.0 / TOKENS as f32,
         sparsity_weight: 0.5,
         sparsity_over,
-        separability_weight: 0.0,
-        balance_scale: 1.0,
         seed: 1,
+        ..StepArgs::default()
     };
     let mut wrong = Vec::new();
     for (name, model) in switches() {

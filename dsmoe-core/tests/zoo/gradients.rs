@@ -136,7 +136,13 @@ fn rounding(model: &Model, name: &str, i: usize, batch: (&[u32], &[u32])) -> f64
 /// The steps of a workspace that keeps everything and of one that recomputes, from gradients that are not zero.
 #[track_caller]
 pub(crate) fn recomputes_the_same(model: &Model, batch: Batch<'_>, precision: Precision, what: &str) {
-    let args = StepArgs { sparsity_weight: 0.3, separability_weight: 0.2, seed: 7, ..StepArgs::default() };
+    let args = StepArgs {
+        sparsity_weight: 0.3,
+        separability_weight: 0.2,
+        entropy_weight: 0.1,
+        seed: 7,
+        ..StepArgs::default()
+    };
     let tokens = batch.inputs.len();
     let of = |mut workspace: TrainWorkspace| {
         let mut grads = Buf::zeros(model.params().len());

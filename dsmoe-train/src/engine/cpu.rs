@@ -320,6 +320,7 @@ fn record_of(output: &StepOutput, predicted: usize) -> Record {
         mean_gate: output.mean_gate,
         balance_loss: output.balance_loss,
         separability: output.separability,
+        gate_entropy: output.gate_entropy,
         predicted: predicted as u64,
     }
 }
@@ -337,6 +338,7 @@ fn fold(all: &All, micro_batches: u64) -> StepResult {
         result.mean_gate += record.mean_gate / parts;
         result.balance_loss += record.balance_loss;
         result.separability += record.separability / parts;
+        result.gate_entropy += record.gate_entropy / parts;
     }
     result.lm_loss /= predicted as f64;
     result.divergence /= predicted as f64;

@@ -67,6 +67,7 @@ impl Engine for CudaEngine {
             mean_gate: sums.all_gates / tokens as f64,
             balance_loss: sums.balance_loss,
             separability: 0.0,
+            gate_entropy: 0.0,
             budget: 0.0,
             stop,
             norms: GradNorms { all: sums.squares.sqrt(), router: sums.router_squares.sqrt() },

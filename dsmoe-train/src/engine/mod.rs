@@ -71,6 +71,8 @@ pub struct StepResult {
     pub balance_loss: f64,
     /// Mean of the separability loss over layers, tokens and gates; 0 unless it has a weight.
     pub separability: f64,
+    /// Mean of the entropy of gates over layers, tokens and, of sigmoids, gates; 0 unless it has a weight.
+    pub gate_entropy: f64,
     /// Mean of the budgets of the micro-batches, where thresholds hold them.
     pub budget: f64,
     /// Norms of the gradient.

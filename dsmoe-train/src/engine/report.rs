@@ -26,19 +26,21 @@ pub(super) struct Record {
     pub(super) balance_loss: f64,
     /// Mean of the separability loss.
     pub(super) separability: f64,
+    /// Mean of the entropy of gates.
+    pub(super) gate_entropy: f64,
     /// Tokens predicted; 0 for a micro-batch that was not run.
     pub(super) predicted: u64,
 }
 
 impl Record {
-    const WORDS: usize = 7;
+    const WORDS: usize = 8;
 
     fn words(&self) -> [u64; Record::WORDS] {
-        let Record { loss, divergence, sparsity_loss, mean_gate, balance_loss, separability, predicted } =
-            *self;
-        let [a, b, c, d, e, f] =
-            [loss, divergence, sparsity_loss, mean_gate, balance_loss, separability].map(f64::to_bits);
-        [a, b, c, d, e, f, predicted]
+        let &Record { loss, divergence, sparsity_loss, mean_gate, balance_loss, .. } = self;
+        let &Record { separability, gate_entropy, predicted, .. } = self;
+        let gates = [sparsity_loss, mean_gate, balance_loss, separability, gate_entropy].map(f64::to_bits);
+        let [c, d, e, f, g] = gates;
+        [loss.to_bits(), divergence.to_bits(), c, d, e, f, g, predicted]
     }
 
     fn from_words(words: &[u64]) -> Record {
@@ -50,7 +52,8 @@ impl Record {
             mean_gate: value(3),
             balance_loss: value(4),
             separability: value(5),
-            predicted: words[6],
+            gate_entropy: value(6),
+            predicted: words[7],
         }
     }
 }

@@ -51,6 +51,7 @@ impl Records {
         let routing = [
             ("train/kl", record.kl),
             ("train/separability_loss", record.separability_loss),
+            ("train/gate_entropy", record.gate_entropy),
             ("train/budget", record.budget),
             ("train/threshold_logit", record.threshold_logit),
             ("train/sparsity_loss", record.sparsity_loss),

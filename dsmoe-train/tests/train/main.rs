@@ -13,3 +13,4 @@ mod processes;
 mod reconstruct;
 mod run_directory;
 mod teacher;
+mod top_k;

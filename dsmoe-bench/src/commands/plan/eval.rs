@@ -6,10 +6,9 @@ use dsmoe_kernels::rng::Rng;
 use serde::Serialize;
 use serde_json::json;
 
-use super::fit_of;
 use super::placing::{Placing, compare, scene_of};
 use super::profile::{Profile, Profiled};
-use super::train::fitted;
+use super::train::{fit_of, fitted};
 use crate::cli::plan::PlanEval;
 use crate::format::{self, Table};
 use crate::ui::Ui;

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use crate::cli::plan::{HeadArgs, Plan, PlanCommand};
+use crate::cli::plan::{Plan, PlanCommand};
 use crate::ui::Ui;
 
 pub(crate) fn run(args: &Plan, ui: &mut Ui) -> Result<ExitCode> {
@@ -25,13 +25,4 @@ pub(crate) fn run(args: &Plan, ui: &mut Ui) -> Result<ExitCode> {
         PlanCommand::Offload(args) => offload::run(args, ui)?,
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Returns how a network is fitted.
-fn fit_of(args: &HeadArgs) -> dsmoe_baselines::plan::Fit {
-    dsmoe_baselines::plan::Fit {
-        epochs: args.epochs as usize,
-        seed: args.seed,
-        ..dsmoe_baselines::plan::Fit::default()
-    }
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use dsmoe_baselines::plan::offload::{Imitation, imitate};
 use serde_json::json;
 
-use super::fit_of;
+use super::train::fit_of;
 use crate::cli::plan::PlanOffload;
 use crate::format::{self, Table};
 use crate::interrupts::{STOP, catch_interrupts};

@@ -6,9 +6,8 @@ use anyhow::{Context, Result, bail};
 use dsmoe_baselines::plan::{Curves, Fit};
 use serde::{Deserialize, Serialize};
 
-use super::fit_of;
 use super::profile::{Profile, Profiled};
-use crate::cli::plan::PlanTrain;
+use crate::cli::plan::{HeadArgs, PlanTrain};
 use crate::files::{read_json, write_json};
 use crate::format;
 use crate::progress::{Progress, Unit};
@@ -90,4 +89,9 @@ pub(super) fn fitted(rows: &[&Profiled], heads: usize, fit: Fit, ui: &Ui) -> Res
         })
     })?;
     made.context("the training was stopped; run the command again")
+}
+
+/// Returns how a network is fitted.
+pub(super) fn fit_of(args: &HeadArgs) -> Fit {
+    Fit { epochs: args.epochs as usize, seed: args.seed, ..Fit::default() }
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 
 use super::experiment::Value;
-use super::lab::{EXPERTS, Lab, Losses, Pruned};
+use super::lab::{EXPERTS, Lab, Losses, Model, Pruned};
 use super::sketch::Sketch;
 
 /// A way to hold fewer experts: its row, the method, its settings, and whether the gates of all experts stay.
@@ -65,12 +65,17 @@ pub(crate) fn plan(sketch: &mut Sketch<'_>, rows: &[&str], left: &[usize], text:
 
 /// Returns the losses of the mixture with `left` experts in every layer, chosen on all text or on that of one source.
 pub(crate) fn losses(lab: &mut Lab<'_, '_>, row: &str, left: usize, source: Option<&str>) -> Result<Losses> {
+    let pruned = pruned(lab, row, left, source)?;
+    lab.losses(&pruned)
+}
+
+/// Returns the mixture with `left` experts in every layer.
+pub(crate) fn pruned(lab: &mut Lab<'_, '_>, row: &str, left: usize, source: Option<&str>) -> Result<Model> {
     let way = WAYS.iter().find(|way| way.row == row).with_context(|| format!("no way {row:?}"))?;
     let mixture = lab.mixture()?;
     let params = lab.held(&mixture, left, way.keeps_gates)?;
     let how = Pruned { method: way.method, settings: way.settings, params, source };
-    let pruned = lab.prune(&mixture, how)?;
-    lab.losses(&pruned)
+    lab.prune(&mixture, how)
 }
 
 /// Measures rows on all text: the increase of the loss over the whole mixture.

@@ -149,7 +149,8 @@ impl<'b> Lab<'_, 'b> {
 
     /// Trains a model.
     pub(crate) fn train(&mut self, model: &Model, config: TrainConfig) -> Result<Model> {
-        let cost = self.inputs().costs.train(&config)?;
+        let factor = if model.config()?.mixture().is_some() { MIXTURE } else { 1.0 };
+        let cost = factor * self.inputs().costs.train(&config)?;
         let source = model.dir.clone();
         self.trained("tuned", &json!(model.key), (config, cost), |_| Ok(source))
     }

@@ -216,7 +216,8 @@ impl Ffn for MixtureFfn {
         if let (Some(expert), Some(saved)) = (self.shared(), shared) {
             expert.forward_train(y, saved, x, &params[of_shared..], scratch);
         }
-        FfnReport { balance_loss: routed.balance_loss, ..FfnReport::default() }
+        let (balance_loss, gate_entropy) = (routed.balance_loss, routed.gate_entropy);
+        FfnReport { balance_loss, gate_entropy, ..FfnReport::default() }
     }
 
     fn backward(&self, args: FfnBackward<'_>) {

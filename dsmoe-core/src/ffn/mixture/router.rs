@@ -7,9 +7,10 @@ use std::sync::Arc;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::matmul::{Mat, Packed};
 use dsmoe_kernels::{Precision, linear};
-use dsmoe_router::Routing;
+use dsmoe_router::confidence;
 use dsmoe_router::expert_map::ExpertMap;
 use dsmoe_router::mixture::{self, MixtureConfig, MixtureRouted};
+use dsmoe_router::{Fade, Routing};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
 use crate::ffn::{Decision, GateBackward, GateTraining, HostGate, HostRouted};
@@ -55,7 +56,8 @@ impl MixtureRouter {
     /// Returns what the gates decide for `x`.
     pub(super) fn decide(&self, x: &[f32], params: &[f32]) -> Decision {
         let logits = self.logits(x, params);
-        let MixtureRouted { probabilities, routing } = mixture::route(&self.config, logits.view());
+        let MixtureRouted { probabilities, routing, .. } =
+            mixture::route(&self.config, logits.view(), Fade::NONE);
         Decision { logits, soft: probabilities, routing }
     }
 
@@ -86,13 +88,23 @@ impl MixtureRouter {
         w: &Packed,
     ) -> HostRouted<'a> {
         let logits = self.logits_by(x, |y, rows| linear::ForwardPacked { y, x, w, bias: None, rows }.run());
-        self.route(saved, &logits, 0.0)
+        self.route(saved, &logits, None)
     }
 
-    /// Routes tokens by their logits; `weight` is that of the balance loss.
-    fn route<'a>(&self, saved: &'a mut RouterSaved, logits: &Array2<f32>, weight: f64) -> HostRouted<'a> {
-        let routed = saved.gates.insert(mixture::route(&self.config, logits.view()));
+    /// Routes tokens by their logits; without `training` there are no losses, and no expert fades out.
+    fn route<'a>(
+        &self,
+        saved: &'a mut RouterSaved,
+        logits: &Array2<f32>,
+        training: Option<GateTraining>,
+    ) -> HostRouted<'a> {
+        let fade = training.map_or(Fade::NONE, |training| training.fade);
+        let routed = saved.gates.insert(mixture::route(&self.config, logits.view(), fade));
+        let weight = training.map_or(0.0, |training| self.weight(training));
         let balance_loss = if weight == 0.0 { 0.0 } else { weight * mixture::balance_loss(routed) };
+        let has_entropy = training.is_some_and(|training| training.entropy != 0.0);
+        let gate_entropy =
+            if has_entropy { confidence::of_softmax(routed.probabilities.view()) } else { 0.0 };
         let routing = match &self.map {
             None => &routed.routing,
             Some(map) => {
@@ -101,7 +113,7 @@ impl MixtureRouter {
                 mapped
             }
         };
-        HostRouted { routing, balance_loss }
+        HostRouted { routing, balance_loss, gate_entropy }
     }
 
     fn weight(&self, training: GateTraining) -> f64 {
@@ -122,8 +134,7 @@ impl HostGate for MixtureRouter {
         training: Option<GateTraining>,
     ) -> HostRouted<'a> {
         let saved: &mut RouterSaved = saved.downcast_mut().expect("saved by the router of a mixture");
-        let weight = training.map_or(0.0, |training| self.weight(training));
-        self.route(saved, &self.logits(x, params), weight)
+        self.route(saved, &self.logits(x, params), training)
     }
 
     fn backward(&self, args: GateBackward<'_>) {
@@ -141,6 +152,11 @@ impl HostGate for MixtureRouter {
             routed,
             by_gate.as_ref().map_or(by_expert, |by_gate| by_gate.view()),
             self.weight(training),
+            ArrayViewMut2::from_shape((tokens, n), &mut dlogits[..]).expect("tokens * experts values"),
+        );
+        confidence::add_of_softmax(
+            routed.probabilities.view(),
+            f64::from(training.entropy),
             ArrayViewMut2::from_shape((tokens, n), &mut dlogits[..]).expect("tokens * experts values"),
         );
         let (dims, w, dw) = (self.dims(tokens), &params[..self.len()], &mut grads[..self.len()]);

@@ -34,6 +34,14 @@ impl FfnSpec for MixtureSpec {
         Some(self)
     }
 
+    fn top_k(&self) -> Option<usize> {
+        Some(self.top_k)
+    }
+
+    fn with_top_k(&self, top_k: usize) -> Option<Arc<dyn FfnSpec>> {
+        Some(Arc::new(MixtureSpec { top_k, ..self.clone() }))
+    }
+
     fn active_experts(&self) -> Option<f64> {
         let active: usize = self.experts.iter().map(|&experts| experts.min(self.top_k)).sum();
         Some(active as f64 / self.experts.len() as f64)

@@ -1,7 +1,7 @@
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::testing::{assert_close, f64s, normals};
 use dsmoe_router::expert_map::ExpertMap;
-use dsmoe_router::{SparsityGrad, SparsityOver};
+use dsmoe_router::{Fade, SparsityGrad, SparsityOver};
 
 use super::*;
 use crate::ffn::{DenseFfn, GateTraining, block_len};
@@ -49,13 +49,18 @@ fn packed(ffn: &dyn Ffn, params: &[f32], x: &[f32]) -> Vec<f32> {
     y
 }
 
-/// The forward pass of training: the output, the balance loss and the saved values.
-fn train(ffn: &MixtureFfn, x: &[f32], params: &[f32]) -> (Vec<f32>, f64, Box<dyn Any + Send>) {
+/// The forward pass of training: the output, the losses of gates and the saved values.
+fn train(
+    ffn: &MixtureFfn,
+    x: &[f32],
+    params: &[f32],
+    training: GateTraining,
+) -> (Vec<f32>, f64, Box<dyn Any + Send>) {
     let (mut y, mut saved) = (vec![0.0; x.len()], ffn.new_saved(TOKENS));
-    let (training, scratch) = (GateTraining::default(), &mut FfnScratch::default());
+    let scratch = &mut FfnScratch::default();
     let args = FfnForward { y: &mut y, saved: &mut *saved, x, params, training, record: None, scratch };
     let report = ffn.forward_train(args);
-    (y, report.balance_loss, saved)
+    (y, report.balance_loss + f64::from(training.entropy) * report.gate_entropy, saved)
 }
 
 #[test]
@@ -98,7 +103,7 @@ fn inference_is_the_forward_pass_of_training() {
         let ffn = ffn(spec(false, shared, 0.3));
         let params = params(&ffn, 3);
         let x = normals(TOKENS * HIDDEN, 4);
-        let want = f64s(&train(&ffn, &x, &params).0);
+        let want = f64s(&train(&ffn, &x, &params, GateTraining::default()).0);
         assert_close("y", &packed(&ffn, &params, &x), &want, 1e-6);
         // A token alone is the token in a batch.
         let alone: Vec<f32> = x.chunks_exact(HIDDEN).flat_map(|x| packed(&ffn, &params, x)).collect();
@@ -106,13 +111,17 @@ fn inference_is_the_forward_pass_of_training() {
     }
 }
 
-/// The objective `<y, dy>` + balance loss, and the experts of each token.
-fn loss(ffn: &MixtureFfn, x: &[f32], params: &[f32], dy: &[f32]) -> (f64, Vec<u32>, Vec<usize>) {
-    let (y, balance_loss, saved) = train(ffn, x, params);
+/// The objective `<y, dy>` + the losses of gates, and the experts of each token.
+fn loss(
+    ffn: &MixtureFfn,
+    [x, params, dy]: [&[f32]; 3],
+    training: GateTraining,
+) -> (f64, Vec<u32>, Vec<usize>) {
+    let (y, of_gates, saved) = train(ffn, x, params, training);
     let saved = saved.downcast_ref::<MixtureSaved>().expect("saved by a mixture");
     let routing = saved.router.routing().expect("routed");
     let value: f64 = f64s(&y).iter().zip(f64s(dy)).map(|(y, dy)| y * dy).sum();
-    (value + balance_loss, routing.tokens.clone(), routing.offsets.clone())
+    (value + of_gates, routing.tokens.clone(), routing.offsets.clone())
 }
 
 #[test]
@@ -120,11 +129,13 @@ fn gradients_are_differences_while_the_selection_holds() {
     let plain = [spec(true, None, 0.0), spec(false, None, 0.5), spec(false, Some(7), 0.5)];
     let mapped =
         [true, false].map(|renormalise| shared_gates(spec(renormalise, None, 0.5), &[2, 0, 1, 2, 3, 2, 0]));
-    for spec in plain.into_iter().chain(mapped) {
+    let faded = GateTraining { entropy: 0.4, fade: Fade { kept: 1, factor: 0.6 }, ..GateTraining::default() };
+    let specs = plain.into_iter().chain(mapped);
+    for (spec, training) in specs.flat_map(|spec| [(spec.clone(), GateTraining::default()), (spec, faded)]) {
         let ffn = ffn(spec.clone());
         let (params, dy) = (params(&ffn, 3), normals(TOKENS * HIDDEN, 5));
         let x = normals(TOKENS * HIDDEN, 4);
-        let (_, _, mut saved) = train(&ffn, &x, &params);
+        let (_, _, mut saved) = train(&ffn, &x, &params, training);
         let (mut dx, mut grads) = (vec![0.0; x.len()], Buf::zeros(params.len()));
         ffn.backward(FfnBackward {
             dx: &mut dx,
@@ -134,10 +145,10 @@ fn gradients_are_differences_while_the_selection_holds() {
             x: &x,
             params: &params,
             sparsity: SparsityGrad { weight: 0.0, over: SparsityOver::Active },
-            training: GateTraining::default(),
+            training,
             scratch: &mut FfnScratch::default(),
         });
-        let (_, tokens, offsets) = loss(&ffn, &x, &params, &dy);
+        let (_, tokens, offsets) = loss(&ffn, [&x, &params, &dy], training);
         let (h, mut checked) = (1e-3f32, 0);
         let moved = |values: &[f32], i: usize, h: f32| {
             let mut moved = values.to_vec();
@@ -158,10 +169,12 @@ fn gradients_are_differences_while_the_selection_holds() {
         let start = ffn.starts()[0];
         let points: Vec<usize> = (0..start).step_by(13).chain((start..params.len()).step_by(3)).collect();
         for &i in &points {
-            check(&format!("parameter {i}"), grads[i], &|h| loss(&ffn, &x, &moved(&params, i, h), &dy));
+            check(&format!("parameter {i}"), grads[i], &|h| {
+                loss(&ffn, [&x, &moved(&params, i, h), &dy], training)
+            });
         }
         for i in (0..x.len()).step_by(2) {
-            check(&format!("input {i}"), dx[i], &|h| loss(&ffn, &moved(&x, i, h), &params, &dy));
+            check(&format!("input {i}"), dx[i], &|h| loss(&ffn, [&moved(&x, i, h), &params, &dy], training));
         }
         assert!(checked > points.len(), "{checked} of {} parameters", points.len());
     }

@@ -251,6 +251,7 @@ impl Pass<'_> {
             output.mean_gate += report.mean_gate / config.num_layers as f64;
             output.balance_loss += report.balance_loss;
             output.separability += report.separability / config.num_layers as f64;
+            output.gate_entropy += report.gate_entropy / config.num_layers as f64;
         }
         let params = units.params(self.last_unit())?;
         block.norm(params.of(&ranges.norm), h, rstd, &streams[config.num_layers]);

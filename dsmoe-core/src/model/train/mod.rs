@@ -8,7 +8,7 @@ mod workspace;
 
 use dsmoe_kernels::cross_entropy;
 use dsmoe_kernels::rng::Rng;
-use dsmoe_router::{Pull, SparsityOver};
+use dsmoe_router::{Fade, Pull, SparsityOver};
 pub use units::{Grads, Units, Whole};
 pub use workspace::TrainWorkspace;
 
@@ -31,6 +31,11 @@ pub struct StepArgs {
     /// Weight of the separability loss (a mean over layers, tokens and gates) in this micro-batch, as that of the
     /// sparsity loss.
     pub separability_weight: f32,
+    /// Weight of the entropy of gates (a mean over layers and tokens, of sigmoid gates over gates too) in this micro-batch, as
+    /// that of the sparsity loss.
+    pub entropy_weight: f32,
+    /// Experts of a token that fade out, where tokens run a fixed number.
+    pub fade: Fade,
     /// Factor of balance losses: one over the micro-batches of the optimiser step.
     pub balance_scale: f32,
     /// Seed of the noise of this micro-batch.
@@ -54,6 +59,8 @@ pub struct StepOutput {
     pub balance_loss: f64,
     /// Mean of the separability loss over layers, tokens and gates; 0 unless it has a weight.
     pub separability: f64,
+    /// Mean of the entropy of gates over layers, tokens and, of sigmoids, gates; 0 unless it has a weight.
+    pub gate_entropy: f64,
     /// What the backward pass does to all gates as a whole, by the weight of the sparsity loss; 0 where the device does not tell.
     pub pull: Pull,
     /// The first place with a NaN or infinity in the forward pass, e.g. `layer 3 ffn`, when the loss has one.
@@ -70,6 +77,8 @@ impl Default for StepArgs {
             sparsity_weight: 0.0,
             sparsity_over: SparsityOver::Active,
             separability_weight: 0.0,
+            entropy_weight: 0.0,
+            fade: Fade::NONE,
             balance_scale: 1.0,
             seed: 0,
         }
@@ -83,6 +92,8 @@ impl StepArgs {
             seed: Rng::new(self.seed, i as u64).next_u64(),
             balance_scale: self.balance_scale,
             separability: self.separability_weight / layers as f32,
+            entropy: self.entropy_weight / layers as f32,
+            fade: self.fade,
         }
     }
 }

@@ -1,0 +1,114 @@
+//! Experts changed, layers added and inputs skipped: what is refused, and processes that are killed.
+
+use std::fs;
+use std::path::Path;
+use std::process::Stdio;
+use std::thread::sleep;
+use std::time::Instant;
+
+use crate::common::{command, fails, json_of, number, on_text, path, succeeds};
+
+fn calib() -> String {
+    format!("{} --samples 8 --seq 32", on_text().replacen("--data", "--calib", 1))
+}
+
+#[test]
+fn experts_that_cannot_be_changed_are_refused() {
+    let calib = calib();
+    succeeds("convert dense --as mixtral --experts 4 --top-k 2 --seed 3 --out surgery-many");
+    succeeds(&format!("prune surgery-many --method hc-smoe --budget 70% {calib} --out surgery-merged"));
+    succeeds(&format!(
+        "prune dense --method llama-moe --budget 0.85 --set experts=8 {calib} --out surgery-top-k"
+    ));
+    for method in ["hc-smoe", "uncurl", "seer-moe"] {
+        for (model, budget, parts) in [
+            ("dense", "70%", &["it is dense, and this method changes experts", "sparse upcycling"][..]),
+            ("surgery-top-k", "70%", &["parts of one FFN and no variants of each other"]),
+            ("surgery-merged", "60%", &["its gates share experts already", "before its experts were merged"]),
+            ("surgery-many", "held:5%", &["budget 0.05", "fewest experts of a layer", "held or more"]),
+            ("surgery-many", "1000", &["budget 1000", "fewest experts of a layer"]),
+            ("surgery-many", "activated:70%", &["counts held parameters", "held:0.7"]),
+        ] {
+            let line =
+                format!("prune {model} --method {method} --budget {budget} {calib} --out surgery-none");
+            fails(&line, parts);
+            assert!(!path("surgery-none").exists(), "{line}");
+        }
+    }
+    // Pruning leaves as many experts as a token runs; merging may leave fewer gates than that, and says so.
+    let dropped = format!("prune surgery-many --method seer-moe --budget 40% {calib} --out surgery-none");
+    fails(&dropped, &["fewest experts of a layer"]);
+    for method in ["wanda", "llama-moe", "thresholds"] {
+        let line = format!("prune surgery-many --method {method} --budget 70% {calib} --out surgery-none");
+        fails(&line, &["experts"]);
+    }
+}
+
+/// Training of a top-k model and of a mixture to fewer experts for a token.
+#[test]
+fn tokens_of_top_k_models_run_fewer_experts_after_training() {
+    let calib = calib();
+    succeeds(&format!(
+        "prune dense --method llama-moe --budget 0.85 --set experts=8 {calib} --out lower-source"
+    ));
+    let spec = |dir: &str| json_of(&format!("inspect {dir}"))["ffn"]["settings"].clone();
+    let before = spec("lower-source")["top_k"].as_u64().unwrap();
+    let steps = format!("{} --steps 6 --batch 2 --seq 32", on_text());
+    let line = format!("train lower-source {steps} --gate-entropy 0.01");
+    succeeds(&format!("{line} --top-k {} --out lowered", before - 1));
+    assert_eq!(spec("lowered")["top_k"].as_u64(), Some(before - 1));
+    let activated = |dir: &str| number(&json_of(&format!("inspect {dir}"))["params_activated"]);
+    assert!(activated("lowered") < activated("lower-source"));
+    let metrics = fs::read_to_string(path("lowered/metrics.jsonl")).unwrap();
+    assert!(metrics.lines().nth(1).unwrap().contains("\"gate_entropy\":"), "{metrics}");
+    succeeds("generate lowered --prompt Once --max-tokens 4 --temperature 0");
+    for (model, rest, parts) in [
+        ("lower-source", format!("--top-k {}", before + 1), vec!["top_k is", "1 to the number of experts"]),
+        ("dense", "--top-k 1".to_owned(), vec!["top_k is 1", "no fixed number of experts"]),
+        ("dense", "--gate-entropy 0.1".to_owned(), vec!["gate_entropy is 0.1", "without gates"]),
+        ("moe", "--top-k 1".to_owned(), vec!["top_k is 1", "no fixed number of experts"]),
+    ] {
+        fails(&format!("train {model} {steps} {rest} --out lowered-none"), &parts);
+    }
+}
+
+/// The files of a directory with their bytes.
+fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let mut files: Vec<_> = entries
+        .map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), fs::read(&path).unwrap()))
+        .collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn a_command_that_is_killed_leaves_nothing_half_written_and_ends_as_a_whole_one() {
+    let calib = calib();
+    succeeds("convert dense --as mixtral --experts 8 --top-k 2 --seed 3 --out killed-source");
+    for (name, line) in [
+        ("hc-smoe", format!("prune killed-source --method hc-smoe --budget 60% {calib}")),
+        ("uncurl", format!("prune killed-source --method uncurl --budget 60% {calib}")),
+        ("seer-moe", format!("prune killed-source --method seer-moe --set rounds=each --budget 60% {calib}")),
+        ("thresholds", format!("prune dense --method thresholds --budget 80% {calib}")),
+        ("grow", "grow dense --layers 3 --method average".to_owned()),
+    ] {
+        let started = Instant::now();
+        succeeds(&format!("{line} --out killed-{name}-whole/model"));
+        let (took, want) = (started.elapsed(), files(&path(&format!("killed-{name}-whole/model"))));
+        let out = path(&format!("killed-{name}/model"));
+        for part in [0.3, 0.6, 0.8, 0.9] {
+            let mut child = command(&format!("{line} --force --quiet --out killed-{name}/model"))
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap();
+            sleep(took.mul_f64(part));
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert!(!out.exists() || files(&out) == want, "{name}, killed after {part}");
+        }
+        succeeds(&format!("{line} --force --out killed-{name}/model"));
+        assert!(files(&out) == want, "{name}");
+    }
+}
