@@ -344,7 +344,7 @@ mod tests {
     #[test]
     fn every_bit_that_changes_is_found() {
         let dir = filled();
-        let big: Vec<u8> = (0..3 * CHUNK + 5).map(|i| (i * i >> 7) as u8).collect();
+        let big: Vec<u8> = (0..3 * CHUNK + 5).map(|i| ((i * i) >> 7) as u8).collect();
         fs::write(dir.path().join("big"), &big).unwrap();
         let known = Sums::default();
         let mut summing = Summing::default();
