@@ -1,4 +1,4 @@
-//! What a router learns from: the inputs of a layer's FFN, with the experts that the dense FFN names.
+//! The training samples of a router: inputs of a layer's FFN, labelled with the experts that approximate the dense FFN best.
 
 use dsmoe_core::calibrate::{Input, Linear, Tap};
 use dsmoe_kernels::buf::Buf;

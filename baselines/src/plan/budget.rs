@@ -1,4 +1,4 @@
-//! What each budget of a model costs a request, and the choice of a budget by it.
+//! The predicted extra loss of a request at each budget of a model, and the budget that is chosen by it.
 //!
 //! ```text
 //! q_B = 0,  q_j = sum_{i=j}^{B-1} softplus(y_i)       the predicted extra loss at budget j against the largest, from a head's outputs y

@@ -48,11 +48,11 @@ pub struct User {
 /// The cost of every user's task, at home and on the server.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Costs {
-    /// What it costs at home.
+    /// The cost of computing on the user's device.
     pub local: Vec<f64>,
-    /// What sending costs.
+    /// The cost of sending the task.
     pub sending: Vec<f64>,
-    /// What the server costs when it works for this user alone.
+    /// The cost on the server if it serves this user alone.
     pub server: Vec<f64>,
 }
 
@@ -201,7 +201,7 @@ pub fn squared_error(shares: &[f64], best: &[f64]) -> f64 {
     shares.iter().zip(best).map(|(p, y)| (p - y).powi(2)).sum::<f64>() / count
 }
 
-/// What a network of so many heads comes to on samples that drift from those it learnt.
+/// The results of a network with a number of heads on test samples whose distribution differs from the training samples'.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Imitation {
     /// Heads of the network.

@@ -11,7 +11,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What a missed deadline costs.
+/// The cost of a missed deadline.
 const MISSED: f64 = 10.0;
 /// Most combinations of options that are tried for the optimum.
 const MOST_COMBINATIONS: u64 = 1 << 24;
@@ -27,7 +27,7 @@ pub struct Request {
     pub deadline: f64,
     /// Its weight.
     pub weight: f64,
-    /// What every budget adds to its loss, nats.
+    /// The increase of its loss at every budget, nats.
     pub extra: Vec<f64>,
 }
 
@@ -35,9 +35,9 @@ pub struct Request {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Speeds {
-    /// Of reading a prompt.
+    /// The speed of reading a prompt.
     pub prefill: Vec<f64>,
-    /// Of making text.
+    /// The speed of generating text.
     pub decode: Vec<f64>,
 }
 

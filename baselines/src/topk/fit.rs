@@ -45,7 +45,7 @@ pub(crate) struct Training {
     pub(crate) seed: u64,
 }
 
-/// What a router is trained for.
+/// The loss that a router is trained with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Loss {
     /// Cross-entropy of each expert's score.
