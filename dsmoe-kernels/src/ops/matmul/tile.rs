@@ -147,7 +147,7 @@ impl<const R: usize, const P: usize> Pass<R, P> for F32s<'_, P> {
                 }
             }
             for r in 0..R {
-                let x = s.splat(a[r]);
+                let x = s.splat_of(a, r);
                 for p in 0..P {
                     for v in 0..2 {
                         acc[r][p][v] = s.fma(x, columns[p][v], acc[r][p][v]);
@@ -181,7 +181,7 @@ impl<const R: usize, const P: usize> Pass<R, P> for Widened<'_, P> {
                 }
             }
             for r in 0..R {
-                let (x, y) = (s.splat(even[r]), s.splat(odd[r]));
+                let (x, y) = (s.splat_of(even, r), s.splat_of(odd, r));
                 for p in 0..P {
                     for v in 0..2 {
                         acc[r][p][v] = s.fma(x, columns[p][v].0, acc[r][p][v]);
