@@ -59,13 +59,9 @@ fn widened(pairs: uint32x4_t) -> (float32x4_t, float32x4_t) {
 #[inline]
 #[target_feature(enable = "neon")]
 fn transposed(r: [float32x4_t; 4]) -> [float32x4_t; 4] {
-    let [a, b, c, d] = [
-        vtrn1q_f32(r[0], r[1]),
-        vtrn2q_f32(r[0], r[1]),
-        vtrn1q_f32(r[2], r[3]),
-        vtrn2q_f32(r[2], r[3]),
-    ]
-    .map(|pairs| vreinterpretq_f64_f32(pairs));
+    let [a, b, c, d] =
+        [vtrn1q_f32(r[0], r[1]), vtrn2q_f32(r[0], r[1]), vtrn1q_f32(r[2], r[3]), vtrn2q_f32(r[2], r[3])]
+            .map(|pairs| vreinterpretq_f64_f32(pairs));
     [vzip1q_f64(a, c), vzip1q_f64(b, d), vzip2q_f64(a, c), vzip2q_f64(b, d)]
         .map(|quads| vreinterpretq_f32_f64(quads))
 }
