@@ -13,7 +13,7 @@ use crate::isa::{Neon, NeonBf16};
 
 #[inline(always)]
 fn prefetch(x: &[f32], ahead: usize) {
-    let line = x.as_ptr().wrapping_add(ahead);
+    let line = x.as_ptr().wrapping_add(ahead).addr();
     // SAFETY: `prfm` is a hint: no address makes it fail, and it changes neither memory nor registers.
     unsafe { asm!("prfm pldl1keep, [{line}]", line = in(reg) line, options(nomem, nostack, preserves_flags)) }
 }
