@@ -25,6 +25,7 @@ mod texts;
 mod timing;
 mod training;
 mod ui;
+mod version;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -41,7 +42,7 @@ pub fn run() -> ExitCode {
 pub fn run_from<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().map(Into::into).collect();
     let color = color_of(&args);
-    let parsed = cli::Cli::command().color(color).try_get_matches_from(&args);
+    let parsed = cli::Cli::command().long_version(version::long()).color(color).try_get_matches_from(&args);
     let cli = match parsed.and_then(|found| cli::Cli::from_arg_matches(&found)) {
         Ok(cli) => cli,
         Err(error) => return ui::usage(&error, args.iter().any(|arg| arg == "--json"), color),
