@@ -84,7 +84,7 @@ fn what_is_added_works_in_every_command() {
     assert!(nll(&after) < nll(&before) - 0.05, "{before} {after}");
     let scale = |name: &str| fs::read(dir.join(name).join("model.safetensors")).expect("weights");
     assert_ne!(scale("narrow"), scale("run"));
-    json_of(dir, "generate run --prompt word --max-new-tokens 4");
+    json_of(dir, "generate run --prompt word --max-tokens 4");
     json_of(dir, "export run --as native --out copy");
     fails(dir, "export run --as dense --out flat", &["ffn.type is \"scaled\", which has no dense form"]);
     fails(dir, "export run --as gguf --out flat", &["scaled"]);
@@ -126,7 +126,7 @@ role = "paper"
 make = "dsmoe-paper"
 
 [[method]]
-name = "first neurons"
+name = "first-neurons"
 role = "control"
 make = "narrow"
 settings = { scale = 0.9 }
@@ -141,8 +141,8 @@ fn a_reproduction_has_a_row_of_the_added_method() {
     assert_eq!(code, 0, "{said}");
     let results: Value =
         serde_json::from_str(&fs::read_to_string(dir.join("out/results.json")).expect("results")).expect("JSON");
-    let row = results["methods"].as_array().expect("rows").iter().find(|row| row["name"] == "first neurons");
+    let row = results["methods"].as_array().expect("rows").iter().find(|row| row["name"] == "first-neurons");
     assert!(row.expect("the row")["ppl"]["mean"].as_f64().expect("a number") > 1.0);
     let report = fs::read_to_string(dir.join("out/report.html")).expect("the report");
-    assert!(report.contains("first neurons"));
+    assert!(report.contains("first-neurons"));
 }
