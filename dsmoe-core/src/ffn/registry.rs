@@ -50,7 +50,8 @@ pub(crate) fn read_spec(
     let readers = READERS.read().unwrap_or_else(PoisonError::into_inner);
     let Some(reader) = readers.get(kind).copied() else {
         let known = readers.keys().copied().collect::<Vec<_>>().join(", ");
-        let known = if known.is_empty() { "no type is known here".to_owned() } else { format!("use {known}") };
+        let known =
+            if known.is_empty() { "no type is known here".to_owned() } else { format!("use {known}") };
         let help = format!("{known}, or load it by a program that registers a reader of that type");
         return Err(Error::field(path, "ffn.type", format!("is {:?} and not known", shown(kind)), help));
     };

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use dsmoe_baselines::{Budget, Configured, Entry, Error, Job, Made, Plan, Progress, Result, SettingValues, Settings as _};
+use dsmoe_baselines::{
+    Budget, Configured, Entry, Error, Job, Made, Plan, Progress, Result, SettingValues, Settings as _,
+};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Dtype, OutputDir, copy_companions};
 use dsmoe_core::config::LayerShape;
@@ -44,7 +46,8 @@ fn with_neurons(dense: &Config, neurons: usize) -> Config {
 
 /// Returns the configuration whose parameters are nearest to the budget.
 fn nearest(dense: &Config, budget: Budget) -> Result<Config> {
-    if !dense.is_dense() || !dense.is_even() || dense.architecture.mlp_bias || dense.architecture.output_bias {
+    if !dense.is_dense() || !dense.is_even() || dense.architecture.mlp_bias || dense.architecture.output_bias
+    {
         let problem = format!("is {} or has FFNs with biases", dense.model_type());
         let help = "use a dense model whose layers are alike and whose FFNs have no biases".to_owned();
         return Err(Error::Model { problem, help });

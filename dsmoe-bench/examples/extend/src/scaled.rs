@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use dsmoe_core::ffn::{
-    DenseFfn, DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReader, FfnReport, FfnScratch, FfnSpec,
-    GateBackward, GateTraining, Gated, HostGate, HostRouted, PackedFfn,
+    DenseFfn, DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReader, FfnReport,
+    FfnScratch, FfnSpec, GateBackward, GateTraining, Gated, HostGate, HostRouted, PackedFfn,
 };
 use dsmoe_core::params::TensorSpec;
 use dsmoe_core::{Config, Error, Result};
@@ -212,7 +212,15 @@ mod tests {
     fn forward(ffn: &ScaledFfn, [x, params, dy]: [&[f32]; 3]) -> (f64, Box<dyn Any + Send>) {
         let (mut y, mut saved) = (vec![0.0; x.len()], ffn.new_saved(TOKENS));
         let (training, scratch) = (GateTraining::default(), &mut FfnScratch::default());
-        ffn.forward_train(FfnForward { y: &mut y, saved: &mut *saved, x, params, training, record: None, scratch });
+        ffn.forward_train(FfnForward {
+            y: &mut y,
+            saved: &mut *saved,
+            x,
+            params,
+            training,
+            record: None,
+            scratch,
+        });
         (y.iter().zip(dy).map(|(y, dy)| f64::from(*y) * f64::from(*dy)).sum(), saved)
     }
 

@@ -39,7 +39,8 @@ impl Rows for WholeFile {
             }
             let times = lines.next().map_or("", |(_, times)| times);
             if line.parse::<u64>().is_err() || !times.contains("-->") {
-                let help = "begin each subtitle with its number and a line of two times with --> between them";
+                let help =
+                    "begin each subtitle with its number and a line of two times with --> between them";
                 return Err(Error::row(&self.path, number, "no subtitle begins here", help));
             }
             spoken.extend(lines.by_ref().map(|(_, line)| line).take_while(|line| !line.is_empty()));

@@ -42,7 +42,12 @@ fn folder() -> tempfile::TempDir {
     for (film, sentences) in sentences.chunks(40).enumerate() {
         let mut text = String::new();
         for (i, sentence) in sentences.iter().enumerate() {
-            text += &format!("{}\r\n00:00:{:02},000 --> 00:00:{:02},900\r\n{sentence}\r\n\r\n", i + 1, i % 60, i % 60);
+            text += &format!(
+                "{}\r\n00:00:{:02},000 --> 00:00:{:02},900\r\n{sentence}\r\n\r\n",
+                i + 1,
+                i % 60,
+                i % 60
+            );
         }
         fs::create_dir_all(dir.path().join("films")).expect("a folder");
         fs::write(dir.path().join(format!("films/{film:03}.srt")), text).expect("a file");
@@ -65,7 +70,10 @@ fn what_is_added_works_in_every_command() {
     let methods = json_of(dir, "methods");
     let methods = methods["methods"].as_array().expect("a list");
     let last = methods.last().expect("a method");
-    assert!(methods.len() > 20 && last["name"] == "narrow" && last["settings"][0]["name"] == "scale", "{last}");
+    assert!(
+        methods.len() > 20 && last["name"] == "narrow" && last["settings"][0]["name"] == "scale",
+        "{last}"
+    );
     let pruned = json_of(dir, "prune dense --method narrow --budget 80% --set scale=0.9 --out narrow");
     assert!((pruned["reached"].as_f64().expect("a share") - 1.0).abs() < 0.01, "{pruned}");
     fails(dir, "prune dense --method narrow --budget 80% --set scale=0 --out none", &["scale: cannot be 0"]);
@@ -77,7 +85,8 @@ fn what_is_added_works_in_every_command() {
     let inspected = json_of(dir, "inspect narrow");
     assert!(inspected.to_string().contains("scaled"), "{inspected}");
     let before = json_of(dir, "eval narrow --data films --seq 32 --limit-tokens 2000");
-    let train = "train narrow --data films --out run --steps 12 --batch 4 --seq 32 --lr 5e-3 --set save_every=6";
+    let train =
+        "train narrow --data films --out run --steps 12 --batch 4 --seq 32 --lr 5e-3 --set save_every=6";
     assert_eq!(run(dir, train).0, 0);
     let after = json_of(dir, "eval run --data films --seq 32 --limit-tokens 2000");
     let nll = |report: &Value| report["nll"].as_f64().expect("a number");
@@ -92,11 +101,19 @@ fn what_is_added_works_in_every_command() {
     // A program that does not register the type names what is missing.
     let other = dir.join("copy/config.json");
     fs::write(&other, config.replace("\"scaled\"", "\"shifted\"")).expect("a file");
-    fails(dir, "inspect copy", &["ffn.type is \"shifted\" and not known; use duo, scaled, topk, or load it by a program"]);
+    fails(
+        dir,
+        "inspect copy",
+        &["ffn.type is \"shifted\" and not known; use duo, scaled, topk, or load it by a program"],
+    );
 
     // The format, compressed or damaged.
     fs::write(dir.join("bad.srt"), "1\nno times\n").expect("a file");
-    fails(dir, "eval run --data bad.srt", &["bad.srt: row 1: no subtitle begins here; begin each subtitle with"]);
+    fails(
+        dir,
+        "eval run --data bad.srt",
+        &["bad.srt: row 1: no subtitle begins here; begin each subtitle with"],
+    );
 }
 
 const PROFILE: &str = r#"
@@ -140,7 +157,8 @@ fn a_reproduction_has_a_row_of_the_added_method() {
     let (code, _, said) = run(dir, "reproduce --profile tiny.toml --out out --quiet");
     assert_eq!(code, 0, "{said}");
     let results: Value =
-        serde_json::from_str(&fs::read_to_string(dir.join("out/results.json")).expect("results")).expect("JSON");
+        serde_json::from_str(&fs::read_to_string(dir.join("out/results.json")).expect("results"))
+            .expect("JSON");
     let row = results["methods"].as_array().expect("rows").iter().find(|row| row["name"] == "first-neurons");
     assert!(row.expect("the row")["ppl"]["mean"].as_f64().expect("a number") > 1.0);
     let report = fs::read_to_string(dir.join("out/report.html")).expect("the report");

@@ -8,7 +8,8 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Dtype, tensor_names};
 use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::ffn::{
-    DenseFfn, Ffn, FfnBackward, FfnForward, FfnKind, FfnReader, FfnReport, FfnSpec, PackedFfn, block_len, register,
+    DenseFfn, Ffn, FfnBackward, FfnForward, FfnKind, FfnReader, FfnReport, FfnSpec, PackedFfn, block_len,
+    register,
 };
 use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_core::params::TensorSpec;
@@ -145,7 +146,11 @@ fn config_names_the_kind() {
         "router_bias": true, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": true},
         "ffn": {"#;
     for (from, to, parts) in [
-        ("\"halves\"", "\"thirds\"", ["config.json: ffn.type is \"thirds\"", "halves, or load it by a program that registers"]),
+        (
+            "\"halves\"",
+            "\"thirds\"",
+            ["config.json: ffn.type is \"thirds\"", "halves, or load it by a program that registers"],
+        ),
         ("\"noise\": true", "\"noise\": 3", ["config.json: ffn.noise", "is wrong"]),
         ("\"type\": \"halves\",", "", ["ffn.type is missing", "add it"]),
         ("\"model_type\": \"dsmoe\"", "\"model_type\": \"llama\"", ["ffn is present but", "model_type"]),
