@@ -74,7 +74,7 @@ pub(crate) fn count(choice: &Choice) -> Result<Result<Vec<Benchmark>, String>> {
         None => {
             let known =
                 Isa::available().into_iter().filter(|isa| matches!(isa.name(), "scalar" | "avx2" | "neon"));
-            known.last().map_or("scalar", Isa::name).to_owned()
+            known.next_back().map_or("scalar", Isa::name).to_owned()
         }
     };
     let mut command = Command::new("valgrind");
