@@ -72,7 +72,7 @@ pub(crate) fn count(choice: &Choice) -> Result<Result<Vec<Benchmark>, String>> {
     let isa = match std::env::var("DSMOE_ISA").ok().filter(|isa| isa != "avx512") {
         Some(isa) => isa,
         None => {
-            let known =
+            let mut known =
                 Isa::available().into_iter().filter(|isa| matches!(isa.name(), "scalar" | "avx2" | "neon"));
             known.next_back().map_or("scalar", Isa::name).to_owned()
         }
