@@ -10,7 +10,7 @@ use dsmoe_core::ffn::FfnReader;
 use dsmoe_datasets::corpus::CorpusFormat;
 
 use crate::ui::Ui;
-use crate::{cli, commands, ui};
+use crate::{cli, commands, ui, version};
 
 /// The `dsmoe` command with what a program adds to it. A method appears in `methods`, `prune` and the profiles of `reproduce`; a
 /// model directory with FFNs of an added type is loaded, trained and measured by every command; files of an added format
@@ -90,7 +90,8 @@ impl Cli {
     pub fn run_from<T: Into<OsString> + Clone>(self, args: impl IntoIterator<Item = T>) -> ExitCode {
         let args: Vec<OsString> = args.into_iter().map(Into::into).collect();
         let color = color_of(&args);
-        let parsed = cli::Cli::command().color(color).try_get_matches_from(&args);
+        let parsed =
+            cli::Cli::command().long_version(version::long()).color(color).try_get_matches_from(&args);
         let cli = match parsed.and_then(|found| cli::Cli::from_arg_matches(&found)) {
             Ok(cli) => cli,
             Err(error) => return ui::usage(&error, args.iter().any(|arg| arg == "--json"), color),

@@ -26,6 +26,7 @@ mod texts;
 mod timing;
 mod training;
 mod ui;
+mod version;
 
 pub use extension::Cli;
 
