@@ -1,11 +1,12 @@
 //! `dsmoe bench decode MODEL`: times decoding by a model directory beside a dense one.
 
+use std::fs;
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use dsmoe_core::config::{CONFIG_FILE, Config};
 use dsmoe_core::generate::{GenerateOptions, generate};
-use dsmoe_core::{Inference, Model};
+use dsmoe_core::{Device, Inference};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_train::eval::{EvalOptions, evaluate};
@@ -51,7 +52,7 @@ pub(crate) fn run(args: &Decode, dir: &Path, output: &mut Output<'_>) -> Result<
 fn measure(args: &Decode, dir: &Path, precision: Precision, output: &mut Output<'_>) -> Result<Vec<Row>> {
     let dense = match &args.dense {
         Some(dense) => Inference::load_on(dense, precision, args.device)?,
-        None => Inference::new_on(&without_thresholds(dir)?, precision, args.device)?,
+        None => without_thresholds(dir, precision, args.device)?,
     };
     let models = [dense, Inference::load_on(dir, precision, args.device)?];
     let vocab = models.iter().map(|model| model.config().vocab_size).min().unwrap_or(1);
@@ -79,17 +80,30 @@ fn measure(args: &Decode, dir: &Path, precision: Precision, output: &mut Output<
     .collect()
 }
 
-/// Returns the weights of a model with thresholds as a dense model: thresholds change none.
-fn without_thresholds(dir: &Path) -> Result<Model> {
-    let model = Model::load(dir)?;
-    let mut config = model.config().clone();
+/// Loads the weights of a model with thresholds as a dense model: thresholds change none.
+fn without_thresholds(dir: &Path, precision: Precision, device: Device) -> Result<Inference> {
+    let mut config = Config::load(dir)?;
     config.thresholds = None;
-    let mut dense = Model::new(config);
-    if dense.layout().entries() != model.layout().entries() {
-        bail!("{}: its tensors are not those of a dense model; name one with --dense", dir.display());
+    // Another configuration beside the same files.
+    let beside = tempfile::tempdir().context("the folder for temporary files")?;
+    config.save(beside.path())?;
+    let dir = fs::canonicalize(dir).with_context(|| dir.display().to_string())?;
+    for entry in fs::read_dir(&dir).with_context(|| dir.display().to_string())? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default();
+        if name.to_string_lossy().contains(".safetensors") {
+            link(&path, &beside.path().join(name)).with_context(|| path.display().to_string())?;
+        }
     }
-    dense.params_mut().copy_from_slice(model.params());
-    Ok(dense)
+    Ok(Inference::load_on(beside.path(), precision, device)?)
+}
+
+/// Makes a file that is read as `from` is.
+fn link(from: &Path, to: &Path) -> std::io::Result<()> {
+    #[cfg(unix)]
+    return std::os::unix::fs::symlink(from, to);
+    #[cfg(not(unix))]
+    return fs::copy(from, to).map(drop);
 }
 
 /// Returns the share of the experts, or with thresholds of the linears' weights, that the new tokens use, and its parts.
