@@ -2,15 +2,20 @@
 #![forbid(unsafe_code)]
 
 mod calibration;
+mod caller;
 mod cli;
 mod commands;
+mod continuation;
+pub mod embed;
 mod estimate;
 mod evaluation;
+mod failure;
 mod files;
 mod format;
 mod gpu;
 mod hub;
 mod interrupts;
+mod loaded;
 mod machine;
 mod memory;
 mod models;
@@ -47,7 +52,7 @@ pub fn run_from<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) ->
         Err(error) => return ui::usage(&error, args.iter().any(|arg| arg == "--json"), color),
     };
     dsmoe_baselines::register();
-    let mut ui = ui::Ui { json: cli.json, quiet: cli.quiet, muted: false, color: cli.color };
+    let mut ui = ui::Ui { json: cli.json, quiet: cli.quiet, muted: false, color: cli.color, call: None };
     match commands::run(cli, &mut ui) {
         Ok(code) => code,
         Err(error) => ui.fail(&error),
