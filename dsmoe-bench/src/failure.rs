@@ -52,6 +52,12 @@ impl Failure {
     }
 }
 
+impl From<Core> for Failure {
+    fn from(error: Core) -> Failure {
+        Failure::of(&error.into())
+    }
+}
+
 /// Returns what one error of a chain is about.
 fn kind_of(cause: &(dyn std::error::Error + 'static)) -> Kind {
     if let Some(error) = cause.downcast_ref() {
