@@ -8,8 +8,8 @@ use clap::{CommandFactory, FromArgMatches};
 
 use crate::caller::{Call, unless_stopped};
 use crate::cli::{Cli, Command};
-use crate::ui::{Ui, wrong_usage};
 use crate::commands;
+use crate::ui::{Ui, wrong_usage};
 
 pub use crate::caller::Caller;
 pub use crate::failure::{Failure, Kind};
@@ -68,5 +68,71 @@ fn only_for_terminals(command: &Command) -> Option<&'static str> {
         Command::Man(_) => Some("man"),
         Command::Bench(_) => Some("bench"),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use dsmoe_train::metrics::StepRecord;
+    use serde_json::Value;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Watching {
+        stop: AtomicBool,
+        steps: Mutex<Vec<u64>>,
+        last: u64,
+    }
+
+    impl Caller for Watching {
+        fn step(&self, record: &StepRecord) {
+            self.steps.lock().unwrap().push(record.step);
+            self.stop.store(record.step == self.last, Ordering::Relaxed);
+        }
+
+        fn stop(&self) -> &AtomicBool {
+            &self.stop
+        }
+    }
+
+    fn run(line: &str, caller: &Arc<Watching>) -> Result<Value, Failure> {
+        let report = call(line.split(' ').map(OsString::from), caller.clone())?;
+        Ok(serde_json::from_str(&report).unwrap())
+    }
+
+    #[test]
+    fn a_program_runs_commands_and_stops_them() {
+        let work = tempfile::tempdir().unwrap();
+        let [world, start, out] =
+            ["world", "start", "run"].map(|name| work.path().join(name).display().to_string());
+        let free = Arc::new(Watching::default());
+        run(&format!("data world --out {world} --bytes 100KB --vocab 300"), &free).unwrap();
+        run(&format!("init --preset world --tokenizer {world}/tokenizer.json --out {start}"), &free).unwrap();
+
+        let train = format!("train {start} --data {world}/text --steps 3 --batch 1 --seq 16 --out {out}");
+        let caller = Arc::new(Watching { last: 2, ..Watching::default() });
+        let report = run(&train, &caller).unwrap();
+        assert_eq!((&report["step"], &report["finished"]), (&Value::from(2), &Value::from(false)));
+        let report = run(&format!("{train} --resume"), &free).unwrap();
+        assert_eq!(report["finished"], true);
+        assert_eq!(
+            (&caller.steps.lock().unwrap()[..], &free.steps.lock().unwrap()[..]),
+            (&[1, 2][..], &[3][..])
+        );
+
+        let stopped = Arc::new(Watching { stop: AtomicBool::new(true), ..Watching::default() });
+        let eval = format!("eval {start} --data {world}/text --seq 16");
+        assert_eq!(run(&eval, &stopped).unwrap_err().kind, Kind::Stopped);
+        assert!(run(&eval, &free).unwrap()["nll"].as_f64() > Some(0.0));
+        assert_eq!(run(&format!("{eval} --no-such"), &free).unwrap_err().kind, Kind::Argument);
+        let refused = run("bench", &free).unwrap_err();
+        assert!(
+            refused.kind == Kind::Argument && refused.message.contains("process of its own"),
+            "{refused}"
+        );
     }
 }

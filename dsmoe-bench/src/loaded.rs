@@ -99,7 +99,8 @@ impl Loaded {
     /// The model has no such gates.
     pub fn set_gates(&mut self, gates: Gates) -> Result<(), Failure> {
         let threshold = gates.threshold.map_or(Ok(()), |threshold| self.model.set_threshold(threshold));
-        let set = threshold.and_then(|()| gates.active.map_or(Ok(()), |active| self.model.set_active(active)));
+        let set =
+            threshold.and_then(|()| gates.active.map_or(Ok(()), |active| self.model.set_active(active)));
         failed(set.map_err(Into::into))
     }
 
@@ -126,7 +127,8 @@ impl Loaded {
     pub fn observe(&self, ids: &[u32], what: Observe) -> Result<Observed, Failure> {
         let config = self.model.config();
         let states = if what.states { (config.num_layers + 1) * config.hidden } else { 0 };
-        let values = ids.len().saturating_mul(states).saturating_add(what.logits.saturating_mul(config.vocab_size));
+        let values =
+            ids.len().saturating_mul(states).saturating_add(what.logits.saturating_mul(config.vocab_size));
         let needed = (values as u64).saturating_mul(4);
         failed(memory::check("the result", needed, memory::available(), "use fewer tokens or fewer logits"))?;
         failed(self.model.observe(ids, what).map_err(Into::into))

@@ -46,9 +46,14 @@ impl Unit {
 enum Sink {
     Silent,
     Bar(ProgressBar),
-    Lines { last: Instant },
+    Lines {
+        last: Instant,
+    },
     /// A program that runs the command; `ends` tells whether work ends here if it is to stop.
-    Call { call: Arc<Call>, ends: bool },
+    Call {
+        call: Arc<Call>,
+        ends: bool,
+    },
 }
 
 /// The progress of one piece of work with a known end.

@@ -19,10 +19,10 @@ use dsmoe_train::metrics::StepRecord;
 use dsmoe_train::run::{Observer, Outcome, Trainer};
 use serde::Serialize;
 
+use crate::caller::Call;
 use crate::evaluation::domain_table;
 use crate::files::lossy;
 use crate::format;
-use crate::caller::Call;
 use crate::interrupts::stop_of;
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;

@@ -456,7 +456,8 @@ mod tests {
     #[test]
     fn routes_of_tokens_by_hand() {
         let mut stats = RoutingStats::new(2, 3).with_routes();
-        let half = |mask: ndarray::Array2<bool>| Routing::from_mask(mask.view(), |_, expert| 0.5 + expert as f32);
+        let half =
+            |mask: ndarray::Array2<bool>| Routing::from_mask(mask.view(), |_, expert| 0.5 + expert as f32);
         stats.add_behind_core(0, 1, &half(array![[true, false], [false, false]]));
         stats.add(1, &half(array![[false, false, true], [true, true, false]]));
         stats.add_behind_core(0, 1, &half(array![[true, true]]));
@@ -464,7 +465,10 @@ mod tests {
         assert_eq!(routes[0].active, [true, true, false, true, false, false, true, true, true]);
         assert_eq!(routes[0].coefficients, [1.0, 0.5, 0.0, 1.0, 0.0, 0.0, 1.0, 0.5, 1.5]);
         assert_eq!(routes[1].coefficients, [0.0, 0.0, 2.5, 0.5, 1.5, 0.0]);
-        assert_eq!(routes[0].active.iter().filter(|active| **active).count() as u64, stats.counts().take(3).sum::<u64>());
+        assert_eq!(
+            routes[0].active.iter().filter(|active| **active).count() as u64,
+            stats.counts().take(3).sum::<u64>()
+        );
         stats.clear();
         assert_eq!(stats.routes().unwrap(), [TokenRoutes::default(), TokenRoutes::default()]);
         assert!(RoutingStats::new(1, 1).routes().is_none());

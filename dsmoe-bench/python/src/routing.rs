@@ -22,7 +22,8 @@ impl Routing {
         let routes = stats.routes()?;
         let (layers, experts) = (stats.num_layers(), stats.num_experts());
         let active = of_layers(routes.iter().map(|layer| &layer.active[..]), tokens, experts, false);
-        let coefficients = of_layers(routes.iter().map(|layer| &layer.coefficients[..]), tokens, experts, 0.0);
+        let coefficients =
+            of_layers(routes.iter().map(|layer| &layer.coefficients[..]), tokens, experts, 0.0);
         let count = |row: &[bool]| row.iter().map(|&active| u32::from(active)).sum();
         let counts = active.chunks(experts.max(1)).map(count).collect();
         Some(Routing {

@@ -88,7 +88,8 @@ fn states_and_routes_of_a_pass_are_those_of_its_logits() {
     }
     assert!(states[0] != states[1]);
     for (state, logits) in states[layers].chunks_exact(hidden).zip(seen.logits.chunks_exact(vocab)) {
-        let products = embedding.chunks_exact(hidden).map(|row| row.iter().zip(state).map(|(a, b)| a * b).sum());
+        let products =
+            embedding.chunks_exact(hidden).map(|row| row.iter().zip(state).map(|(a, b)| a * b).sum());
         let products: Vec<f32> = products.collect();
         assert!(distance(&products, logits) < 1e-4);
         assert_eq!(argmax(&products), argmax(logits));
