@@ -78,6 +78,7 @@ fn of_core(error: &Core) -> Kind {
         Core::Argument { .. } | Core::Indivisible { .. } | Core::OutputNotEmpty { .. } | Core::Router(_) => {
             Kind::Argument
         }
+        Core::Path { path, .. } if !path.exists() => Kind::File(io::ErrorKind::NotFound),
         Core::Field { .. } | Core::Tensor { .. } | Core::Path { .. } => Kind::Format,
         _ => Kind::Other,
     }
@@ -86,6 +87,7 @@ fn of_core(error: &Core) -> Kind {
 fn of_data(error: &Data) -> Kind {
     match error {
         Data::Io { .. } => Kind::Other,
+        Data::File { path, .. } if !path.exists() => Kind::File(io::ErrorKind::NotFound),
         _ if error.setting().is_some() => Kind::Argument,
         _ => Kind::Format,
     }
@@ -123,7 +125,10 @@ mod tests {
         assert_eq!(kind(Train::Core(core(missing())).into()), Kind::File(io::ErrorKind::NotFound));
         assert_eq!(kind(Core::argument("seq", "less").into()), Kind::Argument);
         assert_eq!(kind(Train::Core(Core::argument("seq", "less")).into()), Kind::Argument);
-        assert_eq!(kind(Core::path(Path::new("a"), "is damaged", "copy it").into()), Kind::Format);
+        let there = tempfile::NamedTempFile::new().unwrap();
+        assert_eq!(kind(Core::path(there.path(), "is damaged", "copy it").into()), Kind::Format);
+        let gone = Core::path(Path::new("/no/such"), "there is no such file", "name one");
+        assert_eq!(kind(gone.into()), Kind::File(io::ErrorKind::NotFound));
         let seq = dsmoe_datasets::eval_windows(9, 1, 1).unwrap_err();
         assert_eq!(kind(seq.into()), Kind::Argument);
         assert_eq!(kind(anyhow::anyhow!("other")), Kind::Other);

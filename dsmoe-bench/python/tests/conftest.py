@@ -9,7 +9,7 @@ import dsmoe
 import pytest
 
 # Fields of reports that say how long something took or took up.
-TIMES = ("seconds", "per_s", "wall_s", "rss_bytes")
+TIMES = ("seconds", "per_s", "wall_s", "rss_bytes", "date")
 
 
 def without_times(value):
@@ -43,7 +43,7 @@ def work(tmp_path_factory):
 def world(work):
     """Text and a tokenizer."""
     out = work / "world"
-    dsmoe.command("data world", out=out, bytes="400KB", vocab=512)
+    dsmoe.command("data world", out=out, bytes="120KB", vocab=512)
     return out
 
 

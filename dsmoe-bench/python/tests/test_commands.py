@@ -113,7 +113,7 @@ def test_errors_have_the_text_of_the_command(command, work, dense, sparse, text)
         (dsmoe.ArgumentError, ValueError, lambda: dsmoe.evaluate(dense, data=text[0], seq=1), ("eval", dense, "--data", text[0], "--seq", 1)),
         (dsmoe.FormatError, ValueError, lambda: dsmoe.inspect(broken), ("inspect", broken)),
         (dsmoe.FormatError, ValueError, lambda: dsmoe.evaluate(dense, data=bad), ("eval", dense, "--data", bad)),
-        (dsmoe.DsmoeError, OSError, lambda: dsmoe.evaluate(dense, data=work / "none.txt"), ("eval", dense, "--data", work / "none.txt")),
+        (dsmoe.NotFoundError, OSError, lambda: dsmoe.evaluate(dense, data=work / "none.txt"), ("eval", dense, "--data", work / "none.txt")),
     ]
     for kind, builtin, ours, theirs in cases:
         with pytest.raises(kind) as caught:
