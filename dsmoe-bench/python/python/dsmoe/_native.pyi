@@ -5,6 +5,9 @@ from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import disjoint_base
+
+__all__ = ["Model", "Routing", "__version__", "call", "options", "start_threads", "tensors"]
 
 __version__: str
 
@@ -12,6 +15,7 @@ def call(words: Sequence[str], on_step: Callable[[dict[str, Any]], object] | Non
 def options(command: str) -> list[str]: ...
 def start_threads(threads: int | None = None) -> bool: ...
 def tensors(model: str | PathLike[str]) -> list[tuple[str, Path, int, str, list[int]]]: ...
+@disjoint_base
 class Model:
     def __new__(
         cls,
