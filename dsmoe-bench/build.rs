@@ -4,9 +4,12 @@ use std::process::Command;
 
 fn main() {
     let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
-    let revision = first_line("git", &["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]);
+    let revision = std::env::var("DSMOE_REVISION").ok().or_else(packaged).unwrap_or_else(|| {
+        first_line("git", &["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"])
+    });
     println!("cargo:rustc-env=DSMOE_RUSTC={}", first_line(&rustc, &["--version"]));
     println!("cargo:rustc-env=DSMOE_REVISION={revision}");
+    println!("cargo:rerun-if-env-changed=DSMOE_REVISION");
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=src");
     for name in ["HEAD", "index"] {
@@ -16,6 +19,13 @@ fn main() {
             println!("cargo:rerun-if-changed={path}");
         }
     }
+}
+
+/// Returns the revision that a package was made from, which cargo writes into it.
+fn packaged() -> Option<String> {
+    let text = std::fs::read_to_string(".cargo_vcs_info.json").ok()?;
+    let hash = text.split_once("\"sha1\"")?.1.split('"').nth(1)?;
+    Some(hash.chars().take(12).collect())
 }
 
 /// Returns the output of a program, or `unknown`.

@@ -28,6 +28,12 @@ pub enum Error {
         /// The names of all methods.
         known: Vec<&'static str>,
     },
+    /// Two methods have one name.
+    #[error("the method {name:?} is registered twice; give one of the two another name")]
+    MethodTwice {
+        /// The name.
+        name: String,
+    },
     /// A setting that the method does not have, or a value that the setting cannot take.
     #[error("{name}: {problem}; {help}")]
     Setting {

@@ -32,12 +32,18 @@ pub mod topk;
 pub use duo::DuoFfn;
 pub use error::{Error, Result};
 pub use method::{Asked, Budget, Configured, Counts, Job, Made, Method, Plan, Progress, Source};
-pub use registry::{method, methods};
-pub use settings::{SettingInfo, SettingValues, Settings, read_settings};
+pub use registry::{add_method, method, methods};
+pub use settings::{Entry, SettingInfo, SettingValues, Settings, read_settings};
 pub use topk::TopkMoeFfn;
 
-/// Registers readers for the FFNs of these methods, so that their model directories load in this process. Idempotent.
+/// Makes model directories with the FFNs of these methods readable in this process, once or again.
+///
+/// # Panics
+/// Another crate registered FFNs of their types before.
 pub fn register() {
-    topk::register();
-    duo::register();
+    for reader in [&topk::READER, &duo::READER] {
+        if let Err(cause) = dsmoe_core::ffn::register(reader) {
+            panic!("{cause}");
+        }
+    }
 }

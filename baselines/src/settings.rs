@@ -23,7 +23,7 @@ pub struct SettingInfo {
     pub help: &'static str,
 }
 
-/// A struct of settings that the macro `settings!` of this crate declares.
+/// A struct of settings that the macro [`settings!`](crate::settings!) declares.
 pub trait Settings: Default + Serialize + DeserializeOwned + 'static {
     /// The name and the doc comment of every field.
     const HELP: &'static [(&'static str, &'static str)];
@@ -52,7 +52,20 @@ pub fn read_settings<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<Set
     texts.into_iter().map(read).collect()
 }
 
-/// Declares a struct of settings with its defaults; the doc comments of its fields are their help.
+/// Declares a struct of [`Settings`](crate::Settings) with its defaults; the doc comments of its fields are their help. The
+/// crate that uses it depends on `serde` and `dsmoe-core`.
+///
+/// ```
+/// dsmoe_baselines::settings! {
+///     /// Settings of a method.
+///     pub struct Narrow {
+///         /// First neuron that is kept, 0 or more.
+///         pub first: usize = 0,
+///     }
+/// }
+/// assert_eq!(Narrow::default().first, 0);
+/// ```
+#[macro_export]
 macro_rules! settings {
     ($(#[$attribute:meta])* $vis:vis struct $name:ident {
         $($(#[doc = $doc:literal])+ pub $field:ident: $type:ty = $default:expr,)*
@@ -64,7 +77,7 @@ macro_rules! settings {
             $vis struct $name { $($(#[doc = $doc])+ pub $field: $type = $default,)* }
         }
 
-        impl $crate::settings::Settings for $name {
+        impl $crate::Settings for $name {
             const HELP: &'static [(&'static str, &'static str)] =
                 &[$((stringify!($field), concat!($($doc),+)),)*];
         }
@@ -93,21 +106,28 @@ macro_rules! stored_as_text {
 }
 pub(crate) use stored_as_text;
 
-/// A method whose settings are of type `S`.
-pub(crate) struct Entry<S> {
-    pub(crate) name: &'static str,
-    pub(crate) summary: &'static str,
-    pub(crate) defaults: fn() -> S,
+/// A [`Method`] whose settings are of type `S`: what the methods of this crate are, and those of others may be.
+#[derive(Debug)]
+pub struct Entry<S> {
+    /// The name.
+    pub name: &'static str,
+    /// The method in one line, and the budgets that it can reach.
+    pub summary: &'static str,
+    /// Makes the defaults.
+    pub defaults: fn() -> S,
     /// The settings that the method fixes at its defaults.
-    pub(crate) fixed: &'static [&'static str],
-    pub(crate) source: Source,
-    pub(crate) counts: Counts,
-    pub(crate) configure: fn(S) -> Result<Box<dyn Configured>>,
+    pub fixed: &'static [&'static str],
+    /// The models that it changes.
+    pub source: Source,
+    /// The parameters that its budgets count.
+    pub counts: Counts,
+    /// Checks settings.
+    pub configure: fn(S) -> Result<Box<dyn Configured>>,
 }
 
 impl<S: Settings> Entry<S> {
-    /// An entry of a method that fixes no setting, to be given its name and summary.
-    pub(crate) const fn new(configure: fn(S) -> Result<Box<dyn Configured>>) -> Entry<S> {
+    /// Makes an entry of a method on dense models that fixes no setting, to be given its name and summary.
+    pub const fn new(configure: fn(S) -> Result<Box<dyn Configured>>) -> Entry<S> {
         let (source, counts) = (Source::Dense, Counts::Activated);
         Entry { name: "", summary: "", defaults: S::default, fixed: &[], source, counts, configure }
     }

@@ -1,13 +1,17 @@
-//! Documents out of files: text, JSON lines, JSON arrays, each plain, gzip, Zstandard, bzip2 or xz; Parquet.
+//! Documents out of files: text, JSON lines, JSON arrays, each plain, gzip, Zstandard, bzip2 or xz; Parquet; and formats that
+//! a program adds.
+
+pub use crate::format::{CorpusFormat, Row, Rows, SourceFile};
+pub use crate::formats::add_format;
+pub use crate::row_text::RowText;
 
 use crate::error::{Error, Result};
 use crate::files::sha256_of;
-use crate::json_row::{Columns, Scanner, Wrong};
+use crate::format::MAX_DOCUMENT;
+use crate::formats::{Text, format_of};
 use crate::notes::{FileNotes, Skipped, Undivided, notices, skipped};
-use crate::parquet_rows::ParquetRows;
-use crate::reader::{Packing, Records};
+use crate::reader::Packing;
 use crate::remedy::Remedy;
-use crate::row_text::RowText;
 use crate::selection::Selection;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
@@ -17,12 +21,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
-
-/// The largest document of a text file or line of a JSONL file, in bytes: encoding takes some sixty times as much.
-const MAX_DOCUMENT: u64 = 64 << 20;
-
-/// The largest JSON array, in bytes; its text is held whole.
-const MAX_JSON: u64 = 1 << 30;
 
 /// Rows at the start of a file that may all lack the text column before it counts as misnamed.
 const PATIENCE: u64 = 1000;
@@ -68,17 +66,8 @@ pub struct Document {
 
 struct CorpusFile {
     path: PathBuf,
-    format: Format,
+    format: &'static dyn CorpusFormat,
     packing: Packing,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Format {
-    Text,
-    JsonLines,
-    /// One array of objects, or JSON lines under another name.
-    Json,
-    Parquet,
 }
 
 /// A place between two documents of a corpus.
@@ -96,7 +85,7 @@ pub(crate) type Stamp = (u64, Option<SystemTime>);
 impl Corpus {
     /// Opens a corpus: each of `paths` is a file or a directory. A directory is searched recursively, in
     /// the order of names, for `.txt`, `.text`, `.md`, `.tex`, `.jsonl` and `.json` files, also with `.gz`, `.zst`, `.bz2`
-    /// or `.xz` appended, and `.parquet` files. Linked directories are searched too, each directory once. A file named by
+    /// or `.xz` appended, `.parquet` files, and those of formats that were added. Linked directories are searched too, each directory once. A file named by
     /// itself may end otherwise and is read as text.
     ///
     /// # Errors
@@ -125,11 +114,7 @@ impl Corpus {
                 }
             } else if metadata.is_file() {
                 let (format, packing) = format_of(path);
-                files.push(CorpusFile {
-                    path: path.clone(),
-                    format: format.unwrap_or(Format::Text),
-                    packing,
-                });
+                files.push(CorpusFile { path: path.clone(), format: format.unwrap_or(&Text), packing });
             } else {
                 return Err(Error::NotAFile { path: path.clone() });
             }
@@ -162,7 +147,6 @@ impl Corpus {
         Documents {
             corpus: self,
             as_they_stand: false,
-            columns: Columns::new(&self.options.text_column),
             next_file: 0,
             in_file: 0,
             current: None,
@@ -205,7 +189,7 @@ impl Corpus {
                 progress(done);
             };
             let hash = sha256_of(&file.path, &mut hashed).map_err(Error::io(&file.path))?;
-            Ok(format!("{:?} {:?} {hash}", file.format, file.packing))
+            Ok(format!("{} {:?} {hash}", file.format.name(), file.packing))
         };
         self.files.iter().map(hash).collect()
     }
@@ -302,27 +286,14 @@ fn search(dir: &Path, searched: &mut Searched, files: &mut Vec<CorpusFile>) -> R
     Ok(())
 }
 
-fn format_of(path: &Path) -> (Option<Format>, Packing) {
-    let (extension, packing) = Packing::of(path);
-    let format = match &extension[..] {
-        "txt" | "text" | "md" | "tex" => Some(Format::Text),
-        "jsonl" => Some(Format::JsonLines),
-        "json" => Some(Format::Json),
-        "parquet" if packing == Packing::Plain => Some(Format::Parquet),
-        _ => None,
-    };
-    (format, packing)
-}
-
 /// The documents of a corpus; made by [`Corpus::documents`] and [`Corpus::texts`].
 pub struct Documents<'a> {
     corpus: &'a Corpus,
     as_they_stand: bool,
-    columns: Columns,
     next_file: usize,
     /// Documents given of the file being read.
     in_file: u64,
-    current: Option<OpenFile>,
+    current: Option<Box<dyn Rows>>,
     /// Holds the findings of the file that is being read.
     notes: FileNotes,
     /// The first row without the text column: its line and the reason.
@@ -330,22 +301,6 @@ pub struct Documents<'a> {
     bytes_read: Arc<AtomicU64>,
     found: bool,
     ended: bool,
-}
-
-/// The rest of the file being read.
-enum OpenFile {
-    Text(Records),
-    Lines {
-        records: Records,
-        line: u64,
-    },
-    /// An array, whose text is read from byte `at` on, in line `line`.
-    Array {
-        text: String,
-        at: usize,
-        line: u64,
-    },
-    Parquet(ParquetRows),
 }
 
 impl Documents<'_> {
@@ -362,71 +317,29 @@ impl Documents<'_> {
         }
     }
 
-    fn open(&self, file: &CorpusFile) -> Result<OpenFile> {
-        const DOCUMENT: (&str, u64) = ("document", MAX_DOCUMENT);
-        const LINE: (&str, u64) = ("line", MAX_DOCUMENT);
-        let records = |delimiter, limit| {
-            Records::open(&file.path, file.packing, delimiter, limit, self.bytes_read.clone())
-        };
+    fn open(&self, file: &CorpusFile) -> Result<Box<dyn Rows>> {
         let options = &self.corpus.options;
-        Ok(match file.format {
-            Format::Text => {
-                OpenFile::Text(records(options.doc_separator.as_deref().unwrap_or_default(), DOCUMENT)?)
-            }
-            Format::JsonLines => OpenFile::Lines { records: records("\n", LINE)?, line: 0 },
-            Format::Json => {
-                let mut records = records("\n", LINE)?;
-                if records.peek()? == Some(b'[') {
-                    records.set_delimiter("", ("JSON array", MAX_JSON));
-                    OpenFile::Array { text: records.next()?.unwrap_or_default(), at: 0, line: 1 }
-                } else {
-                    OpenFile::Lines { records, line: 0 }
-                }
-            }
-            Format::Parquet => {
-                let names: Vec<&str> = options.text_column.split(',').collect();
-                OpenFile::Parquet(ParquetRows::open(&file.path, self.bytes_read.clone())?.with_texts(&names)?)
-            }
+        file.format.open(&SourceFile {
+            path: &file.path,
+            packing: file.packing,
+            doc_separator: options.doc_separator.as_deref(),
+            text_column: &options.text_column,
+            bytes_read: Arc::clone(&self.bytes_read),
         })
     }
 
-    /// Reads the next row of the open file; for a text file that is a document.
-    fn next_row(&mut self, path: &Path) -> Result<Option<(u64, RowText)>> {
-        match &mut self.current {
-            None => Ok(None),
-            Some(OpenFile::Text(records)) => Ok(records.next()?.map(|text| (0, RowText::Text(text)))),
-            Some(OpenFile::Parquet(rows)) => Ok(rows.next_text()?.map(|row| (0, row))),
-            Some(OpenFile::Array { text, at, line }) => {
-                let mut scanner = Scanner::new(text, *at);
-                let row = scanner.row_of_array(&self.columns);
-                let end = scanner.position();
-                self.notes.surrogates += scanner.surrogates;
-                *line += text.as_bytes()[*at..end].iter().filter(|&&byte| byte == b'\n').count() as u64;
-                *at = end;
-                let column = end
-                    - text.as_bytes()[..end].iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
-                let row = row.map_err(|cause| wrong(path, *line, column, cause))?;
-                Ok(row.map(|row| (*line, row)))
-            }
-            Some(OpenFile::Lines { records, line }) => loop {
-                let Some(text) = records.next()? else { return Ok(None) };
-                *line += 1;
-                if text.trim().is_empty() {
-                    continue;
-                }
-                let mut scanner = Scanner::new(&text, 0);
-                let row = scanner.only_row(&self.columns);
-                self.notes.surrogates += scanner.surrogates;
-                let row = row.map_err(|cause| wrong_line(path, *line, &text, scanner.position(), cause))?;
-                return Ok(Some((*line, row)));
-            },
-        }
+    /// Reads the next row of the open file.
+    fn next_row(&mut self) -> Result<Option<Row>> {
+        let Some(rows) = &mut self.current else { return Ok(None) };
+        let row = rows.next();
+        self.notes.surrogates = rows.surrogates();
+        row
     }
 
     /// Reads the next text of the open file, unchanged. Rows without one are counted.
     fn next_text(&mut self, path: &Path) -> Result<Option<String>> {
-        while let Some((line, row)) = self.next_row(path)? {
-            match row {
+        while let Some(Row { line, text }) = self.next_row()? {
+            match text {
                 // A Parquet cell or a row of an array may be longer than a line may.
                 RowText::Text(text) if text.len() as u64 > MAX_DOCUMENT => {
                     let path = path.to_path_buf();
@@ -464,17 +377,13 @@ impl Documents<'_> {
     fn close(&mut self, file: usize) {
         let mut notes = std::mem::take(&mut self.notes);
         self.missing = None;
-        if let Some(OpenFile::Text(records)) = &self.current
-            && self.corpus.options.doc_separator.is_some()
-        {
-            notes.separators = Some(records.delimiters());
-        }
+        notes.separators = self.current.as_ref().and_then(|rows| rows.separators());
         self.corpus.lock_notes().insert(file, notes);
         self.current = None;
     }
 
     fn is_undivided(&self) -> bool {
-        matches!(self.current, Some(OpenFile::Text(_))) && self.corpus.options.doc_separator.is_none()
+        self.current.as_ref().is_some_and(|rows| rows.is_undivided())
     }
 
     fn advance(&mut self) -> Result<Option<Document>> {
@@ -525,38 +434,5 @@ impl Iterator for Documents<'_> {
         let document = self.advance().transpose();
         self.ended = !matches!(document, Some(Ok(_)));
         document
-    }
-}
-
-/// Makes the error of a row that cannot be read; `column` counts from 0.
-fn wrong(path: &Path, line: u64, column: usize, cause: Wrong) -> Error {
-    let path = path.to_path_buf();
-    match cause {
-        Wrong::Syntax(reason) => {
-            let reason = format!("{reason} at column {}", column + 1);
-            Error::Json {
-                path,
-                line,
-                reason,
-                help: "expected one JSON object per line, or one array of objects",
-            }
-        }
-        Wrong::Column(reason) => Error::Column { path, line, reason },
-    }
-}
-
-/// Makes the error for a line that is no row.
-fn wrong_line(path: &Path, line: u64, text: &str, column: usize, cause: Wrong) -> Error {
-    let json =
-        |reason: &str, help| Error::Json { path: path.to_path_buf(), line, reason: reason.into(), help };
-    match cause {
-        Wrong::Syntax(_) if line == 1 && text.trim_start().starts_with('[') => {
-            json("an array and not an object", "end the name of a file that is one array of objects in .json")
-        }
-        Wrong::Syntax(_) if text.trim_start().starts_with('{') && column >= text.trim_end().len() => {
-            let help = "write each object in a line of its own (jq -c . OLD > NEW), or fetch the file again if its end is missing";
-            json("the object does not end in this line", help)
-        }
-        cause => wrong(path, line, column, cause),
     }
 }

@@ -271,6 +271,14 @@ pub enum Error {
         /// How to fix it.
         help: Remedy,
     },
+    /// Two things of a kind have one name.
+    #[error("the {what} {name:?} is registered twice; give one of the two another name")]
+    Twice {
+        /// `corpus format`, `file ending` or `task`.
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
     /// A setting outside its range.
     #[error("{setting} is {value}; use {range}")]
     Setting {
@@ -297,11 +305,13 @@ impl Error {
         Error::Setting { setting, value: value.to_string(), range }
     }
 
-    pub(crate) fn file(path: &Path, reason: impl Into<String>, help: impl Into<Remedy>) -> Error {
+    /// Makes an [`Error::File`].
+    pub fn file(path: &Path, reason: impl Into<String>, help: impl Into<Remedy>) -> Error {
         Error::File { path: path.to_path_buf(), reason: reason.into(), help: help.into() }
     }
 
-    pub(crate) fn row(path: &Path, row: u64, reason: impl Into<String>, help: impl Into<Remedy>) -> Error {
+    /// Makes an [`Error::Row`]; rows count from 1.
+    pub fn row(path: &Path, row: u64, reason: impl Into<String>, help: impl Into<Remedy>) -> Error {
         Error::Row { path: path.to_path_buf(), row, reason: reason.into(), help: help.into() }
     }
 

@@ -73,8 +73,33 @@ impl Packing {
     }
 }
 
-/// Cuts the content of a file into records.
-pub(crate) struct Records {
+/// Opens the content of a file, decompressed. `bytes_read` counts the bytes taken from the file itself.
+pub(crate) fn content(
+    path: &Path,
+    packing: Packing,
+    bytes_read: Arc<AtomicU64>,
+) -> Result<Box<dyn Read + Send>> {
+    // A pipe would block, and a device need not end.
+    if !path.metadata().map_err(Error::io(path))?.is_file() {
+        return Err(Error::NotAFile { path: path.to_path_buf() });
+    }
+    let file = File::open(path).map_err(Error::io(path))?;
+    let mut file = BufReader::new(Counted { file, bytes_read });
+    check_start(path, file.fill_buf().map_err(Error::io(path))?, packing.ending())?;
+    Ok(match packing {
+        Packing::Plain => Box::new(file),
+        Packing::Gzip => Box::new(Members::<_, GzDecoder<_>>::new(file)),
+        Packing::Zstd => Box::new(ZstdReader::new(file)),
+        Packing::Bzip2 => Box::new(Members::<_, BzDecoder<_>>::new(file)),
+        Packing::Xz => {
+            let limit = u32::try_from(MAX_WINDOW >> 10).unwrap_or(u32::MAX);
+            Box::new(XzReader::new_mem_limit(file, true, limit.saturating_add(XZ_EXTRA)))
+        }
+    })
+}
+
+/// The content of a file, cut into texts; made by [`SourceFile::records`](crate::corpus::SourceFile::records).
+pub struct Records {
     reader: Box<dyn Read + Send>,
     path: PathBuf,
     packing: Packing,
@@ -90,6 +115,8 @@ pub(crate) struct Records {
     at_end: bool,
     /// Delimiters found.
     delimiters: u64,
+    /// Records handed out.
+    count: u64,
 }
 
 impl Records {
@@ -102,23 +129,7 @@ impl Records {
         (what, limit): (&'static str, u64),
         bytes_read: Arc<AtomicU64>,
     ) -> Result<Records> {
-        // A pipe would block, and a device need not end.
-        if !path.metadata().map_err(Error::io(path))?.is_file() {
-            return Err(Error::NotAFile { path: path.to_path_buf() });
-        }
-        let file = File::open(path).map_err(Error::io(path))?;
-        let mut file = BufReader::new(Counted { file, bytes_read });
-        check_start(path, file.fill_buf().map_err(Error::io(path))?, packing.ending())?;
-        let reader: Box<dyn Read + Send> = match packing {
-            Packing::Plain => Box::new(file),
-            Packing::Gzip => Box::new(Members::<_, GzDecoder<_>>::new(file)),
-            Packing::Zstd => Box::new(ZstdReader::new(file)),
-            Packing::Bzip2 => Box::new(Members::<_, BzDecoder<_>>::new(file)),
-            Packing::Xz => {
-                let limit = u32::try_from(MAX_WINDOW >> 10).unwrap_or(u32::MAX);
-                Box::new(XzReader::new_mem_limit(file, true, limit.saturating_add(XZ_EXTRA)))
-            }
-        };
+        let reader = content(path, packing, bytes_read)?;
         let (path, delimiter) = (path.to_path_buf(), delimiter.as_bytes().to_vec());
         Ok(Records {
             reader,
@@ -132,6 +143,7 @@ impl Records {
             offset: 0,
             at_end: false,
             delimiters: 0,
+            count: 0,
         })
     }
 
@@ -140,8 +152,13 @@ impl Records {
         (self.delimiter, self.what, self.limit) = (delimiter.as_bytes().to_vec(), what, limit);
     }
 
+    /// Returns how many records were handed out.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
     /// Returns how many delimiters were found.
-    pub(crate) fn delimiters(&self) -> u64 {
+    pub fn delimiters(&self) -> u64 {
         self.delimiters
     }
 
@@ -154,7 +171,14 @@ impl Records {
 
     /// Reads the next record as text, without its delimiter and without a byte-order mark, which joined files have in their
     /// middle too.
-    pub(crate) fn next(&mut self) -> Result<Option<String>> {
+    ///
+    /// # Errors
+    /// The file cannot be read or decompressed, is not UTF-8, or the record is too long.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "a failure is not an item: the rest of the file is unknown"
+    )]
+    pub fn next(&mut self) -> Result<Option<String>> {
         let mut searched = 0;
         let length = loop {
             let ahead = &self.buffer[self.begin..];
@@ -187,6 +211,7 @@ impl Records {
         let taken = (length + self.delimiter.len()).min(ahead.len());
         self.begin += taken;
         self.offset += taken as u64;
+        self.count += 1;
         if text.starts_with('\u{FEFF}') {
             text.remove(0);
         }

@@ -2,7 +2,8 @@
 
 /// The contents of a row's text columns.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum RowText {
+pub enum RowText {
+    /// The text.
     Text(String),
     /// All columns hold null.
     Null,

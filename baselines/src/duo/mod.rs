@@ -29,7 +29,7 @@ use dsmoe_core::ffn::SMALL_FFN;
 use dsmoe_kernels::rng::Rng;
 
 pub use ffn::DuoFfn;
-pub(crate) use spec::register;
+pub(crate) use spec::READER;
 pub use spec::{DuoSpec, Stage};
 
 use crate::error::{Error, Result};

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use dsmoe_core::config::Config;
-use dsmoe_core::ffn::{self, Ffn, FfnSpec, Gated};
+use dsmoe_core::ffn::{Ffn, FfnReader, FfnSpec, Gated};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -88,10 +88,8 @@ pub(super) fn spec_of(spec: &dyn FfnSpec) -> Option<DuoSpec> {
     DuoSpec::deserialize(&Value::Object(spec.settings())).ok().filter(|_| spec.kind() == KIND)
 }
 
-/// Makes directories with these FFNs readable in this process.
-pub(crate) fn register() {
-    ffn::register(KIND, read);
-}
+/// Reads FFNs of two sizes.
+pub(crate) static READER: FfnReader = FfnReader { kind: KIND, read };
 
 fn read(path: &Path, config: &Config, settings: &Map<String, Value>) -> dsmoe_core::Result<Arc<dyn FfnSpec>> {
     let again = "make the model again from its dense model";

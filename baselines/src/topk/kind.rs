@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use dsmoe_core::config::Config;
-use dsmoe_core::ffn::{self, Ffn, FfnSpec, Gated};
+use dsmoe_core::ffn::{Ffn, FfnReader, FfnSpec, Gated};
 use dsmoe_router::topk::{Scores, TopKConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -121,10 +121,8 @@ impl FfnSpec for TopkSpec {
     }
 }
 
-/// Makes directories with top-k FFNs readable in this process.
-pub(crate) fn register() {
-    ffn::register(KIND, read);
-}
+/// Reads top-k FFNs.
+pub(crate) static READER: FfnReader = FfnReader { kind: KIND, read };
 
 fn read(path: &Path, config: &Config, settings: &Map<String, Value>) -> dsmoe_core::Result<Arc<dyn FfnSpec>> {
     let wrong = |field: &str, problem: String, help: &'static str| {

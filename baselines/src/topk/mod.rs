@@ -14,5 +14,5 @@ pub use ffn::TopkMoeFfn;
 #[cfg(test)]
 pub(crate) use ffn::infer;
 pub(crate) use gate::{Gate, GateActs, GateWeights};
-pub(crate) use kind::{register, spec_of};
+pub(crate) use kind::{READER, spec_of};
 pub use spec::{GateNetwork, GateSpec, TopkSpec};

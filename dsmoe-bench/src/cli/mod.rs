@@ -4,6 +4,8 @@ pub(crate) mod bench;
 pub(crate) mod continual;
 pub(crate) mod data;
 pub(crate) mod doctor;
+#[cfg(test)]
+mod documents;
 pub(crate) mod eval;
 pub(crate) mod gates;
 pub(crate) mod generate;

@@ -9,7 +9,10 @@ use crate::common::{
 
 #[test]
 fn help_and_usage() {
-    assert!(succeeds("--version").starts_with("dsmoe "));
+    assert_eq!(succeeds("-V").trim(), concat!("dsmoe ", env!("CARGO_PKG_VERSION")));
+    let version = succeeds("--version");
+    shows(&version, &[concat!("dsmoe ", env!("CARGO_PKG_VERSION")), "revision", "rustc ", "mpi", "scalar"]);
+    assert_eq!(succeeds("prune --version").lines().count(), version.lines().count());
     for line in [
         "",
         "fly",

@@ -8,6 +8,7 @@ mod commands;
 mod common;
 mod continual;
 mod data;
+mod documents;
 mod export;
 mod families;
 mod faults;

@@ -1,5 +1,6 @@
 //! The architecture's invariants, read from the manifests and the sources.
 
+mod documents;
 mod flags;
 mod imports;
 

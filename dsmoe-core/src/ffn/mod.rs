@@ -16,12 +16,11 @@ mod gated;
 mod gating;
 pub(crate) mod kept;
 mod mixture;
+mod registry;
 mod route;
 
 use std::any::Any;
-use std::collections::BTreeMap;
-use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use dsmoe_kernels::{Precision, expert_ffn};
 use dsmoe_router::Routing;
@@ -43,10 +42,11 @@ pub use gated::{Gated, add_output_bias};
 pub(crate) use gating::Gating;
 pub use mixture::MixtureFfn;
 pub(crate) use mixture::SHARED_EXPERT;
+pub(crate) use registry::read_spec;
+pub use registry::{FfnReader, ReadSpec, register};
 pub use route::Route;
 
 use crate::config::{Config, MixtureSpec};
-use crate::error::{Error, Result, shown};
 use crate::params::TensorSpec;
 
 /// One layer's FFN. It holds settings, not weights: `params` is this FFN's part of the arena, laid out as
@@ -231,33 +231,4 @@ impl PartialEq for dyn FfnSpec {
     fn eq(&self, other: &dyn FfnSpec) -> bool {
         self.kind() == other.kind() && self.settings() == other.settings()
     }
-}
-
-/// Makes a [`FfnSpec`] of the `ffn` object of the config.json at the path, `type` left out; the configuration is the
-/// rest of the file, all of it checked.
-pub type ReadSpec = fn(&Path, &Config, &Map<String, Value>) -> Result<Arc<dyn FfnSpec>>;
-
-static KINDS: RwLock<BTreeMap<&'static str, ReadSpec>> = RwLock::new(BTreeMap::new());
-
-/// Registers a reader for FFNs of type `kind`. Idempotent.
-pub fn register(kind: &'static str, read: ReadSpec) {
-    KINDS.write().unwrap_or_else(PoisonError::into_inner).insert(kind, read);
-}
-
-/// Reads the spec of an `ffn` object.
-pub(crate) fn read_spec(
-    path: &Path,
-    kind: &str,
-    config: &Config,
-    settings: &Map<String, Value>,
-) -> Result<Arc<dyn FfnSpec>> {
-    let kinds = KINDS.read().unwrap_or_else(PoisonError::into_inner);
-    let Some(read) = kinds.get(kind).copied() else {
-        let known = kinds.keys().copied().collect::<Vec<_>>().join(", ");
-        let known =
-            if known.is_empty() { "no type is known here".to_owned() } else { format!("use {known}") };
-        return Err(Error::field(path, "ffn.type", format!("is {:?} and not known", shown(kind)), known));
-    };
-    drop(kinds);
-    read(path, config, settings)
 }

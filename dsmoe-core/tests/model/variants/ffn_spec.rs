@@ -8,7 +8,8 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Dtype, tensor_names};
 use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::ffn::{
-    DenseFfn, Ffn, FfnBackward, FfnForward, FfnKind, FfnReport, FfnSpec, PackedFfn, block_len, register,
+    DenseFfn, Ffn, FfnBackward, FfnForward, FfnKind, FfnReader, FfnReport, FfnSpec, PackedFfn, block_len,
+    register,
 };
 use dsmoe_core::model::{Batch, StepArgs};
 use dsmoe_core::params::TensorSpec;
@@ -78,6 +79,8 @@ impl Ffn for Halves {
     }
 }
 
+static HALVES: FfnReader = FfnReader { kind: "halves", read: HalvesSpec::read };
+
 #[derive(Debug)]
 struct HalvesSpec {
     noise: bool,
@@ -122,7 +125,7 @@ impl FfnSpec for HalvesSpec {
 }
 
 fn with_spec() -> Config {
-    register("halves", HalvesSpec::read);
+    register(&HALVES).unwrap();
     let mut config = config();
     config.ffn = Some(Arc::new(HalvesSpec { noise: true }));
     config
@@ -143,13 +146,28 @@ fn config_names_the_kind() {
         "router_bias": true, "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": true},
         "ffn": {"#;
     for (from, to, parts) in [
-        ("\"halves\"", "\"thirds\"", ["config.json: ffn.type is \"thirds\"", "halves"]),
+        (
+            "\"halves\"",
+            "\"thirds\"",
+            ["config.json: ffn.type is \"thirds\"", "halves, or load it by a program that registers"],
+        ),
         ("\"noise\": true", "\"noise\": 3", ["config.json: ffn.noise", "is wrong"]),
         ("\"type\": \"halves\",", "", ["ffn.type is missing", "add it"]),
         ("\"model_type\": \"dsmoe\"", "\"model_type\": \"llama\"", ["ffn is present but", "model_type"]),
         ("\"ffn\": {", moe, ["ffn is present beside dsmoe", "remove one"]),
     ] {
         refused(read(&text.replace(from, to)), &parts);
+    }
+}
+
+#[test]
+fn a_type_is_registered_once() {
+    register(&HALVES).unwrap();
+    register(&HALVES).unwrap();
+    static OTHER: FfnReader = FfnReader { kind: "halves", read: HalvesSpec::read };
+    static OWN: FfnReader = FfnReader { kind: "mixture", read: HalvesSpec::read };
+    for (reader, name) in [(&OTHER, "halves"), (&OWN, "mixture")] {
+        refused(register(reader), &[name, "is registered twice", "another name"]);
     }
 }
 
@@ -184,7 +202,7 @@ fn a_directory_keeps_all_tensors() {
 
 #[test]
 fn an_ffn_of_another_crate_is_saved_by_its_spec_or_not_at_all() {
-    register("halves", HalvesSpec::read);
+    register(&HALVES).unwrap();
     let model = |config: Config, noise: [bool; LAYERS], named| {
         let ffn = |noise| -> Box<dyn Ffn> {
             let dense = DenseFfn::new(HIDDEN, INTERMEDIATE);

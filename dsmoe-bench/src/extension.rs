@@ -1,0 +1,115 @@
+//! The command as a value, to which a program adds methods, FFN types and formats of its own.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{ColorChoice, CommandFactory, FromArgMatches};
+use dsmoe_baselines::Method;
+use dsmoe_core::ffn::FfnReader;
+use dsmoe_datasets::corpus::CorpusFormat;
+
+use crate::ui::Ui;
+use crate::{cli, commands, ui, version};
+
+/// The `dsmoe` command with what a program adds to it. A method appears in `methods`, `prune` and the profiles of `reproduce`; a
+/// model directory with FFNs of an added type is loaded, trained and measured by every command; and files of an added
+/// format are text.
+///
+/// ```no_run
+/// use dsmoe_baselines::Entry;
+/// # use dsmoe_baselines::Configured;
+/// # dsmoe_baselines::settings! {
+/// #     /// Settings.
+/// #     pub struct Narrow {}
+/// # }
+/// # fn configure(_: Narrow) -> dsmoe_baselines::Result<Box<dyn Configured>> { unimplemented!() }
+///
+/// static NARROW: Entry<Narrow> = Entry {
+///     name: "narrow",
+///     summary: "the first neurons of every FFN",
+///     ..Entry::new(configure)
+/// };
+///
+/// fn main() -> std::process::ExitCode {
+///     dsmoe_bench::Cli::new().method(&NARROW).run()
+/// }
+/// ```
+///
+/// What is added belongs to the process from then on: models are loaded, and names of methods read, in places that no
+/// command passes anything to.
+#[derive(Default)]
+pub struct Cli {
+    methods: Vec<&'static dyn Method>,
+    ffns: Vec<&'static FfnReader>,
+    formats: Vec<&'static dyn CorpusFormat>,
+}
+
+impl Cli {
+    /// Makes the command as it is.
+    pub fn new() -> Cli {
+        Cli::default()
+    }
+
+    /// Adds a method.
+    #[must_use]
+    pub fn method(mut self, method: &'static dyn Method) -> Cli {
+        self.methods.push(method);
+        self
+    }
+
+    /// Adds a type of FFN.
+    #[must_use]
+    pub fn ffn(mut self, reader: &'static FfnReader) -> Cli {
+        self.ffns.push(reader);
+        self
+    }
+
+    /// Adds a format of files with text.
+    #[must_use]
+    pub fn corpus(mut self, format: &'static dyn CorpusFormat) -> Cli {
+        self.formats.push(format);
+        self
+    }
+
+    /// Runs the command line of this process and returns its exit status.
+    pub fn run(self) -> ExitCode {
+        self.run_from(std::env::args_os())
+    }
+
+    /// Runs a command line that begins with the name of the program, prints the result or a failure in one line, and
+    /// returns the exit status. The first call in a process determines the number of threads.
+    pub fn run_from<T: Into<OsString> + Clone>(self, args: impl IntoIterator<Item = T>) -> ExitCode {
+        let args: Vec<OsString> = args.into_iter().map(Into::into).collect();
+        let color = color_of(&args);
+        let parsed =
+            cli::Cli::command().long_version(version::long()).color(color).try_get_matches_from(&args);
+        let cli = match parsed.and_then(|found| cli::Cli::from_arg_matches(&found)) {
+            Ok(cli) => cli,
+            Err(error) => return ui::usage(&error, args.iter().any(|arg| arg == "--json"), color),
+        };
+        let mut ui = Ui { json: cli.json, quiet: cli.quiet, muted: false, color: cli.color, call: None };
+        match self.register().and_then(|()| commands::run(cli, &mut ui)) {
+            Ok(code) => code,
+            Err(error) => ui.fail(&error),
+        }
+    }
+
+    /// Registers what was added, behind what every program has.
+    fn register(&self) -> Result<()> {
+        dsmoe_baselines::register();
+        self.methods.iter().try_for_each(|method| dsmoe_baselines::add_method(*method))?;
+        self.ffns.iter().try_for_each(|reader| dsmoe_core::ffn::register(reader))?;
+        self.formats.iter().try_for_each(|format| dsmoe_datasets::corpus::add_format(*format))?;
+        Ok(())
+    }
+}
+
+/// Returns the value of `--color` before the line is parsed, since errors of parsing have colours too.
+fn color_of(args: &[OsString]) -> ColorChoice {
+    let words = || args.iter().filter_map(|arg| arg.to_str());
+    let value = words()
+        .find_map(|word| word.strip_prefix("--color="))
+        .or_else(|| words().skip_while(|word| *word != "--color").nth(1));
+    value.and_then(|value| value.parse().ok()).unwrap_or(ColorChoice::Auto)
+}
