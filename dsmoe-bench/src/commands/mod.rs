@@ -24,6 +24,7 @@ mod sweep;
 mod train;
 mod verify;
 
+use std::error::Error as _;
 use std::process::ExitCode;
 use std::sync::{Arc, Once};
 
@@ -57,15 +58,17 @@ pub(crate) fn run_called(mut cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
 /// Starts the worker threads unless they run already, `threads` of them or for 0 one for each core; returns whether it did.
 pub(crate) fn start_threads(threads: usize) -> Result<bool> {
     static POOL: Once = Once::new();
-    let mut started = None;
+    let mut started = Ok(false);
     POOL.call_once(|| {
         // Commands run on these threads; see `on_worker`.
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(8 << 20);
-        started = Some(pool.build_global());
+        started = match pool.build_global() {
+            // An error without a cause: the program that calls commands has started the pool.
+            Err(error) if error.source().is_none() => Ok(false),
+            outcome => outcome.map(|()| true),
+        };
     });
-    let is_first = started.is_some();
-    started.transpose().context("cannot start the worker threads; use a smaller --threads")?;
-    Ok(is_first)
+    started.context("cannot start the worker threads; use a smaller --threads")
 }
 
 /// Runs the command on the processes of `comm`.
