@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_core::config::{Config, MoeConfig};
-use dsmoe_datasets::tasks::{Loaded, Options, Request, TASKS, Task, TaskFiles};
+use dsmoe_datasets::tasks::{Loaded, Options, Request, Task, TaskFiles, tasks};
 use dsmoe_datasets::world::{ITEMS, Probe, World};
 use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Isa;
@@ -141,7 +141,7 @@ fn load(args: &Eval, ui: &Ui) -> Result<(Vec<Loaded>, Vec<LeftOut>)> {
         if loaded.iter().any(|other| other.name() == task.name) {
             continue;
         }
-        if source.folder.is_none() && !source.files.contains_key(task.name) {
+        if source.folder.is_none() && !source.files.contains_key(task.name) && !task.has_files() {
             bail!("task {0}: no files; give --task-data FOLDER or --task-file {0}=FILE", task.name);
         }
         loaded.push(Loaded::load(task, &source, &options)?);
@@ -156,7 +156,7 @@ fn load(args: &Eval, ui: &Ui) -> Result<(Vec<Loaded>, Vec<LeftOut>)> {
 fn all(args: &Eval, source: &TaskFiles, left_out: &mut Vec<LeftOut>) -> Result<Vec<&'static Task>> {
     let mut found = Vec::new();
     let mut taken: Vec<(&str, Vec<PathBuf>)> = Vec::new();
-    for task in &TASKS {
+    for task in tasks() {
         let Some(files) = source.files_of(task)? else {
             left_out.push(LeftOut {
                 task: task.name,
@@ -178,7 +178,7 @@ fn all(args: &Eval, source: &TaskFiles, left_out: &mut Vec<LeftOut>) -> Result<V
                 is_same: false,
             });
         } else {
-            found.push(Task::named(task.name)?);
+            found.push(task);
             taken.push((task.name, files));
         }
     }
