@@ -129,7 +129,7 @@ mod tests {
         assert_eq!(run(&eval, &stopped).unwrap_err().kind, Kind::Stopped);
         assert!(run(&eval, &free).unwrap()["nll"].as_f64() > Some(0.0));
         assert_eq!(run(&format!("{eval} --no-such"), &free).unwrap_err().kind, Kind::Argument);
-        let refused = run("bench", &free).unwrap_err();
+        let refused = run("man", &free).unwrap_err();
         assert!(
             refused.kind == Kind::Argument && refused.message.contains("process of its own"),
             "{refused}"
