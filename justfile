@@ -26,7 +26,7 @@ test:
 nextest *ARGS:
     cargo nextest run {{all}} {{ARGS}}
 
-# Models and routers on a lower instruction-set tier: scalar, avx2 or avx512.
+# Models and routers on another instruction-set tier: scalar, avx2, avx512, neon.
 test-on ISA:
     DSMOE_ISA={{ISA}} cargo test --locked -p dsmoe-kernels -p dsmoe-router -p dsmoe-core
 
@@ -37,6 +37,10 @@ miri:
 # Another platform: aarch64-unknown-linux-gnu, x86_64-apple-darwin, aarch64-apple-darwin or x86_64-pc-windows-msvc.
 check-on TARGET:
     cargo check --workspace --locked --target {{TARGET}}
+
+# Tests for aarch64 under qemu-user.
+aarch64 *ARGS:
+    scripts/check-aarch64 {{ARGS}}
 
 # Licences, advisories, sources and duplicates of dependencies (cargo-deny).
 deny:
