@@ -91,8 +91,9 @@ pub fn start(model: Inference, tokenizer: Tokenizer, limits: Limits) -> Result<E
     let (queue, jobs) = sync_channel(limits.queue);
     let eos = model.config().eos_token_ids.clone();
     std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
-        Batch { model, tokenizer: &tokenizer, limits, texts: Vec::new(), workspace: Workspace::default() }
-            .run(&jobs);
+        let budget = model.config().moe.as_ref().and_then(|moe| moe.budget());
+        let (texts, workspace) = (Vec::new(), Workspace::default());
+        Batch { model, tokenizer: &tokenizer, limits, budget, texts, workspace }.run(&jobs);
     })?;
     Ok(Engine { queue, eos })
 }
@@ -152,6 +153,8 @@ struct Batch<'t> {
     model: Inference,
     tokenizer: &'t Tokenizer,
     limits: Limits,
+    /// The budget that the model was loaded with, if it stores any.
+    budget: Option<f64>,
     texts: Vec<Text<'t>>,
     workspace: Workspace,
 }
@@ -225,7 +228,7 @@ impl<'t> Batch<'t> {
 
     /// Sets the budget of the next pass: that of the job, or the one that the model names.
     fn select(&mut self, active: Option<f64>) -> Result<()> {
-        match (active, self.model.config().moe.as_ref().and_then(|moe| moe.budget())) {
+        match (active, self.budget) {
             (Some(_), None) => bail!("`active` needs a model that stores thresholds by budget"),
             (None, None) => Ok(()),
             (active, Some(own)) => Ok(self.model.set_active(active.unwrap_or(own))?),

@@ -5,10 +5,10 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
-use dsmoe_core::Inference;
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::generate::{GenerateOptions, generate};
 use dsmoe_core::init::{InitOptions, init, preset};
+use dsmoe_core::{Config, Inference};
 use dsmoe_datasets::world::{Domain, World};
 use dsmoe_datasets::{Bos, Tokenizer, train_bpe};
 use dsmoe_kernels::Precision;
@@ -21,8 +21,9 @@ const CLIENTS: usize = 64;
 fn make_model(dir: &Path) {
     let world = World::new(1);
     let vocab = train_bpe(world.documents(Domain::ALL[0], 40_000).into_iter(), 400, dir).unwrap();
-    let mut config = preset("tiny").unwrap();
-    config.vocab_size = vocab;
+    let mut config: Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
+    config["vocab_size"] = json!(vocab);
+    let config = Config::from_json(Path::new("config.json"), &config.to_string()).unwrap();
     let (dense, moe) = (dir.join("dense"), dir.join("moe"));
     init(&config, &dense, &InitOptions::default(), &mut |_| {}).unwrap();
     convert(&dense, &moe, &ConvertOptions::new(4), &mut |_| {}).unwrap();
