@@ -26,7 +26,7 @@ test:
 nextest *ARGS:
     cargo nextest run {{all}} {{ARGS}}
 
-# Models and routers on a lower instruction-set tier: scalar, avx2 or avx512.
+# Models and routers on another instruction-set tier: scalar, avx2, avx512, neon.
 test-on ISA:
     DSMOE_ISA={{ISA}} cargo test --locked -p dsmoe-kernels -p dsmoe-router -p dsmoe-core
 
@@ -38,6 +38,10 @@ miri:
 check-on TARGET:
     cargo check --workspace --locked --target {{TARGET}}
 
+# Tests for aarch64 under qemu-user.
+aarch64 *ARGS:
+    scripts/check-aarch64 {{ARGS}}
+
 # Licences, advisories, sources and duplicates of dependencies (cargo-deny).
 deny:
     cargo deny --workspace check
@@ -45,6 +49,10 @@ deny:
 # What would be published, built from the packages alone.
 package:
     cargo package --workspace --locked
+
+# The wheel of the Python package, and its tests.
+python:
+    cargo build --locked && scripts/check-python --dsmoe target/debug/dsmoe
 
 # A fuzz target for a minute (nightly, cargo-fuzz); `cargo fuzz list` has the names.
 fuzz TARGET SECONDS="60":

@@ -290,6 +290,7 @@ fn byte_order_marks_are_dropped_wherever_files_were_joined() {
     assert_eq!(read("a.txt", "\u{FEFF}a\u{FEFF}").unwrap(), ["a\u{FEFF}"], "inside a text it is a character");
 }
 
+#[cfg(unix)]
 #[test]
 fn a_directory_is_read_in_the_order_of_names() {
     let dir = TempDir::new().unwrap();

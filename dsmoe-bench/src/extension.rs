@@ -1,4 +1,4 @@
-//! The command as a value, to which a program adds methods, FFN types and formats of its own.
+//! The command as a value, to which a program adds methods, FFN types, formats and benchmarks of its own.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -13,8 +13,8 @@ use crate::ui::Ui;
 use crate::{cli, commands, ui, version};
 
 /// The `dsmoe` command with what a program adds to it. A method appears in `methods`, `prune` and the profiles of `reproduce`; a
-/// model directory with FFNs of an added type is loaded, trained and measured by every command; and files of an added
-/// format are text.
+/// model directory with FFNs of an added type is loaded, trained and measured by every command; files of an added format
+/// are text; and `eval` scores an added benchmark.
 ///
 /// ```no_run
 /// use dsmoe_baselines::Entry;
@@ -43,6 +43,7 @@ pub struct Cli {
     methods: Vec<&'static dyn Method>,
     ffns: Vec<&'static FfnReader>,
     formats: Vec<&'static dyn CorpusFormat>,
+    tasks: Vec<&'static str>,
 }
 
 impl Cli {
@@ -72,6 +73,13 @@ impl Cli {
         self
     }
 
+    /// Adds a benchmark: the text of a TOML file, as docs/tasks.md of the repository describes it.
+    #[must_use]
+    pub fn task(mut self, definition: &'static str) -> Cli {
+        self.tasks.push(definition);
+        self
+    }
+
     /// Runs the command line of this process and returns its exit status.
     pub fn run(self) -> ExitCode {
         self.run_from(std::env::args_os())
@@ -88,7 +96,7 @@ impl Cli {
             Ok(cli) => cli,
             Err(error) => return ui::usage(&error, args.iter().any(|arg| arg == "--json"), color),
         };
-        let mut ui = Ui { json: cli.json, quiet: cli.quiet, muted: false, color: cli.color };
+        let mut ui = Ui { json: cli.json, quiet: cli.quiet, muted: false, color: cli.color, call: None };
         match self.register().and_then(|()| commands::run(cli, &mut ui)) {
             Ok(code) => code,
             Err(error) => ui.fail(&error),
@@ -101,6 +109,9 @@ impl Cli {
         self.methods.iter().try_for_each(|method| dsmoe_baselines::add_method(*method))?;
         self.ffns.iter().try_for_each(|reader| dsmoe_core::ffn::register(reader))?;
         self.formats.iter().try_for_each(|format| dsmoe_datasets::corpus::add_format(*format))?;
+        for (i, text) in self.tasks.iter().enumerate() {
+            dsmoe_datasets::tasks::add_task(text, &format!("task {} of the program", i + 1))?;
+        }
         Ok(())
     }
 }

@@ -59,6 +59,28 @@ impl Machine {
 /// Returns the name of the CPU, where the system tells it.
 pub(crate) fn cpu_model() -> Option<String> {
     let info = fs::read_to_string("/proc/cpuinfo").ok()?;
-    let line = info.lines().find(|line| line.starts_with("model name"))?;
-    line.split_once(':').map(|(_, name)| name.trim().to_owned())
+    name_in(&info)
+}
+
+/// Returns the name in the text of `/proc/cpuinfo`; on Arm, which has none, the codes of implementer and part.
+fn name_in(info: &str) -> Option<String> {
+    let field = |name| {
+        let line = info.lines().find(|line| line.starts_with(name))?;
+        line.split_once(':').map(|(_, value)| value.trim())
+    };
+    let codes = || Some(format!("Arm {} {}", field("CPU implementer")?, field("CPU part")?));
+    field("model name").map(str::to_owned).or_else(codes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::name_in;
+
+    #[test]
+    fn cpus_with_and_without_a_name() {
+        let arm = "processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: 0xd40\n";
+        assert_eq!(name_in(arm).as_deref(), Some("Arm 0x41 0xd40"));
+        assert_eq!(name_in("vendor_id : X\nmodel name\t: A B\n").as_deref(), Some("A B"));
+        assert_eq!(name_in("processor : 0\n"), None);
+    }
 }

@@ -24,6 +24,22 @@ impl Avx512Bf16 {
     }
 }
 
+/// Proves that NEON is present. Only [`Isa::available`] makes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Neon(());
+
+/// Proves that the instructions for bf16 (FEAT_BF16) are present in addition to [`Neon`]. Only [`Isa::available`] makes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NeonBf16(());
+
+#[cfg(target_arch = "aarch64")]
+impl NeonBf16 {
+    /// Returns the proof for the features that this tier builds on.
+    pub(crate) fn base(self) -> Neon {
+        Neon(())
+    }
+}
+
 /// An instruction-set tier, with a proof that this machine has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
@@ -38,6 +54,12 @@ pub enum Isa {
     /// 16 lanes, with bf16 instructions in matrix products.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16(Avx512Bf16),
+    /// 8 lanes, in two registers of 128 bits.
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
+    /// 8 lanes, with bf16 instructions in matrix products.
+    #[cfg(target_arch = "aarch64")]
+    NeonBf16(NeonBf16),
 }
 
 /// `DSMOE_ISA` names a tier that does not exist or that this machine lacks.
@@ -70,11 +92,19 @@ impl Isa {
                 }
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("neon") {
+            tiers.push(Isa::Neon(Neon(())));
+            if std::arch::is_aarch64_feature_detected!("bf16") {
+                tiers.push(Isa::NeonBf16(NeonBf16(())));
+            }
+        }
         tiers
     }
 
     /// Returns the fastest tier of this machine: the widest one, but without bf16 instructions where they are slower.
-    /// Intel's cores issue one `vdpbf16ps` for every four fused multiply-adds, AMD's one for one.
+    /// Intel's cores issue one `vdpbf16ps` for every four fused multiply-adds, AMD's one for one. `bfdot` of Arm's cores has
+    /// not been timed, so that it has to be asked for.
     pub fn best() -> Isa {
         let tiers = Isa::available();
         let widest = tiers[tiers.len() - 1];
@@ -83,6 +113,10 @@ impl Isa {
             && !crate::simd::x86::is_amd()
         {
             return Isa::Avx512(token.base());
+        }
+        #[cfg(target_arch = "aarch64")]
+        if let Isa::NeonBf16(token) = widest {
+            return Isa::Neon(token.base());
         }
         widest
     }
@@ -109,7 +143,7 @@ impl Isa {
         *CURRENT.get_or_init(|| Isa::from_env().unwrap_or_else(|_| Isa::best()))
     }
 
-    /// Returns `scalar`, `avx2`, `avx512` or `avx512bf16`, the values of `DSMOE_ISA`.
+    /// Returns `scalar`, `avx2`, `avx512`, `avx512bf16`, `neon` or `neonbf16`, the values of `DSMOE_ISA`.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
@@ -119,6 +153,10 @@ impl Isa {
             Isa::Avx512(_) => "avx512",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16(_) => "avx512bf16",
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(_) => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonBf16(_) => "neonbf16",
         }
     }
 
@@ -126,7 +164,9 @@ impl Isa {
     pub(crate) fn dots(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return matches!(self, Isa::Avx512Bf16(_));
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        return matches!(self, Isa::NeonBf16(_));
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         false
     }
 
@@ -140,6 +180,10 @@ impl Isa {
             Isa::Avx512(token) => crate::simd::x86::run_avx512(token, kernel),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16(token) => crate::simd::x86::run_avx512(token.base(), kernel),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(token) => crate::simd::neon::run(token, kernel),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonBf16(token) => crate::simd::neon::run(token.base(), kernel),
         }
     }
 
@@ -153,6 +197,10 @@ impl Isa {
             Isa::Avx512(token) => crate::simd::x86::run_product_avx512(token, kernel),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16(token) => crate::simd::x86::run_product_avx512bf16(token, kernel),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon(token) => crate::simd::neon::run_product(token, kernel),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonBf16(token) => crate::simd::neon::run_product_bf16(token, kernel),
         }
     }
 }

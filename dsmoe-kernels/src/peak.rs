@@ -94,7 +94,7 @@ impl ProductKernel for MultiplyAdds {
     #[inline(always)]
     fn body<S: Product>(self, s: S) -> f64 {
         let MultiplyAdds { rounds, dots } = self;
-        // The chains tend to 2: no infinities, no subnormals.
+        // The chains stop growing where a half is less than their last place: no infinities, no subnormals.
         let (half, one) = (black_box(0.5f32), black_box(1.0f32));
         let (factor, term) = (s.splat(half), s.splat(one));
         let mut sums = [term; CHAINS];
@@ -108,7 +108,8 @@ impl ProductKernel for MultiplyAdds {
         } else {
             for _ in 0..rounds * LINKS {
                 for sum in &mut sums {
-                    *sum = s.fma(*sum, factor, term);
+                    // The sum is the addend: NEON has no other form, and would move it.
+                    *sum = s.fma(factor, term, *sum);
                 }
             }
         }

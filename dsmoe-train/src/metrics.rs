@@ -128,7 +128,8 @@ impl Metrics {
     /// Continues a file after `step`: lines of later steps, and everything after a torn line, are cut off. A file
     /// that is missing or has no complete header is started anew.
     pub(crate) fn resume(path: &Path, step: u64, header: &Value) -> Result<Metrics> {
-        let Ok(file) = OpenOptions::new().read(true).append(true).open(path) else {
+        // Not to append: Windows does not let such a file be cut.
+        let Ok(mut file) = OpenOptions::new().read(true).write(true).open(path) else {
             return Metrics::create(path, header);
         };
         let mut reader = BufReader::new(&file);
@@ -149,6 +150,7 @@ impl Metrics {
             return Metrics::create(path, header);
         }
         file.set_len(kept).map_err(Error::io(path))?;
+        file.seek(SeekFrom::Start(kept)).map_err(Error::io(path))?;
         Ok(Metrics { file, path: path.to_path_buf() })
     }
 

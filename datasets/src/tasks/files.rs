@@ -9,8 +9,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::read::{Format, format_of, stem};
-use super::registry::TASKS;
-use super::task::{Split, Task};
+use super::registry::tasks;
+use super::split::Split;
+use super::task::Task;
 use crate::error::{Error, Result};
 
 /// Folders below a task's folder that are searched.
@@ -65,12 +66,12 @@ pub(crate) fn task_folder(folder: &Path, task: &Task) -> Result<Option<PathBuf>>
         }
     }
     there.sort_unstable();
-    for name in task.folders {
+    for name in &task.folders {
         if let Some(found) = there.iter().find(|folder| plain(folder) == plain(name)) {
             return Ok(Some(folder.join(found)));
         }
     }
-    let begins = |folder: &&String| plain(folder).starts_with(&plain(task.folders[0]));
+    let begins = |folder: &&String| plain(folder).starts_with(&plain(&task.folders[0]));
     match there.iter().filter(begins).collect::<Vec<_>>()[..] {
         [one] => Ok(Some(folder.join(one))),
         _ => Ok(None),
@@ -114,7 +115,7 @@ fn rate(path: &Path, base: &Path, task: &Task, split: Split) -> Option<(usize, S
     if stand_in && !is_split(split.stand_ins()) {
         return None;
     }
-    let config = words(task.subset);
+    let config = words(&task.subset);
     let own = words(&task.folders.join(" "));
     let all: Vec<&String> = folders.iter().chain(&name).filter(|word| !is_shard(word)).collect();
     let known = |word: &str| {
@@ -127,11 +128,12 @@ fn rate(path: &Path, base: &Path, task: &Task, split: Split) -> Option<(usize, S
     let missing = lacks(&config);
     // Tasks may share a folder: a file that says another's configuration is that one's.
     let here = plain(&base.file_name()?.to_string_lossy());
-    let mut others = TASKS
+    let all_tasks = tasks();
+    let mut others = all_tasks
         .iter()
         .filter(|other| other.name != task.name && other.folders.iter().any(|folder| plain(folder) == here));
-    let theirs = |other: &Task| !other.subset.is_empty() && lacks(&words(other.subset)) == 0;
-    if others.any(theirs) {
+    let theirs = |other: &Task| !other.subset.is_empty() && lacks(&words(&other.subset)) == 0;
+    if others.any(|other| theirs(other)) {
         return None;
     }
     let set = all.iter().map(|word| word.as_str()).collect::<Vec<_>>().join(" ");

@@ -8,12 +8,17 @@ use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use super::files::{find, task_folder};
+use super::form::Form;
+use super::item::{Ask, Item};
 use super::profile::Profile;
 use super::random::Random;
 use super::read::read_rows;
 use super::request::{MAX_NEW_TOKENS, Request};
 use super::row::Row;
-use super::task::{Ask, Item, Rules, Split, Task};
+use super::rules::Rules;
+use super::split::Split;
+use super::stored::Sampler;
+use super::task::Task;
 use crate::error::{Error, Result};
 
 /// Seed of the few-shot examples.
@@ -43,7 +48,7 @@ impl TaskFiles {
     /// # Errors
     /// A folder that cannot be read, or several sets of files that match equally well.
     pub fn files_of(&self, task: &Task) -> Result<Option<Vec<PathBuf>>> {
-        if let (Some(folder), false) = (&self.folder, self.files.contains_key(task.name))
+        if let (Some(folder), false) = (&self.folder, self.files.contains_key(task.name) || task.has_files())
             && task_folder(folder, task)?.is_none()
         {
             return Ok(None);
@@ -68,9 +73,15 @@ impl TaskFiles {
         if let Some(files) = named.get(task.name) {
             return Ok(Some(files.clone()));
         }
+        let own = &task.files[usize::from(split == Split::Train)];
+        if !own.is_empty() {
+            return Ok(Some(own.clone()));
+        }
         match &self.folder {
             // A task whose files are named need not have a folder too.
-            Some(folder) if split != Split::Train || !self.files.contains_key(task.name) => {
+            Some(folder)
+                if split != Split::Train || !(self.files.contains_key(task.name) || task.has_files()) =>
+            {
                 find(folder, task, split)
             }
             _ => Ok(None),
@@ -147,7 +158,7 @@ impl Loaded {
     /// No files, files that are not the task's, too few rows to draw examples from, or a profile without the task.
     /// Each names the file, the row and a remedy.
     pub fn load(task: &'static Task, source: &TaskFiles, options: &Options) -> Result<Loaded> {
-        let rules = task.checked_rules(options.profile)?;
+        let form = task.form(options.profile)?;
         let Some((split, files)) = source.scored(task)? else {
             return Err(Error::task(
                 task.name,
@@ -156,12 +167,12 @@ impl Loaded {
             ));
         };
         let shot_files = if task.shots > 0 { source.find(task, Split::Train)? } else { None };
-        let mut builder = Builder::new(task, rules, options, shot_files.is_none());
+        let mut builder = Builder::new(task, form, options, shot_files.is_none());
         for file in &files {
-            builder.read(file, task)?;
+            read_rows(file, task.wrong_file, &mut |row| builder.document(row))?;
         }
         for file in shot_files.iter().flatten() {
-            read_rows(file, task.name, &mut |row| builder.example(&row))?;
+            read_rows(file, task.wrong_file, &mut |row| builder.example(&row))?;
         }
         builder.origin = Origin {
             split: split.name(),
@@ -185,14 +196,14 @@ impl Loaded {
         examples: impl IntoIterator<Item = Map<String, Value>>,
         options: &Options,
     ) -> Result<Loaded> {
-        let mut builder = Builder::new(task, task.checked_rules(options.profile)?, options, false);
+        let mut builder = Builder::new(task, task.form(options.profile)?, options, false);
         let place: Arc<Path> = Path::new(place).into();
         for (number, fields) in (1..).zip(rows) {
-            builder.document(Row::new(fields, Arc::clone(&place), number, task.name))?;
+            builder.document(Row::new(fields, Arc::clone(&place), number, task.wrong_file))?;
         }
         if task.shots > 0 {
             for (number, fields) in (1..).zip(examples) {
-                builder.example(&Row::new(fields, Arc::clone(&place), number, task.name))?;
+                builder.example(&Row::new(fields, Arc::clone(&place), number, task.wrong_file))?;
             }
         }
         builder.origin = Origin {
@@ -237,29 +248,41 @@ impl Loaded {
 
 struct Builder {
     task: &'static Task,
-    rules: Rules,
+    form: &'static Form,
     options: Options,
     /// Examples come from the scored documents.
     own_examples: bool,
-    rows: Vec<(Map<String, Value>, Item)>,
-    examples: Vec<Item>,
+    rows: Vec<Asked>,
+    examples: Vec<Example>,
     seen: usize,
     origin: Origin,
 }
 
+/// A row that is scored.
+struct Asked {
+    fields: Map<String, Value>,
+    item: Item,
+    /// The beginning of its prompt.
+    description: String,
+    /// What its examples are alike in.
+    alike: Option<String>,
+}
+
+/// A document that may be shown before a question.
+struct Example {
+    item: Item,
+    alike: Option<String>,
+}
+
 impl Builder {
-    fn new(task: &'static Task, rules: Rules, options: &Options, without_examples: bool) -> Builder {
+    fn new(task: &'static Task, form: &'static Form, options: &Options, without_examples: bool) -> Builder {
         let own_examples = task.shots > 0 && without_examples;
         let (rows, examples, origin) = (Vec::new(), Vec::new(), Origin::default());
-        Builder { task, rules, options: *options, own_examples, rows, examples, seen: 0, origin }
+        Builder { task, form, options: *options, own_examples, rows, examples, seen: 0, origin }
     }
 
     fn old(&self) -> bool {
         self.options.profile == Profile::LmEval030
-    }
-
-    fn read(&mut self, file: &Path, task: &'static Task) -> Result<()> {
-        read_rows(file, task.name, &mut |row| self.document(row)).map(drop)
     }
 
     fn document(&mut self, row: Row) -> Result<()> {
@@ -269,14 +292,21 @@ impl Builder {
         if self.seen > limit && !self.own_examples && !self.old() {
             return Ok(());
         }
-        let item = (self.task.read)(&row, self.options.profile)?;
+        let (item, alike) = (self.form.item(&row)?, self.alike(&row)?);
         if self.own_examples {
-            self.examples.push(item.clone());
+            self.examples.push(Example { item: item.clone(), alike: alike.clone() });
         }
         if self.seen <= limit || self.old() {
-            self.rows.push((self.logged(row, &item), item));
+            let description = self.form.description(&row)?;
+            self.rows.push(Asked { fields: self.logged(row, &item), item, description, alike });
         }
         Ok(())
+    }
+
+    /// Returns what the examples of a row are alike in.
+    fn alike(&self, row: &Row) -> Result<Option<String>> {
+        let column = self.task.alike.as_ref();
+        column.map(|column| Ok(column.text(row)?.into_owned())).transpose()
     }
 
     /// Returns the row as samples show it.
@@ -286,7 +316,7 @@ impl Builder {
         if let (Some(label), false) = (row.label, labelled) {
             fields.insert("label".into(), label.into());
         }
-        if let (Ask::Choice { choices, gold }, true) = (&item.ask, fields.contains_key("endings")) {
+        if let (Ask::Choice { choices, gold }, true) = (&item.ask, self.task.logs_choices) {
             fields.insert("query".into(), item.prompt.clone().into());
             fields.insert("choices".into(), choices.clone().into());
             fields.insert("gold".into(), (*gold).into());
@@ -295,7 +325,7 @@ impl Builder {
     }
 
     fn example(&mut self, row: &Row) -> Result<()> {
-        self.examples.push((self.task.read)(row, self.options.profile)?);
+        self.examples.push(Example { item: self.form.item(row)?, alike: self.alike(row)? });
         Ok(())
     }
 
@@ -321,15 +351,20 @@ impl Builder {
             self.rows.truncate(self.options.limit.unwrap_or(usize::MAX));
         }
         let max_tokens = self.options.max_new_tokens;
-        let Builder { task, rules, examples, rows, .. } = self;
-        let document = |(id, (fields, item)): (usize, (Map<String, Value>, Item))| {
-            let mut before = rules.description.to_owned();
-            let picked = random.sample(examples.len().max(drawn), drawn);
-            let others = picked.iter().map(|&i| &examples[i]).filter(|example| !spare || **example != item);
-            for example in others.take(shots) {
-                before += &example.prompt;
-                before += example.shown.as_deref().unwrap_or_default();
-                before += rules.delimiter;
+        let Builder { task, form, examples, rows, .. } = self;
+        let rules = form.rules.clone();
+        let document = |(id, Asked { fields, item, description, alike }): (usize, Asked)| {
+            let mut before = description;
+            let picked = match task.sampler {
+                Sampler::Random => random.sample(examples.len().max(drawn), drawn),
+                Sampler::First if shots > 0 => (0..examples.len()).collect(),
+                Sampler::First => Vec::new(),
+            };
+            let fits = |example: &&Example| example.alike == alike && (!spare || example.item != item);
+            for Example { item, .. } in picked.iter().map(|&i| &examples[i]).filter(fits).take(shots) {
+                before += &item.prompt;
+                before += item.shown.as_deref().unwrap_or_default();
+                before += &rules.delimiter;
             }
             Document { id, requests: requests(&before, &item, &rules, max_tokens), fields, item }
         };

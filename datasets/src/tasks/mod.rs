@@ -2,7 +2,7 @@
 //!
 //! This module knows no model. [`Loaded::load`] reads a [`Task`]'s files and writes the prompts. A program with a model
 //! answers the [`Request`]s of each document. [`Loaded::score`] makes metrics, standard errors and samples of the
-//! answers.
+//! answers. A task is a TOML file ([`definitions`] has those of this crate), and [`add_task`] adds others.
 //!
 //! ```no_run
 //! use std::path::Path;
@@ -16,12 +16,14 @@
 //! # Ok::<(), dsmoe_datasets::Error>(())
 //! ```
 
-mod answers;
-mod choice;
-mod cloze;
+mod cleaning;
+mod column;
 mod csv;
+mod definition;
 mod files;
 mod filter;
+mod form;
+mod item;
 mod load;
 mod metrics;
 mod profile;
@@ -30,18 +32,22 @@ mod read;
 mod registry;
 mod report;
 mod request;
-mod rolling;
 mod row;
+mod rules;
 mod score;
+mod split;
+mod stored;
 mod task;
+mod template;
 mod text;
 
+pub use cleaning::count_words;
 pub use load::{Document, Loaded, Options, Origin, TaskFiles};
 pub use profile::Profile;
-pub use registry::TASKS;
+pub use registry::{add_task, add_task_file, definitions, tasks};
 pub use report::sha256;
 pub use request::{MAX_NEW_TOKENS, Request, Response, cut};
-pub use rolling::count_words;
 pub use score::{Score, Scored};
-pub use task::{Split, Task};
+pub use split::Split;
+pub use task::Task;
 pub use text::strip_end;

@@ -59,7 +59,7 @@ pub(crate) fn stem(path: &Path) -> String {
 
 /// Hands every row of the file to `sink`, with its label where a file `<stem>-labels.lst` lies beside it. Returns
 /// how many there were.
-pub(crate) fn read_rows(path: &Path, task: &'static str, sink: &mut Sink<'_>) -> Result<u64> {
+pub(crate) fn read_rows(path: &Path, wrong_file: &'static str, sink: &mut Sink<'_>) -> Result<u64> {
     let Some((format, packing)) = format_of(path) else {
         let help = "give a .jsonl, .json, .csv, .txt (also .gz, .zst, .bz2, .xz) or .parquet file";
         return Err(Error::file(path, "not a file of rows by its name", help));
@@ -69,7 +69,7 @@ pub(crate) fn read_rows(path: &Path, task: &'static str, sink: &mut Sink<'_>) ->
     let mut number = 0;
     let mut take = |fields| {
         number += 1;
-        let mut row = Row::new(fields, Arc::clone(&path), number, task);
+        let mut row = Row::new(fields, Arc::clone(&path), number, wrong_file);
         row.label = labels.as_mut().map(|labels| labels.next(&row)).transpose()?;
         sink(row)
     };

@@ -3,10 +3,10 @@
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
+use super::item::Ask;
 use super::load::Loaded;
 use super::request::{Request, Response};
 use super::score::{Sample, Scored};
-use super::task::Ask;
 use super::text::{float, repr_list};
 use crate::files::hex;
 
@@ -38,7 +38,7 @@ impl Loaded {
             .iter()
             .map(|m| json!({ "metric": m.name(), "higher_is_better": m.higher_is_better() }))
             .collect();
-        let filters: Vec<&str> = self.rules.filters.iter().map(|filter| filter.name()).collect();
+        let filters: Vec<&str> = self.rules.filters.iter().map(|filter| filter.name).collect();
         let mut config = json!({
             "task": self.name,
             "data_files": self.origin.files,
@@ -46,7 +46,7 @@ impl Loaded {
             "fewshot_split": self.origin.shot_split,
             "fewshot_files": self.origin.shot_files,
             "num_fewshot": self.task.shots,
-            "description": self.rules.description,
+            "description": self.rules.description.source(),
             "target_delimiter": " ",
             "fewshot_delimiter": self.rules.delimiter,
             "output_type": self.documents[0].item.ask.output_type(),

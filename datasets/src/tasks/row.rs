@@ -16,12 +16,18 @@ pub(crate) struct Row {
     pub(crate) label: Option<String>,
     /// File and number from 1.
     place: (Arc<Path>, u64),
-    task: &'static str,
+    /// What helps where the file is not the task's.
+    pub(crate) wrong_file: &'static str,
 }
 
 impl Row {
-    pub(crate) fn new(fields: Map<String, Value>, path: Arc<Path>, number: u64, task: &'static str) -> Row {
-        Row { fields, label: None, place: (path, number), task }
+    pub(crate) fn new(
+        fields: Map<String, Value>,
+        path: Arc<Path>,
+        number: u64,
+        wrong_file: &'static str,
+    ) -> Row {
+        Row { fields, label: None, place: (path, number), wrong_file }
     }
 
     /// Returns an error about this row.
@@ -31,22 +37,22 @@ impl Row {
     }
 
     /// Finds the first of the columns `names` that exists.
-    pub(crate) fn find(&self, names: &[&'static str]) -> Option<(&'static str, &Value)> {
+    pub(crate) fn find<'n>(&self, names: &[&'n str]) -> Option<(&'n str, &Value)> {
         names.iter().find_map(|&name| self.fields.get(name).filter(|v| !v.is_null()).map(|v| (name, v)))
     }
 
-    fn column(&self, names: &[&'static str]) -> Result<(&'static str, &Value)> {
-        self.find(names).ok_or_else(|| {
-            let there = self.fields.keys().take(20).map(String::as_str).collect::<Vec<_>>().join(", ");
-            let there = if there.is_empty() { "no column".to_owned() } else { there };
-            self.wrong(
-                format!("no column `{}`, there is {there}", names.join("` or `")),
-                format!("give a file of {}", self.task),
-            )
-        })
+    /// Makes the error of a row without any of the columns `names`.
+    pub(crate) fn no_column(&self, names: &[&str]) -> Error {
+        let there = self.fields.keys().take(20).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let there = if there.is_empty() { "no column".to_owned() } else { there };
+        self.wrong(
+            format!("no column `{}`, there is {there}", names.join("` or `")),
+            self.wrong_file.to_owned(),
+        )
     }
 
-    fn kind(&self, name: &str, value: &Value, expected: &str) -> Error {
+    /// Makes the error of a value that is not what is `expected`.
+    pub(crate) fn kind(&self, name: &str, value: &Value, expected: &str) -> Error {
         let found = match value {
             Value::Null => "null",
             Value::Bool(_) => "a truth value",
@@ -55,34 +61,10 @@ impl Row {
             Value::Array(_) => "a list",
             Value::Object(_) => "an object",
         };
-        self.wrong(format!("`{name}` is {found}, not {expected}"), format!("give a file of {}", self.task))
+        self.wrong(format!("`{name}` is {found}, not {expected}"), self.wrong_file.to_owned())
     }
 
-    /// Reads a text, which may be empty.
-    pub(crate) fn text(&self, names: &[&'static str]) -> Result<&str> {
-        let (name, value) = self.column(names)?;
-        value.as_str().ok_or_else(|| self.kind(name, value, "a text"))
-    }
-
-    /// Reads a text that is not blank.
-    pub(crate) fn filled(&self, names: &[&'static str]) -> Result<&str> {
-        let text = self.text(names)?;
-        if text.trim().is_empty() {
-            let name = self.column(names)?.0;
-            return Err(
-                self.wrong(format!("`{name}` is empty"), "remove the row or take it from the original")
-            );
-        }
-        Ok(text)
-    }
-
-    /// Reads a list of at least `least` texts, none of them blank.
-    pub(crate) fn texts(&self, names: &[&'static str], least: usize) -> Result<Vec<String>> {
-        let (name, value) = self.column(names)?;
-        self.list(name, value, least)
-    }
-
-    /// Reads texts as [`Row::texts`] does, from a value inside the row.
+    /// Reads a list of at least `least` texts, none of them blank, from a value inside the row.
     pub(crate) fn list(&self, name: &str, value: &Value, least: usize) -> Result<Vec<String>> {
         let Value::Array(values) = value else { return Err(self.kind(name, value, "a list of texts")) };
         let help = "remove the row or take it from the original";
@@ -100,10 +82,10 @@ impl Row {
     }
 
     /// Returns which of `count` choices is right, from 0. Labels in the file count from `first`.
-    pub(crate) fn label(&self, names: &[&'static str], first: usize, count: usize) -> Result<usize> {
+    pub(crate) fn label(&self, names: &[&str], first: usize, count: usize) -> Result<usize> {
         let (name, number) = match (self.find(names), &self.label) {
             (None, Some(label)) => ("label", label.trim().to_owned()),
-            _ => match self.column(names)? {
+            _ => match self.find(names).ok_or_else(|| self.no_column(names))? {
                 (name, Value::String(text)) => (name, text.trim().to_owned()),
                 (name, value @ Value::Number(_)) => (name, value.to_string()),
                 (name, value) => return Err(self.kind(name, value, "a label")),

@@ -1,10 +1,11 @@
 //! From responses to metrics.
 
 use super::filter::Filter;
+use super::item::{Ask, Item};
 use super::load::Loaded;
 use super::metrics::{Metric, Part, argmax};
 use super::request::{Request, Response};
-use super::task::{Ask, Item, Rules};
+use super::rules::Rules;
 
 /// A metric of a task.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,11 +59,11 @@ impl Loaded {
                 Err(reason) => scored.unscored.push((document.id, reason)),
             }
         }
-        for &filter in self.rules.filters {
+        for filter in &self.rules.filters {
             let first = scored.samples.len();
             for (i, responses) in &answered {
                 let (filtered, parts) = judge(&self.documents[*i].item, responses, filter, &self.rules);
-                let (filter, responses) = (filter.name(), responses.clone());
+                let (filter, responses) = (filter.name, responses.clone());
                 scored.samples.push(Sample { document: *i, filter, responses, filtered, parts });
             }
             if answered.is_empty() {
@@ -73,7 +74,7 @@ impl Loaded {
                 let (value, stderr) = metric.aggregate(&parts);
                 let higher_is_better = metric.higher_is_better();
                 let score =
-                    Score { metric: metric.name(), filter: filter.name(), value, stderr, higher_is_better };
+                    Score { metric: metric.name(), filter: filter.name, value, stderr, higher_is_better };
                 scored.scores.push(score);
             }
         }
@@ -104,7 +105,7 @@ impl Loaded {
 fn judge(
     item: &Item,
     responses: &[Response],
-    filter: Filter,
+    filter: &Filter,
     rules: &Rules,
 ) -> (Vec<Response>, Vec<(Metric, Part)>) {
     let filtered: Vec<Response> = responses
@@ -114,12 +115,12 @@ fn judge(
             other => other.clone(),
         })
         .collect();
-    let parts = rules.metrics.iter().map(|&metric| (metric, part(metric, item, &filtered, rules)));
+    let parts = rules.metrics.iter().map(|&metric| (metric, part(metric, item, &filtered, (filter, rules))));
     let parts = parts.collect();
     (filtered, parts)
 }
 
-fn part(metric: Metric, item: &Item, responses: &[Response], rules: &Rules) -> Part {
+fn part(metric: Metric, item: &Item, responses: &[Response], (filter, rules): (&Filter, &Rules)) -> Part {
     let yes = |right: bool| Part { value: f64::from(u8::from(right)), weight: 1.0 };
     let sums = || responses.iter().map(sum);
     match (metric, &item.ask) {
@@ -140,7 +141,7 @@ fn part(metric: Metric, item: &Item, responses: &[Response], rules: &Rules) -> P
             yes(rules.exact.any(generated(&responses[0]), answers))
         }
         (Metric::AccOfNumber, Ask::Generate { answers, .. }) => {
-            yes(generated(&responses[0]) == Filter::FirstNumber.apply(&answers[0]))
+            yes(generated(&responses[0]) == filter.apply(&answers[0]))
         }
         (Metric::WordPerplexity, Ask::Rolling { words, .. }) => {
             Part { value: sum(&responses[0]), weight: *words as f64 }

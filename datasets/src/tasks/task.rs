@@ -1,25 +1,27 @@
-//! A task: its files, prompts and scores, and the question of each document.
+//! A task: its files, and its definition in each release.
 
-use super::filter::Filter;
-use super::metrics::{ExactMatch, Metric};
+use std::path::PathBuf;
+
+use super::column::Column;
+use super::form::Form;
 use super::profile::Profile;
-use super::row::Row;
+use super::split::Split;
+use super::stored::Sampler;
 use crate::error::{Error, Result};
 
-/// For tasks that came after the oldest release.
-pub(crate) const NOT_IN_030: &[(Profile, &str)] = &[(Profile::LmEval030, "has no such task")];
-
-/// A benchmark, as lm-evaluation-harness defines it.
+/// A benchmark: what its TOML file says.
 #[derive(Debug)]
 pub struct Task {
-    /// The harness's name.
+    /// The harness's name, or a user's own.
     pub name: &'static str,
+    /// What it asks, in one line.
+    pub about: &'static str,
     /// Other names of the task.
-    pub(crate) aliases: &'static [&'static str],
+    pub(crate) aliases: Vec<String>,
     /// Names of its folder in a folder of benchmarks.
-    pub(crate) folders: &'static [&'static str],
+    pub(crate) folders: Vec<String>,
     /// The configuration of its dataset, where there are several.
-    pub(crate) subset: &'static str,
+    pub(crate) subset: String,
     /// The split that is scored.
     pub split: Split,
     /// Version of the harness's definition.
@@ -28,139 +30,43 @@ pub struct Task {
     pub shots: usize,
     /// True if one example more is drawn, and the document itself left out if it is among them.
     pub(crate) spare_shot: bool,
+    /// How examples are chosen.
+    pub(crate) sampler: Sampler,
+    /// The column in which examples are like the document.
+    pub(crate) alike: Option<Column>,
     /// True if the lines of a text file are its rows.
     pub(crate) reads_lines: bool,
-    /// Turns a row into a document.
-    pub(crate) read: fn(&Row, Profile) -> Result<Item>,
-    /// Returns how a release prompts and scores it.
-    pub(crate) rules: fn(Profile) -> Rules,
-    /// Releases that do not have the task or cannot run it, and why.
-    pub(crate) not_in: &'static [(Profile, &'static str)],
+    /// True if samples show the question and the choices of a row.
+    pub(crate) logs_choices: bool,
+    /// Files that it names itself: to score, and to draw examples from.
+    pub(crate) files: [Vec<PathBuf>; 2],
+    /// What helps where a file is not the task's.
+    pub(crate) wrong_file: &'static str,
+    /// The definition in each release, or why it does not have the task or cannot run it.
+    pub(crate) forms: Vec<(Profile, std::result::Result<Form, String>)>,
 }
 
 impl Task {
     /// Returns true if the release that `profile` follows can run this task.
     pub fn is_in(&self, profile: Profile) -> bool {
-        self.checked_rules(profile).is_ok()
+        self.form(profile).is_ok()
+    }
+
+    /// Returns true if the task names its own files.
+    pub fn has_files(&self) -> bool {
+        !self.files[0].is_empty()
     }
 
     /// Returns how `profile` prompts and scores this task.
     ///
     /// # Errors
     /// That release does not have the task, or cannot run it.
-    pub(crate) fn checked_rules(&self, profile: Profile) -> Result<Rules> {
-        match self.not_in.iter().find(|(release, _)| *release == profile) {
-            None => Ok((self.rules)(profile)),
-            Some((_, reason)) => {
-                let help = "leave it out, or use {profile} dsmoe";
-                Err(Error::task(self.name, format!("{profile} {reason}"), help))
-            }
-        }
-    }
-}
-
-/// A part of a dataset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Split {
-    /// Shown in prompts, never scored.
-    Train,
-    /// Scored.
-    Validation,
-    /// Scored.
-    Test,
-}
-
-impl Split {
-    /// Returns the name in results.
-    pub fn name(self) -> &'static str {
-        match self {
-            Split::Train => "train",
-            Split::Validation => "validation",
-            Split::Test => "test",
-        }
-    }
-
-    /// Returns the words that name the split in file names.
-    pub(crate) fn words(self) -> &'static [&'static str] {
-        match self {
-            Split::Train => &["train"],
-            Split::Validation => &["validation", "valid", "val", "dev"],
-            Split::Test => &["test"],
-        }
-    }
-
-    /// Returns words of file names that may stand for the split.
-    pub(crate) fn stand_ins(self) -> &'static [&'static str] {
-        match self {
-            Split::Train => &["trainmodel", "pool"],
-            Split::Validation | Split::Test => &["eval"],
-        }
-    }
-}
-
-/// The rules by which a task is prompted and scored.
-#[derive(Clone, Debug)]
-pub(crate) struct Rules {
-    /// The beginning of a prompt.
-    pub(crate) description: &'static str,
-    /// The text after each example.
-    pub(crate) delimiter: &'static str,
-    /// Texts that end a generated answer.
-    pub(crate) until: &'static [&'static str],
-    /// The filters for generated answers. Each is scored by itself.
-    pub(crate) filters: &'static [Filter],
-    pub(crate) metrics: Vec<Metric>,
-    pub(crate) exact: ExactMatch,
-}
-
-impl Rules {
-    pub(crate) fn of(metrics: &[Metric]) -> Rules {
-        Rules {
-            description: "",
-            delimiter: "\n\n",
-            until: &[],
-            filters: &[Filter::None],
-            metrics: metrics.to_vec(),
-            exact: ExactMatch::default(),
-        }
-    }
-}
-
-/// A document as it is asked.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Item {
-    /// The question.
-    pub(crate) prompt: String,
-    /// The answer as an example shows it, with the space before it; none where the task shows no examples.
-    pub(crate) shown: Option<String>,
-    pub(crate) ask: Ask,
-}
-
-/// A question to a model with its right answer.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Ask {
-    /// Asks which of several continuations is likeliest.
-    Choice { choices: Vec<String>, gold: usize },
-    /// Asks after which of several texts the same continuation is likeliest.
-    Gap { prompts: Vec<String>, ending: String, gold: usize },
-    /// Asks how likely the last word is, and whether it would be generated.
-    LastWord { word: String },
-    /// Asks whether any of these would be generated.
-    AnyGreedy { answers: Vec<String> },
-    /// Asks for a text. The file holds one answer, or a `list` of them.
-    Generate { answers: Vec<String>, list: bool },
-    /// Asks how likely a whole text is. The words and bytes of the original text are counted.
-    Rolling { words: usize, bytes: usize },
-}
-
-impl Ask {
-    /// Returns the harness's name for this kind of question.
-    pub(crate) fn output_type(&self) -> &'static str {
-        match self {
-            Ask::Choice { .. } | Ask::Gap { .. } | Ask::AnyGreedy { .. } => "multiple_choice",
-            Ask::LastWord { .. } => "loglikelihood",
-            Ask::Generate { .. } => "generate_until",
-            Ask::Rolling { .. } => "loglikelihood_rolling",
-        }
+    pub(crate) fn form(&self, profile: Profile) -> Result<&Form> {
+        let form = self.forms.iter().find(|(release, _)| *release == profile);
+        let form = form.map_or(Err("is not known"), |(_, form)| form.as_ref().map_err(String::as_str));
+        form.map_err(|reason| {
+            let help = "leave it out, or use {profile} dsmoe";
+            Error::task(self.name, format!("{profile} {reason}"), help)
+        })
     }
 }

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dsmoe_datasets::tasks::{Loaded, Options, Task, TaskFiles};
+use dsmoe_datasets::tasks::{Loaded, Options, Task, TaskFiles, add_task};
 use dsmoe_datasets::token_cache::TokenFile;
 use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Error, Tokenizer, manifest, mixture};
 use tempfile::TempDir;
@@ -73,6 +73,11 @@ pub(crate) fn mixture(bytes: &[u8]) {
     with_file("mixture.toml", bytes, |path| {
         one_line(mixture::from_toml(path, &CorpusOptions::default()));
     });
+}
+
+/// Reads the definition of a benchmark.
+pub(crate) fn definition(bytes: &[u8]) {
+    one_line(add_task(&String::from_utf8_lossy(bytes), "task.toml"));
 }
 
 /// Loads a benchmark from one file. The extension of the name selects the format.

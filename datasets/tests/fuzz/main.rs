@@ -207,6 +207,7 @@ proptest! {
         bodies::token_cache(&bytes);
         bodies::manifest(&bytes);
         bodies::mixture(&bytes);
+        bodies::definition(&bytes);
     }
 
     #[test]
@@ -229,6 +230,12 @@ proptest! {
         bodies::task("piqa", "a.jsonl", &edited(PIQA.as_bytes(), &edits));
         bodies::mixture(&edited(MIXTURE.as_bytes(), &edits));
         bodies::manifest(&edited(MANIFEST.as_bytes(), &edits));
+        for (name, text) in dsmoe_datasets::tasks::definitions() {
+            // Its own name is taken.
+            let text = text.replacen("name = \"", "name = \"edited_", 1).replace("\naliases", "\n# aliases");
+            assert!(!text.is_empty(), "{name}");
+            bodies::definition(&edited(text.as_bytes(), &edits));
+        }
     }
 
     /// Whole fields change: the file parses and contradicts itself.

@@ -22,6 +22,7 @@ fn bad_rows_are_named_with_their_fix() {
     let (swag, lambada) = ("give a file of hellaswag", "give a file of lambada_openai");
     let no_endings = "no column `endings`, there is activity_label, ctx_a, ctx_b, options, label";
     let all_endings = "[\"d\", \"e\", \"f\", \"g\"]";
+    let answers = "take the row from the original, or give a split with answers";
     let aliases = "{\"aliases\": [\"a\"], \"value\": \"a\"}";
     let (no_aliases, no_answers) =
         ("no column `answer` with `aliases`", "no column `answers`, there is question, answers");
@@ -44,6 +45,23 @@ fn bad_rows_are_named_with_their_fix() {
         ("nq_open", "[\"a\"]", "[]", "`answer` has 0 texts, at least 1 needed", removed),
         ("triviaqa", aliases, "\"a\"", no_aliases, "give a file of triviaqa"),
         ("webqs", "[\"a\"]", "null", no_answers, "give a file of webqs"),
+        ("arc_easy", "\"B\"}", "\"C\"}", "`answerKey` is \"C\", not one of A, B", answers),
+        ("arc_easy", "[\"A\", \"B\"]", "[\"A\"]", "`label` has 1 texts, at least 2 needed", removed),
+        (
+            "openbookqa",
+            "\"choices\"",
+            "\"options\"",
+            "no column `choices` with `text`",
+            "give a file of openbookqa",
+        ),
+        ("boolq", "1}", "2}", "`label` is \"2\", not one of 0 to 1", original),
+        (
+            "mmlu",
+            "\"3\", \"4\"",
+            "\"3\"",
+            "`choices` has 3 texts, and number 3 from 0 is asked for",
+            "give a file of mmlu",
+        ),
     ] {
         let good = good_rows()[task].replace('\n', " ");
         let bad = good.replace(from, to);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use dsmoe_datasets::tasks::{Loaded, Options, Profile, Request, Response, TASKS, Task, TaskFiles};
+use dsmoe_datasets::tasks::{Loaded, Options, Profile, Request, Response, Task, TaskFiles, tasks};
 
 use crate::made::gzip;
 use crate::rows::{PIQA, asked, folder, good_rows, hellaswag_parquet, jsonl, load, load_as, piqa_parquet};
@@ -10,7 +10,7 @@ use crate::shared;
 
 #[test]
 fn every_task_is_found_by_its_folder_and_scored() {
-    for task in &TASKS {
+    for task in tasks().into_iter().filter(|task| good_rows().contains_key(task.name)) {
         let row = good_rows()[task.name];
         let eval = format!("{0}/{1}.jsonl", task.name, task.split.name());
         let train = format!("{}/train.jsonl", task.name);
@@ -227,7 +227,7 @@ fn profiles_differ_where_the_releases_do() {
 fn the_sample_folder_is_read_whole() {
     let Some(shared) = shared("the_sample_folder_is_read_whole") else { return };
     let sizes = [10042, 5153, 5153, 1838, 1954, 1757, 1267, 1319, 3610, 3000, 2032];
-    for (task, size) in TASKS.iter().zip(sizes) {
+    for (task, size) in tasks().into_iter().zip(sizes) {
         let loaded = load(&shared.join("data/eval"), task.name).unwrap();
         assert_eq!(loaded.original(), size, "{}", task.name);
     }

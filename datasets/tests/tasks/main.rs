@@ -1,6 +1,7 @@
 //! Benchmarks: their files, good and bad, and their scores against lm-evaluation-harness.
 
 mod bad;
+mod definitions;
 mod files;
 mod golden;
 #[expect(dead_code, reason = "other tests use the rest")]

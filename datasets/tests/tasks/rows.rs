@@ -43,6 +43,9 @@ pub(crate) fn asked(loaded: &Loaded) -> Vec<(String, String)> {
 
 pub(crate) const PIQA: &str = r#"{"goal": "g", "sol1": "one", "sol2": "two", "label": 1}"#;
 
+const ARC: &str =
+    r#"{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}"#;
+
 /// A good row of each task, as JSON.
 pub(crate) fn good_rows() -> BTreeMap<&'static str, &'static str> {
     BTreeMap::from([
@@ -68,6 +71,15 @@ pub(crate) fn good_rows() -> BTreeMap<&'static str, &'static str> {
         ("triviaqa", r#"{"question": "q", "answer": {"aliases": ["a"], "value": "a"}}"#),
         ("webqs", r#"{"question": "q", "answers": ["a"]}"#),
         ("wikitext", r#"{"page": "a b"}"#),
+        ("arc_challenge", ARC),
+        ("arc_easy", ARC),
+        ("boolq", r#"{"passage": "p", "question": "q", "label": 1}"#),
+        ("c4", r#"{"text": "a b"}"#),
+        ("mmlu", r#"{"question": "q", "subject": "a_b", "choices": ["1", "2", "3", "4"], "answer": 3}"#),
+        (
+            "openbookqa",
+            r#"{"question_stem": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}"#,
+        ),
     ])
 }
 

@@ -278,7 +278,7 @@ pub(crate) struct Record {
     /// process needs 8
     #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u16).range(8..=1000))]
     pub(crate) repeats: u16,
-    /// Also count instructions with valgrind (suites kernels and ffn; tier avx2, or that of DSMOE_ISA)
+    /// Also count instructions with valgrind (suites kernels and ffn; tier avx2 or neon, or that of DSMOE_ISA)
     #[arg(long)]
     pub(crate) instructions: bool,
 }

@@ -25,6 +25,7 @@ Examples:
   dsmoe eval MODEL --data wiki.test.raw --perplexity window,rolling
   dsmoe eval MODEL --tasks hellaswag,piqa --task-data FOLDER --out RESULTS
   dsmoe eval MODEL --tasks all --task-data FOLDER --profile lm-eval-0.4.9 --limit 100 --json
+  dsmoe eval MODEL --task my.toml       # a benchmark of your own: docs/tasks.md
   dsmoe eval MODEL --tasks world        # a model trained on the text of `dsmoe data world`";
 
 const BENCHMARKS: &str = "Benchmarks";
@@ -88,8 +89,9 @@ pub(crate) struct Eval {
     #[arg(long, value_name = "N", value_parser = quantity, conflicts_with = "tasks")]
     pub(crate) limit_tokens: Option<u64>,
     /// Benchmarks: hellaswag, lambada_openai, lambada_standard, piqa, social_iqa, storycloze_2016, winogrande, gsm8k,
-    /// nq_open, triviaqa, webqs, wikitext; all: those with files; world: the ten probes of the embedded world
-    #[arg(long, value_name = "TASK,...", value_delimiter = ',', help_heading = BENCHMARKS,
+    /// nq_open, triviaqa, webqs, wikitext, arc_challenge, arc_easy, boolq, c4, mmlu, openbookqa; a file that ends in .toml: the
+    /// task that it defines; all: those with files; world: the ten probes of the embedded world
+    #[arg(long, visible_alias = "task", value_name = "TASK,...", value_delimiter = ',', help_heading = BENCHMARKS,
         value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub(crate) tasks: Vec<String>,
     /// Folder that holds a folder of files for each benchmark

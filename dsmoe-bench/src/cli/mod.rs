@@ -84,7 +84,7 @@ Examples:
   dsmoe eval RUN --data heldout.txt --against DENSE
   dsmoe reproduce
 
-Environment: DSMOE_ISA=scalar|avx2|avx512 restricts the instruction set; DSMOE_SHARED names the data folder that `dsmoe \
+Environment: DSMOE_ISA=scalar|avx2|avx512|neon selects the instruction set; DSMOE_SHARED names the data folder that `dsmoe \
 doctor` checks; DSMOE_CUDA_LIB_DIR names a folder with CUDA's libraries, such as nvidia/cu13/lib of PyTorch's wheels; \
 DSMOE_CACHE_DIR names a folder for compiled GPU kernels [default: dsmoe in the user's cache folder].";
 

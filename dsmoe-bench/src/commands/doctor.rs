@@ -135,6 +135,14 @@ fn features() -> Vec<&'static str> {
         let all = detected!("sse4.2" "avx" "avx2" "fma" "f16c" "avx512f" "avx512vl" "avx512bw" "avx512dq" "avx512vnni" "avx512bf16");
         all.into_iter().filter(|(_, present)| *present).map(|(name, _)| name).collect()
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    {
+        macro_rules! detected {
+            ($($feature:tt)+) => { [$(($feature, std::arch::is_aarch64_feature_detected!($feature))),+] };
+        }
+        let all = detected!("neon" "fp16" "dotprod" "bf16" "i8mm" "sve" "sve2");
+        all.into_iter().filter(|(_, present)| *present).map(|(name, _)| name).collect()
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     Vec::new()
 }

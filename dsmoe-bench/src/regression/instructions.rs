@@ -71,8 +71,11 @@ pub(crate) fn count(choice: &Choice) -> Result<Result<Vec<Benchmark>, String>> {
     // Valgrind does not support AVX-512.
     let isa = match std::env::var("DSMOE_ISA").ok().filter(|isa| isa != "avx512") {
         Some(isa) => isa,
-        None if Isa::available().iter().any(|isa| isa.name() == "avx2") => "avx2".to_owned(),
-        None => "scalar".to_owned(),
+        None => {
+            let mut known =
+                Isa::available().into_iter().filter(|isa| matches!(isa.name(), "scalar" | "avx2" | "neon"));
+            known.next_back().map_or("scalar", Isa::name).to_owned()
+        }
     };
     let mut command = Command::new("valgrind");
     command

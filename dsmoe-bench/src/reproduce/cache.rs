@@ -1,6 +1,6 @@
 //! The cache of stages. The result of a stage is found by a hash of its settings and inputs.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -118,7 +118,9 @@ impl Cache {
 
 /// Locks the file at `path` for as long as the result lives; none if another process has it.
 fn claim(path: &Path) -> Result<Option<File>> {
-    let file = File::create(path).with_context(|| path.display().to_string())?;
+    // Not cut: another process may have it locked.
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(path);
+    let file = file.with_context(|| path.display().to_string())?;
     match file.try_lock() {
         Err(TryLockError::WouldBlock) => Ok(None),
         // Some network file systems have no locks.

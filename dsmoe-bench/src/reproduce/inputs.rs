@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_core::config::Config;
-use dsmoe_datasets::tasks::{Loaded, Options as TaskOptions, TASKS, TaskFiles};
+use dsmoe_datasets::tasks::{Loaded, Options as TaskOptions, Task, TaskFiles, tasks};
 use dsmoe_datasets::world::{Probe, World};
 use dsmoe_kernels::Precision;
 
@@ -26,7 +26,7 @@ pub(crate) struct Inputs<'a> {
     /// Tasks for the models; empty when no output shows them.
     pub(crate) tasks: &'a [Loaded],
     pub(crate) costs: Costs<'a>,
-    pub(crate) ui: Ui,
+    pub(crate) ui: &'a Ui,
 }
 
 impl Inputs<'_> {
@@ -80,10 +80,12 @@ fn tasks_in(folder: &Path, profile: &Profile, ui: &Ui) -> Result<Vec<Loaded>> {
     let source = TaskFiles::folder(folder);
     let options = TaskOptions { limit: Some(profile.measure.items), ..TaskOptions::default() };
     let mut loaded = Vec::new();
-    for task in &TASKS {
-        let wanted = match &profile.measure.tasks[..] {
+    let named: Vec<&Task> =
+        profile.measure.tasks.iter().map(|name| Task::named(name)).collect::<Result<_, _>>()?;
+    for task in tasks() {
+        let wanted = match &named[..] {
             [] => Probe::ALL.iter().any(|probe| probe.name() == task.name),
-            names => names.iter().any(|name| name == task.name),
+            named => named.iter().any(|other| other.name == task.name),
         };
         if wanted && source.files_of(task)?.is_some() {
             loaded.push(Loaded::load(task, &source, &options)?);

@@ -1,7 +1,7 @@
 //! Licences, notices and model cards, which go with the weights wherever these are copied.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read};
+use std::io::{self, ErrorKind, Read};
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -67,8 +67,10 @@ pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
     if !from.is_file() {
         return Ok(());
     }
-    fs::copy(from, to).map_err(Error::io(to))?;
-    File::open(to).and_then(|file| file.sync_all()).map_err(Error::io(to))
+    let mut source = File::open(from).map_err(Error::io(from))?;
+    // Only a file that is open for writing can be synced everywhere.
+    let copy = |mut file: File| io::copy(&mut source, &mut file).and_then(|_| file.sync_all());
+    File::create(to).and_then(copy).map_err(Error::io(to))
 }
 
 /// Returns whether this program wrote the card.

@@ -140,7 +140,8 @@ pub(super) fn cubin(source: &'static Source, defines: &[Define], capability: (u3
 
 fn cache_dir() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let user = || set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
+    let home = || Some(set("HOME")?.join(".cache"));
+    let user = || set("XDG_CACHE_HOME").or_else(home).or_else(|| set("LOCALAPPDATA"));
     set("DSMOE_CACHE_DIR").or_else(|| Some(user()?.join("dsmoe"))).map(|dir| dir.join("kernels"))
 }
 

@@ -5,6 +5,10 @@
 //! drift apart. The implementors of [`Simd`] are the proofs that the features exist (see [`crate::isa`]).
 
 mod math;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neon_product;
 mod portable;
 mod product;
 #[cfg(test)]

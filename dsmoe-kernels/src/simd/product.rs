@@ -19,6 +19,12 @@ pub(crate) trait Product: Simd {
     /// [`Product::dot`] is one instruction: bf16 products run on pairs instead of widened f32.
     const DOTS: bool;
 
+    /// Returns value `r` of `a` in every lane. Where a product takes a lane of a register as its factor, neighbouring values
+    /// come from one load.
+    #[inline(always)]
+    fn splat_of<const R: usize>(self, a: &[f32; R], r: usize) -> Self::V {
+        self.splat(a[r])
+    }
     /// Runs `kernel` in a function of its own, so that one inner loop gets all registers.
     fn isolated<K: ProductKernel>(self, kernel: K) -> K::Output;
     /// Sets `out[j * stride + i] = rows[i][j]` for i < lanes and j < 16, ascending j. Values at `lanes <= i < 16` become
@@ -62,17 +68,17 @@ pub(crate) trait Product: Simd {
         self.store(&mut pairs, b);
         self.dot(acc, a, bytemuck::cast_slice(&pairs))
     }
-    /// Returns the pairs of two rows of 32 bf16: of the first 16 columns, and of the others. Used only if
-    /// [`Product::DOTS`].
+    /// Returns the pairs of two rows, of twice [`Simd::LANES`] bf16 each: of the first half of the columns, and of the other.
+    /// Used only if [`Product::DOTS`].
     #[inline(always)]
     fn pairs_of_rows(self, even: &[f32], odd: &[f32]) -> [Self::V; 2] {
-        let [even, odd]: [&[bf16]; 2] = [bytemuck::cast_slice(even), bytemuck::cast_slice(odd)];
+        let [even, odd]: [&[bf16]; 2] = [even, odd].map(|row| bytemuck::cast_slice(&row[..Self::LANES]));
         let mut pairs = [0; 2 * SQUARE];
         for (pair, (even, odd)) in pairs.iter_mut().zip(even.iter().zip(odd)) {
             *pair = u32::from(even.to_bits()) | u32::from(odd.to_bits()) << 16;
         }
         let pairs: &[f32] = bytemuck::cast_slice(&pairs);
-        [self.load(pairs), self.load(&pairs[SQUARE..])]
+        [self.load(pairs), self.load(&pairs[Self::LANES..])]
     }
 }
 

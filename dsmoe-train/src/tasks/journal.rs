@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::gguf::{self, Container};
@@ -75,7 +75,8 @@ impl Journal {
     /// # Errors
     /// The file cannot be read or written, is in use, is no journal, or is one of something else.
     pub fn open(path: &Path, made_by: &str, routing: Option<&RoutingStats>) -> Result<Journal> {
-        let file = OpenOptions::new().read(true).append(true).create(true).open(path);
+        // Not to append: Windows does not let such a file be cut.
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(Error::io(path))?;
         // Some network file systems have no locks.
         if let Err(fs::TryLockError::WouldBlock) = file.try_lock() {
@@ -86,6 +87,7 @@ impl Journal {
         let mut journal = Journal { path: path.to_path_buf(), file, known: HashMap::new(), ran };
         let whole = journal.read(&header)?;
         journal.file.set_len(whole).map_err(Error::io(path))?;
+        journal.file.seek(SeekFrom::Start(whole)).map_err(Error::io(path))?;
         if whole == 0 {
             journal.write(&[header])?;
         }

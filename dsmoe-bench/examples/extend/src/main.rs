@@ -1,4 +1,4 @@
-//! The `dsmoe` command with one method, one type of FFN and one file format more.
+//! The `dsmoe` command with one method, one type of FFN, one file format and one benchmark more.
 #![forbid(unsafe_code)]
 
 mod narrow;
@@ -6,5 +6,10 @@ mod scaled;
 mod subtitles;
 
 fn main() -> std::process::ExitCode {
-    dsmoe_bench::Cli::new().method(&narrow::NARROW).ffn(&scaled::READER).corpus(&subtitles::SUBTITLES).run()
+    dsmoe_bench::Cli::new()
+        .method(&narrow::NARROW)
+        .ffn(&scaled::READER)
+        .corpus(&subtitles::SUBTITLES)
+        .task(include_str!("capitals.toml"))
+        .run()
 }

@@ -98,6 +98,31 @@ fn what_is_added_works_in_every_command() {
     fails(dir, "export run --as dense --out flat", &["ffn.type is \"scaled\", which has no dense form"]);
     fails(dir, "export run --as gguf --out flat", &["scaled"]);
 
+    // The benchmark, whose answers depend on the model, and the same one by a file with another name.
+    let row = |country: &str, city: &str, others: [&str; 2]| {
+        format!("{{\"country\": \"{country}\", \"capital\": \"{city}\", \"others\": {others:?}}}\n")
+    };
+    let rows = row("Peru", "Lima", ["Paris", "Accra"]) + &row("Ghana", "Accra", ["Lima", "Paris"]);
+    fs::write(dir.join("rows.jsonl"), rows).expect("a file");
+    let scored = json_of(dir, "eval run --tasks capitals --task-file capitals=rows.jsonl");
+    assert_eq!(scored["n-samples"]["capitals"]["effective"], 2, "{scored}");
+    let own = include_str!("../src/capitals.toml").replace("\"capitals\"", "\"cities\"")
+        + "files = [\"rows.jsonl\"]\n";
+    fs::write(dir.join("cities.toml"), &own).expect("a file");
+    let same = json_of(dir, "eval run --task cities.toml");
+    for metric in ["acc,none", "acc_norm,none"] {
+        let of = |scored: &Value, task: &str| scored["results"][task][metric].as_f64().expect("a number");
+        assert_eq!(of(&same, "cities"), of(&scored, "capitals"), "{metric}");
+    }
+    fs::write(dir.join("taken.toml"), own.replace("cities", "capitals")).expect("a file");
+    fails(
+        dir,
+        "eval run --task taken.toml",
+        &["the task \"capitals\" is registered twice; give one of the two"],
+    );
+    fs::write(dir.join("wrong.toml"), own.replace("prompt", "promt")).expect("a file");
+    fails(dir, "eval run --task wrong.toml", &["wrong.toml: line 5: unknown field `promt`"]);
+
     // A program that does not register the type names what is missing.
     let other = dir.join("copy/config.json");
     fs::write(&other, config.replace("\"scaled\"", "\"shifted\"")).expect("a file");

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_core::config::{Config, MoeConfig};
-use dsmoe_datasets::tasks::{Loaded, Options, Request, TASKS, Task, TaskFiles};
+use dsmoe_datasets::tasks::{Loaded, Options, Request, Task, TaskFiles, tasks};
 use dsmoe_datasets::world::{ITEMS, Probe, World};
 use dsmoe_datasets::{Bos, Tokenizer};
 use dsmoe_kernels::Isa;
@@ -18,7 +18,7 @@ use dsmoe_train::tasks::{Journal, Responder, model_sha256};
 use super::results::{LeftOut, TaskResult, TaskResults};
 use crate::cli::eval::{Eval, TaskFile};
 use crate::format;
-use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts_of};
+use crate::interrupts::{INTERRUPTED, catch_interrupts_for, stop_of};
 use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::processes::check_alike;
 use crate::progress::{Progress, Unit};
@@ -43,7 +43,7 @@ pub(super) fn run(args: &Eval, comm: &dyn Communicator, ui: &mut Ui) -> Result<E
     let (loaded, left_out) = load(args, ui)?;
     check_alike(comm, args, &args.model, &[])?;
     if args.out.is_some() {
-        catch_interrupts_of(comm.rank() == 0)?;
+        catch_interrupts_for(ui, comm.rank() == 0)?;
     }
     // The first process writes.
     let out = args.out.as_ref().filter(|_| comm.rank() == 0);
@@ -141,7 +141,7 @@ fn load(args: &Eval, ui: &Ui) -> Result<(Vec<Loaded>, Vec<LeftOut>)> {
         if loaded.iter().any(|other| other.name() == task.name) {
             continue;
         }
-        if source.folder.is_none() && !source.files.contains_key(task.name) {
+        if source.folder.is_none() && !source.files.contains_key(task.name) && !task.has_files() {
             bail!("task {0}: no files; give --task-data FOLDER or --task-file {0}=FILE", task.name);
         }
         loaded.push(Loaded::load(task, &source, &options)?);
@@ -156,7 +156,7 @@ fn load(args: &Eval, ui: &Ui) -> Result<(Vec<Loaded>, Vec<LeftOut>)> {
 fn all(args: &Eval, source: &TaskFiles, left_out: &mut Vec<LeftOut>) -> Result<Vec<&'static Task>> {
     let mut found = Vec::new();
     let mut taken: Vec<(&str, Vec<PathBuf>)> = Vec::new();
-    for task in &TASKS {
+    for task in tasks() {
         let Some(files) = source.files_of(task)? else {
             left_out.push(LeftOut {
                 task: task.name,
@@ -178,7 +178,7 @@ fn all(args: &Eval, source: &TaskFiles, left_out: &mut Vec<LeftOut>) -> Result<V
                 is_same: false,
             });
         } else {
-            found.push(Task::named(task.name)?);
+            found.push(task);
             taken.push((task.name, files));
         }
     }
@@ -259,7 +259,7 @@ impl Runner<'_> {
         let started = Instant::now();
         let documents: Vec<&[Request]> = loaded.documents().iter().map(|d| &d.requests[..]).collect();
         let responder = Responder::new(self.model, self.tokenizer, self.bos, self.args.profile)
-            .stop_at(&STOP)
+            .stop_at(stop_of(ui))
             .on(self.comm);
         let answers = Progress::during(ui, loaded.name(), Unit::Documents, |show| {
             responder.answer(&documents, journal, &mut |done, total| show(done as u64, total as u64))

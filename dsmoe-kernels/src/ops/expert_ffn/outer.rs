@@ -263,11 +263,11 @@ impl Step for OneToken {
 impl Step for TwoTokens {
     const TOKENS: usize = 2;
     #[inline(always)]
-    fn columns<S: Product>(s: S, strip: &[f32], tokens: &[u32], _first: usize) -> [S::V; 2] {
+    fn columns<S: Product>(s: S, strip: &[f32], tokens: &[u32], first: usize) -> [S::V; 2] {
         // Where there is no second token, the neurons' second values are 0.
         let even = row_of(strip, tokens[0], PANEL / 2);
         let odd = if tokens.len() > 1 { row_of(strip, tokens[1], PANEL / 2) } else { even };
-        s.pairs_of_rows(even, odd)
+        s.pairs_of_rows(&even[first / 2..], &odd[first / 2..])
     }
     #[inline(always)]
     fn add<S: Product>(s: S, acc: S::V, neuron: f32, columns: S::V) -> S::V {

@@ -296,7 +296,9 @@ fn problems() -> Vec<Problem> {
     let plain = shapes.into_iter().chain(small.clone());
     let plain = plain.flat_map(|d| patterns.map(|active| Problem::new(d, active)));
     let varied = shapes.into_iter().chain(small).map(|d| Problem::new(d, patterns[3]).varied());
-    plain.chain(varied).chain(problems_with_a_core()).collect()
+    // An emulator runs every n-th of them.
+    let step = std::env::var("DSMOE_TEST_STEP").map_or(1, |step| step.parse().expect("a number of problems"));
+    plain.chain(varied).chain(problems_with_a_core()).step_by(step).collect()
 }
 
 /// The core has one expert, some, or all of them.

@@ -146,11 +146,11 @@ impl<const R: usize, const P: usize> Pass<R, P> for F32s<'_, P> {
                     columns[p][v] = s.load(&b[p][k][at[v]..]);
                 }
             }
-            for r in 0..R {
-                let x = s.splat(a[r]);
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let x = s.splat_of(a, r);
                 for p in 0..P {
                     for v in 0..2 {
-                        acc[r][p][v] = s.fma(x, columns[p][v], acc[r][p][v]);
+                        acc[p][v] = s.fma(x, columns[p][v], acc[p][v]);
                     }
                 }
             }
@@ -180,12 +180,12 @@ impl<const R: usize, const P: usize> Pass<R, P> for Widened<'_, P> {
                     columns[p][v] = s.widen(&b[p][k][at[v]..]);
                 }
             }
-            for r in 0..R {
-                let (x, y) = (s.splat(even[r]), s.splat(odd[r]));
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let (x, y) = (s.splat_of(even, r), s.splat_of(odd, r));
                 for p in 0..P {
                     for v in 0..2 {
-                        acc[r][p][v] = s.fma(x, columns[p][v].0, acc[r][p][v]);
-                        acc[r][p][v] = s.fma(y, columns[p][v].1, acc[r][p][v]);
+                        acc[p][v] = s.fma(x, columns[p][v].0, acc[p][v]);
+                        acc[p][v] = s.fma(y, columns[p][v].1, acc[p][v]);
                     }
                 }
             }

@@ -1,33 +1,26 @@
-//! Tasks that ask how likely whole documents are.
+//! What the harness's tasks do to texts before they ask about them.
 
 use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::choice::HELLASWAG;
-use super::metrics::Metric;
-use super::profile::Profile;
-use super::row::Row;
-use super::task::{Ask, Item, Rules, Split, Task};
-use super::text::is_space;
-use crate::error::Result;
+use super::text::{is_space, strip};
 
-/// WikiText-2 by whole articles, with its cut-up punctuation put together.
-pub(crate) const WIKITEXT: Task = Task {
-    name: "wikitext",
-    folders: &["wikitext", "wikitext_document_level", "wikitext2"],
-    subset: "wikitext-2-raw-v1",
-    split: Split::Test,
-    version: 2.0,
-    read: wikitext,
-    rules: |_| Rules::of(&[Metric::WordPerplexity, Metric::BytePerplexity, Metric::BitsPerByte]),
-    ..HELLASWAG
-};
+/// Returns the whole sentences of a context, and the beginning of a sentence behind them.
+pub(crate) fn divide(ctx: &str) -> (&str, &str) {
+    static WHOLE: LazyLock<Regex> = LazyLock::new(|| Regex::new(r#"[.!?]["')\]]*\s*$"#).expect("a constant"));
+    match ctx.rfind(". ") {
+        _ if WHOLE.is_match(ctx) => (ctx, ""),
+        Some(at) => (&ctx[..=at], &ctx[at + 2..]),
+        None => ("", ctx),
+    }
+}
 
-fn wikitext(row: &Row, _: Profile) -> Result<Item> {
-    let page = row.filled(&["page"])?;
-    let ask = Ask::Rolling { words: count_words(page), bytes: page.len() };
-    Ok(Item { prompt: detokenized(page), shown: None, ask })
+/// Takes out what is left of the markup of WikiHow.
+pub(crate) fn without_markup(text: &str) -> String {
+    static TAG: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\[.*?\]").expect("a constant"));
+    let text = strip(text).replace(" [title]", ". ");
+    TAG.replace_all(&text, "").replace("  ", " ")
 }
 
 /// Pieces of `text` between runs of white space, those at the ends too.
@@ -42,7 +35,7 @@ pub fn count_words(text: &str) -> usize {
 }
 
 /// Undoes WikiText's separation of words and punctuation, step by step as the harness does.
-fn detokenized(page: &str) -> String {
+pub(crate) fn detokenized(page: &str) -> String {
     const FIRST: [(&str, &str); 9] = [
         (" @-@ ", "-"),
         (" @,@ ", ","),
@@ -83,9 +76,29 @@ fn detokenized(page: &str) -> String {
     LAST.iter().fold(text, replace)
 }
 
+/// Sorts the answers and leaves out those that begin with the one kept before: a text with them has that one too.
+pub(crate) fn without_longer(mut answers: Vec<String>) -> Vec<String> {
+    answers.sort_unstable();
+    answers.dedup_by(|answer, kept| answer.starts_with(kept.as_str()));
+    answers
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn markup_goes_as_in_the_harness() {
+        assert_eq!(without_markup(" [header] How to [title] Go. [step] Run.  \n"), " How to. Go. Run.");
+        assert_eq!(without_markup("a   b [x\ny] c"), "a  b [x\ny] c");
+    }
+
+    #[test]
+    fn a_context_is_divided_before_its_last_sentence() {
+        assert_eq!(divide("A man sits. He is on a roof. he"), ("A man sits. He is on a roof.", "he"));
+        assert_eq!(divide("How to win. Take the \"cup.\""), ("How to win. Take the \"cup.\"", ""));
+        assert_eq!(divide("a man"), ("", "a man"));
+    }
 
     #[test]
     fn words_are_what_python_splits() {
@@ -103,5 +116,12 @@ mod tests {
             detokenized(page),
             " = Robert =\nHe was a guest-star in 1,000 plays (as \"Craig\"), 5\u{b0}C.\n"
         );
+    }
+
+    #[test]
+    fn an_answer_that_begins_with_a_kept_one_is_left_out() {
+        let answers =
+            ["New York City", "Boston", "New York", "Boston", "new york"].map(str::to_owned).to_vec();
+        assert_eq!(without_longer(answers), ["Boston", "New York", "new york"]);
     }
 }
