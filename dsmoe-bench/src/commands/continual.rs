@@ -105,7 +105,7 @@ pub(crate) fn run(args: &Continual, ui: &mut Ui) -> Result<ExitCode> {
     let (configs, method) = continual::check(&config, &tasks, &wanted.train, &wanted.method)?;
     let plan = plan(args, &config, &wanted, (&configs[0], method));
     memory::check("continual learning", plan.memory_bytes, memory::total(), "use a smaller model or batch")?;
-    let Some(out) = args.out.as_deref().filter(|_| !args.dry_run) else {
+    let Some(out) = args.work.out() else {
         ui.result(&plan, show_plan)?;
         return Ok(ExitCode::SUCCESS);
     };
@@ -118,7 +118,7 @@ pub(crate) fn run(args: &Continual, ui: &mut Ui) -> Result<ExitCode> {
     let options = ContinualOptions {
         model: args.model.clone(),
         out: out.to_path_buf(),
-        resume: args.resume,
+        resume: args.work.resume,
         train: wanted.train,
         method: wanted.method,
     };

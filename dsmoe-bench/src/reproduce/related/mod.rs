@@ -44,7 +44,8 @@ use crate::ui::Ui;
 use definition::Definition;
 use experiment::{Experiment, Value};
 use lab::Lab;
-use outcome::{Found, Outcome, Setup};
+pub(crate) use outcome::Outcome;
+use outcome::{Found, Setup};
 use plan::{Row, count};
 
 /// All experiments.
