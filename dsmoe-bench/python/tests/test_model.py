@@ -3,9 +3,12 @@
 import gc
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
+from pathlib import Path
 
 import dsmoe
 import numpy as np
@@ -73,6 +76,21 @@ def test_states_and_routes(model, dense, ids):
     assert routing.active[:, :-1].mean((1, 2)) == pytest.approx(share)
     with pytest.raises(ValueError, match="no experts"):
         dsmoe.load(dense).routing(ids)
+
+
+def test_the_example_shows_the_numbers_of_the_command(command, sparse, model):
+    prompt = "In the north a fisher lives by the sea."
+    example = Path(__file__).parents[1] / "examples/active_experts.py"
+    done = subprocess.run([sys.executable, example, sparse, "--prompt", prompt], capture_output=True, text=True, check=True)
+    # The prompt alone is run: the one new token is not.
+    status, theirs = command("generate", sparse, "--prompt", prompt, "--max-tokens", 1)
+    assert status == 0 and f"active share {theirs['active_ratio']:.6f}\n" in done.stdout
+    for layer, share in enumerate(theirs["active_ratio_per_layer"]):
+        assert f"layer {layer:3}  {8 * share:6.2f} of 8  " in done.stdout
+    summary = model.routing(model.encode(prompt)).summary
+    assert [summary[name] for name in ("active_ratio", "active_ratio_per_layer")] == [
+        theirs[name] for name in ("active_ratio", "active_ratio_per_layer")
+    ]
 
 
 def test_arrays_are_rust_s_memory_and_outlive_the_model(sparse, ids):
