@@ -50,6 +50,10 @@ deny:
 package:
     cargo package --workspace --locked
 
+# The wheel of the Python package, and its tests.
+python:
+    cargo build --locked && scripts/check-python --dsmoe target/debug/dsmoe
+
 # A fuzz target for a minute (nightly, cargo-fuzz); `cargo fuzz list` has the names.
 fuzz TARGET SECONDS="60":
     cargo +nightly fuzz run {{TARGET}} -- -max_total_time={{SECONDS}}

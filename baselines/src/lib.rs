@@ -23,6 +23,7 @@ pub mod plan;
 mod random_k;
 mod registry;
 mod regressor;
+mod rewrite;
 mod settings;
 pub mod sparse;
 mod surgery;

@@ -96,7 +96,7 @@ impl Cli {
             Ok(cli) => cli,
             Err(error) => return ui::usage(&error, args.iter().any(|arg| arg == "--json"), color),
         };
-        let mut ui = Ui { json: cli.json, quiet: cli.quiet, muted: false, color: cli.color };
+        let mut ui = Ui { json: cli.json, quiet: cli.quiet, muted: false, color: cli.color, call: None };
         match self.register().and_then(|()| commands::run(cli, &mut ui)) {
             Ok(code) => code,
             Err(error) => ui.fail(&error),

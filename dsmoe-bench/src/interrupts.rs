@@ -6,13 +6,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::ui::stderr_line;
+use crate::ui::{Ui, stderr_line};
 
 /// The exit status that a shell reports for a program ended by Ctrl-C.
 pub(crate) const INTERRUPTED: u8 = 130;
 
 /// Is raised by Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 after [`catch_interrupts`] was called.
 pub(crate) static STOP: AtomicBool = AtomicBool::new(false);
+
+/// Returns what asks the work of a command to stop: [`STOP`], or the flag of the program that runs it.
+pub(crate) fn stop_of(ui: &Ui) -> &AtomicBool {
+    ui.call.as_ref().map_or(&STOP, |call| call.caller.stop())
+}
 
 /// Time in which work that does not look at [`STOP`] may come to its end.
 const PATIENCE: Duration = Duration::from_millis(1500);
@@ -82,12 +87,12 @@ pub(crate) fn interrupted() -> bool {
 
 /// Makes the first Ctrl-C, SIGTERM or SIGHUP raise [`STOP`], and the second end the process. SIGUSR1 raises it, however often.
 pub(crate) fn catch_interrupts() -> Result<()> {
-    catch_interrupts_of(true)
+    listen(true).context("cannot listen for signals")
 }
 
-/// Does as [`catch_interrupts`], without a line on stderr unless `tells`.
-pub(crate) fn catch_interrupts_of(tells: bool) -> Result<()> {
-    listen(tells).context("cannot listen for signals")
+/// Does as [`catch_interrupts`], without a line on stderr unless `tells`. A program that runs the command has its own signals.
+pub(crate) fn catch_interrupts_for(ui: &Ui, tells: bool) -> Result<()> {
+    if ui.call.is_some() { Ok(()) } else { listen(tells).context("cannot listen for signals") }
 }
 
 /// Stops the work, or ends the process if it has been asked to stop before.

@@ -2,16 +2,21 @@
 #![forbid(unsafe_code)]
 
 mod calibration;
+mod caller;
 mod cli;
 mod commands;
+mod continuation;
+pub mod embed;
 mod estimate;
 mod evaluation;
 mod extension;
+mod failure;
 mod files;
 mod format;
 mod gpu;
 mod hub;
 mod interrupts;
+mod loaded;
 mod machine;
 mod memory;
 mod models;

@@ -60,9 +60,9 @@ fn name(comm: &dyn Communicator) -> String {
 }
 
 /// Returns the output of this process: the first one prints results and notes.
-pub(crate) fn ui_of(comm: &dyn Communicator, ui: Ui) -> Ui {
+pub(crate) fn ui_of(comm: &dyn Communicator, ui: &Ui) -> Ui {
     let other = comm.rank() > 0;
-    Ui { quiet: ui.quiet || other, muted: other, ..ui }
+    Ui { quiet: ui.quiet || other, muted: other, ..ui.clone() }
 }
 
 /// Returns the worker threads of this process, unless `asked` says: the cores of its machine are divided.
@@ -123,7 +123,7 @@ pub(crate) fn ended(comm: &dyn Communicator, outcome: Result<ExitCode>, ui: &Ui)
         // The process that has the error ends this one.
         Some(CommError::Reported { .. }) => std::thread::sleep(TO_BE_ENDED),
         // Such a message names the rank.
-        Some(_) => drop(Ui { muted: false, ..*ui }.fail(&error)),
+        Some(_) => drop(Ui { muted: false, ..ui.clone() }.fail(&error)),
         None => {
             if comm.rank() > 0 {
                 // An error that all have is that of the first process, which ends this one.
@@ -131,7 +131,7 @@ pub(crate) fn ended(comm: &dyn Communicator, outcome: Result<ExitCode>, ui: &Ui)
             }
             let named: Result<()> = Err(error).with_context(|| name(comm));
             if let Err(error) = named {
-                Ui { muted: false, ..*ui }.fail(&error);
+                Ui { muted: false, ..ui.clone() }.fail(&error);
             }
         }
     }
@@ -225,9 +225,9 @@ mod tests {
 
     #[test]
     fn the_first_process_prints_and_cores_are_divided() {
-        let ui = Ui { json: true, quiet: false, muted: false, color: clap::ColorChoice::Never };
+        let ui = Ui { json: true, quiet: false, muted: false, color: clap::ColorChoice::Never, call: None };
         let printing = comm::threads::on_threads(2, |comm| {
-            let ui = ui_of(comm, ui);
+            let ui = ui_of(comm, &ui);
             (ui.quiet, ui.muted, threads_of(comm, Some(3)), threads_of(comm, None))
         });
         let each = std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).max(1));

@@ -1,10 +1,12 @@
 //! Progress of long work on stderr: a bar on a terminal, otherwise a line every few seconds.
 
 use std::io::{IsTerminal, stderr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::caller::Call;
 use crate::format;
 use crate::ui::{Ui, stderr_line};
 
@@ -44,7 +46,14 @@ impl Unit {
 enum Sink {
     Silent,
     Bar(ProgressBar),
-    Lines { last: Instant },
+    Lines {
+        last: Instant,
+    },
+    /// A program that runs the command; `ends` tells whether work ends here if it is to stop.
+    Call {
+        call: Arc<Call>,
+        ends: bool,
+    },
 }
 
 /// The progress of one piece of work with a known end.
@@ -64,7 +73,9 @@ impl Progress {
     /// Starts to show `what`, unless `--quiet` is set.
     pub(crate) fn new(ui: &Ui, what: impl Into<String>, unit: Unit, total: u64) -> Progress {
         let what = what.into();
-        let sink = if ui.quiet {
+        let sink = if let Some(call) = &ui.call {
+            Sink::Call { call: call.clone(), ends: true }
+        } else if ui.quiet {
             Sink::Silent
         } else if stderr().is_terminal() {
             let style = ProgressStyle::with_template("{prefix} [{bar:24}] {msg}")
@@ -78,6 +89,13 @@ impl Progress {
         Progress { what, unit, total, started: None, line_every: 1, sink }
     }
 
+    /// States that the work looks at the flag that stops it, and saves what it has done.
+    pub(crate) fn polled(&mut self) {
+        if let Sink::Call { ends, .. } = &mut self.sink {
+            *ends = false;
+        }
+    }
+
     /// Restricts plain lines to multiples of `every`.
     pub(crate) fn line_every(&mut self, every: u64) {
         self.line_every = every;
@@ -85,8 +103,10 @@ impl Progress {
 
     /// Shows that `done` of `total` are done, followed by `detail`.
     pub(crate) fn set(&mut self, done: u64, total: u64, detail: &str) {
-        if matches!(self.sink, Sink::Silent) {
-            return;
+        match &self.sink {
+            Sink::Silent | Sink::Call { ends: false, .. } => return,
+            Sink::Call { call, .. } => return call.stop_here(),
+            Sink::Bar(_) | Sink::Lines { .. } => {}
         }
         self.total = total;
         let (started, first) = *self.started.get_or_insert_with(|| (Instant::now(), done));
@@ -105,7 +125,7 @@ impl Progress {
             line
         };
         match &mut self.sink {
-            Sink::Silent => {}
+            Sink::Silent | Sink::Call { .. } => {}
             Sink::Bar(bar) => {
                 bar.set_length(total);
                 bar.set_message(status());
@@ -136,6 +156,7 @@ impl Progress {
     pub(crate) fn note(&self, line: &str) {
         match &self.sink {
             Sink::Silent => {}
+            Sink::Call { call, .. } => call.caller.note(line),
             Sink::Bar(bar) => bar.suspend(|| stderr_line(line)),
             Sink::Lines { .. } => stderr_line(line),
         }

@@ -1,6 +1,7 @@
 //! A training run with its progress, and the memory that it takes.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Result;
 use dsmoe_core::Device;
@@ -18,10 +19,11 @@ use dsmoe_train::metrics::StepRecord;
 use dsmoe_train::run::{Observer, Outcome, Trainer};
 use serde::Serialize;
 
+use crate::caller::Call;
 use crate::evaluation::domain_table;
 use crate::files::lossy;
 use crate::format;
-use crate::interrupts::STOP;
+use crate::interrupts::stop_of;
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
@@ -106,8 +108,9 @@ pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> R
     ));
     let mut progress = Progress::new(ui, what, Unit::Steps, steps);
     progress.line_every(config.log_every);
-    let mut view = View { progress, steps, last: None, eval: None, saved: None };
-    let outcome = trainer.run(&mut view, &STOP);
+    progress.polled();
+    let mut view = View { progress, steps, call: ui.call.clone(), last: None, eval: None, saved: None };
+    let outcome = trainer.run(&mut view, stop_of(ui));
     let View { progress, last, eval, saved, .. } = view;
     progress.finish();
     let finished = outcome? == Outcome::Finished;
@@ -236,6 +239,7 @@ pub(crate) fn show_summary(summary: &TrainSummary) -> String {
 struct View {
     progress: Progress,
     steps: u64,
+    call: Option<Arc<Call>>,
     last: Option<StepRecord>,
     eval: Option<EvalReport>,
     saved: Option<PathBuf>,
@@ -249,6 +253,9 @@ impl Observer for View {
         }
         detail += &format!("  {} tokens/s", format::count(record.tokens_per_s as u64));
         self.progress.set(record.step, self.steps, &detail);
+        if let Some(call) = &self.call {
+            call.caller.step(record);
+        }
         self.last = Some(record.clone());
     }
 

@@ -3,11 +3,13 @@
 use std::fmt::{Display, Write as _};
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Result;
 use clap::ColorChoice;
 use serde::Serialize;
 
+use crate::caller::Call;
 use crate::remedies::worded;
 
 /// The error of a stdout that its reader closed, which is not a failure of the command.
@@ -16,16 +18,23 @@ use crate::remedies::worded;
 struct ClosedPipe;
 
 /// The output of a command.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Ui {
     pub(crate) json: bool,
     pub(crate) quiet: bool,
     /// True where another process prints the results.
     pub(crate) muted: bool,
     pub(crate) color: ColorChoice,
+    /// The program that runs the command in its own process; none for a terminal.
+    pub(crate) call: Option<Arc<Call>>,
 }
 
 impl Ui {
+    /// Makes the output for a program that runs commands.
+    pub(crate) fn of_call(call: Arc<Call>) -> Ui {
+        Ui { json: true, quiet: false, muted: false, color: ColorChoice::Never, call: Some(call) }
+    }
+
     /// Writes text to stdout unchanged, and flushes it.
     pub(crate) fn text(&mut self, text: &str) -> Result<()> {
         if self.muted {
@@ -41,6 +50,10 @@ impl Ui {
 
     /// Prints the result of a command: an object on one line with `--json`, otherwise the text that `human` returns.
     pub(crate) fn result<T: Serialize>(&mut self, value: &T, human: impl FnOnce(&T) -> String) -> Result<()> {
+        if let Some(call) = &self.call {
+            call.set_result(serde_json::to_string(value)?);
+            return Ok(());
+        }
         let mut text = if self.json { serde_json::to_string(value)? } else { human(value) };
         if !text.ends_with('\n') {
             text.push('\n');
@@ -50,8 +63,10 @@ impl Ui {
 
     /// Prints a line on stderr, unless `--quiet` is set.
     pub(crate) fn note(&self, line: impl Display) {
-        if !self.quiet {
-            stderr_line(line);
+        match &self.call {
+            Some(call) => call.caller.note(&line.to_string()),
+            None if self.quiet => {}
+            None => stderr_line(line),
         }
     }
 
@@ -86,13 +101,24 @@ pub(crate) fn usage(error: &clap::Error, json: bool, color: ColorChoice) -> Exit
     };
     stderr_line(format_args!("{}{}", error_word(color), rest.trim_end()));
     if json {
-        let is_message = |line: &&str| !line.trim_start().starts_with("Usage:");
-        let lines = rest.lines().take_while(is_message).map(str::trim).filter(|line| !line.is_empty());
-        let message = lines.collect::<Vec<_>>().join(" ");
-        let mut ui = Ui { json, quiet: false, muted: false, color };
+        let message = usage_message(rest);
+        let mut ui = Ui { json, quiet: false, muted: false, color, call: None };
         let _ = ui.text(&format!("{}\n", serde_json::json!({ "error": message, "wrong_usage": true })));
     }
     ExitCode::from(WRONG_USAGE)
+}
+
+/// Returns what is wrong with a command line in one line, of the text of an error behind its first word.
+fn usage_message(rest: &str) -> String {
+    let is_message = |line: &&str| !line.trim_start().starts_with("Usage:");
+    let lines = rest.lines().take_while(is_message).map(str::trim).filter(|line| !line.is_empty());
+    lines.collect::<Vec<_>>().join(" ")
+}
+
+/// Returns what is wrong with a command line in one line, as the command says it with `--json`.
+pub(crate) fn wrong_usage(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    usage_message(text.strip_prefix("error:").unwrap_or(&text))
 }
 
 /// The exit status of wrong usage.
@@ -114,7 +140,7 @@ pub(crate) fn stderr_line(line: impl Display) {
 }
 
 /// Joins the chain of causes by `: `, without a cause that its outer error contains.
-fn one_line(error: &anyhow::Error) -> String {
+pub(crate) fn one_line(error: &anyhow::Error) -> String {
     let mut message = String::new();
     for cause in error.chain() {
         let (plain, cause) = (cause.to_string(), worded(cause));

@@ -120,7 +120,7 @@ fn run(
     let mut workspace = Workspace::default();
     let mut cache = Cache::new(model, room);
     let mut stats = model.new_stats();
-    let mut sampler = Sampler::new(options, model.config().vocab_size);
+    let mut sampler = Sampler::new(options, model.config().vocab_size)?;
     let mut text = Vec::with_capacity(room);
     text.extend_from_slice(prompt);
     let mut finish = Finish::MaxTokens;
@@ -171,9 +171,13 @@ fn run(
     })
 }
 
-/// Chooses tokens by their logits.
-struct Sampler<'a> {
-    options: &'a GenerateOptions,
+/// Chooses the tokens of one text by their logits, in the way [`generate`] does: for programs that decode several texts side by
+/// side with [`Inference::decode_each`].
+#[derive(Debug)]
+pub struct Sampler {
+    temperature: f32,
+    top_k: usize,
+    top_p: f32,
     rng: Rng,
     candidates: Vec<(u32, f32)>,
 }
@@ -183,15 +187,30 @@ fn likely_first(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
     b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
-impl Sampler<'_> {
-    fn new(options: &GenerateOptions, vocab: usize) -> Sampler<'_> {
-        let candidates = Vec::with_capacity(if options.temperature == 0.0 { 0 } else { vocab });
-        Sampler { options, rng: Rng::new(options.seed, 0x9e), candidates }
+impl Sampler {
+    /// Makes the sampler of a text over `vocab` tokens.
+    ///
+    /// # Errors
+    /// Options out of range.
+    ///
+    /// ```
+    /// use dsmoe_core::generate::{GenerateOptions, Sampler};
+    ///
+    /// let mut greedy = Sampler::new(&GenerateOptions::default(), 3)?;
+    /// assert_eq!(greedy.choose(&[0.1, 2.0, 0.3]), 1);
+    /// assert!(Sampler::new(&GenerateOptions { top_p: 2.0, ..Default::default() }, 3).is_err());
+    /// # Ok::<(), dsmoe_core::Error>(())
+    /// ```
+    pub fn new(options: &GenerateOptions, vocab: usize) -> Result<Sampler> {
+        options.check()?;
+        let &GenerateOptions { temperature, top_k, top_p, seed, .. } = options;
+        let candidates = Vec::with_capacity(if temperature == 0.0 { 0 } else { vocab });
+        Ok(Sampler { temperature, top_k, top_p, rng: Rng::new(seed, 0x9e), candidates })
     }
 
     /// Returns the next token. Of tokens with equal logits, top-k and top-p prefer the lower id.
-    fn choose(&mut self, logits: &[f32]) -> u32 {
-        let GenerateOptions { temperature, top_k, top_p, .. } = *self.options;
+    pub fn choose(&mut self, logits: &[f32]) -> u32 {
+        let Sampler { temperature, top_k, top_p, .. } = *self;
         let best = argmax(logits);
         if temperature == 0.0 || top_k == 1 {
             return best;
@@ -261,7 +280,7 @@ mod tests {
 
     fn counts(options: &GenerateOptions, logits: &[f32]) -> Vec<usize> {
         let options = GenerateOptions { seed: 3, ..options.clone() };
-        let mut sampler = Sampler::new(&options, 0);
+        let mut sampler = Sampler::new(&options, 0).unwrap();
         let mut counts = vec![0; logits.len()];
         for _ in 0..20_000 {
             counts[sampler.choose(logits) as usize] += 1;
@@ -272,7 +291,7 @@ mod tests {
     #[test]
     fn greedy_takes_the_first_of_the_largest() {
         let options = GenerateOptions::default();
-        assert_eq!(Sampler::new(&options, 4).choose(&[1.0, 3.0, 3.0, -1.0]), 1);
+        assert_eq!(Sampler::new(&options, 4).unwrap().choose(&[1.0, 3.0, 3.0, -1.0]), 1);
     }
 
     #[test]

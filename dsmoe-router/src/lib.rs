@@ -31,5 +31,5 @@ pub use gate::{Routed, route};
 pub use init::{RouterInit, RouterValues, router_weights};
 pub use routing::Routing;
 pub use sparsity::{Pull, SparsityGrad, SparsityOver};
-pub use stats::{RoutingStats, RoutingSummary};
+pub use stats::{RoutingStats, RoutingSummary, TokenRoutes};
 pub use thresholds::{Knot, ThresholdController};

@@ -19,6 +19,37 @@ pub struct RoutingStats {
     coefficients: Option<Vec<Vec<f64>>>,
     #[serde(skip)]
     logits: Option<LogitCounts>,
+    #[serde(skip)]
+    routes: Option<Vec<TokenRoutes>>,
+}
+
+/// The experts of single tokens in one layer, in the order in which the tokens were added.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenRoutes {
+    /// `[T, n]`: whether a token runs an expert.
+    pub active: Vec<bool>,
+    /// `[T, n]`: what the expert's output is multiplied by; 0 where it does not run.
+    pub coefficients: Vec<f32>,
+}
+
+impl TokenRoutes {
+    fn add_behind_core(&mut self, core: usize, routing: &Routing) {
+        let (n, first) = (core + routing.num_experts, self.active.len());
+        let end = first + routing.num_tokens * n;
+        self.active.resize(end, false);
+        self.coefficients.resize(end, 0.0);
+        for row in (first..end).step_by(n.max(1)) {
+            self.active[row..row + core].fill(true);
+            self.coefficients[row..row + core].fill(1.0);
+        }
+        for (expert, slots) in routing.offsets.windows(2).enumerate() {
+            for slot in slots[0]..slots[1] {
+                let at = first + routing.tokens[slot] as usize * n + core + expert;
+                self.active[at] = true;
+                self.coefficients[at] = routing.coefficients[slot];
+            }
+        }
+    }
 }
 
 /// Active experts of single tokens.
@@ -72,7 +103,7 @@ impl RoutingStats {
         let layer = |n| LayerStats { load: vec![0; n], histogram: vec![0; n + 1] };
         let layers: Vec<LayerStats> = experts.into_iter().map(layer).collect();
         let num_experts = layers.iter().map(|layer| layer.load.len()).max().unwrap_or(0);
-        RoutingStats { num_experts, layers, trace: None, coefficients: None, logits: None }
+        RoutingStats { num_experts, layers, trace: None, coefficients: None, logits: None, routes: None }
     }
 
     /// Makes it keep the active experts of every token too. Batches must then come layer by layer from the first, as a
@@ -95,6 +126,19 @@ impl RoutingStats {
     pub fn with_logits(mut self) -> RoutingStats {
         self.logits = Some(LogitCounts::new(self.layers.len()));
         self
+    }
+
+    /// Makes it keep which experts every token runs in every layer, too.
+    #[must_use]
+    pub fn with_routes(mut self) -> RoutingStats {
+        self.routes = Some(vec![TokenRoutes::default(); self.layers.len()]);
+        self
+    }
+
+    /// Returns the experts of every token, one entry for each layer; none unless [`RoutingStats::with_routes`]. Tokens that were
+    /// counted elsewhere ([`RoutingStats::add_counts`], [`RoutingStats::merge`]) are not among them.
+    pub fn routes(&self) -> Option<&[TokenRoutes]> {
+        self.routes.as_deref()
     }
 
     /// Returns the counted logits; none unless [`RoutingStats::with_logits`].
@@ -171,6 +215,9 @@ impl RoutingStats {
                 let of_expert = &routing.coefficients[slots[0]..slots[1]];
                 *sum += of_expert.iter().map(|&coefficient| f64::from(coefficient)).sum::<f64>();
             }
+        }
+        if let Some(routes) = &mut self.routes {
+            routes[layer].add_behind_core(core, routing);
         }
         let layer = &mut self.layers[layer];
         let counts = std::iter::repeat_n(tokens, core).chain(routing.counts());
@@ -288,6 +335,9 @@ impl RoutingStats {
         if let Some(counts) = &mut self.logits {
             counts.clear();
         }
+        if let Some(routes) = &mut self.routes {
+            routes.fill(TokenRoutes::default());
+        }
         for layer in &mut self.layers {
             layer.load.fill(0);
             layer.histogram.fill(0);
@@ -401,6 +451,27 @@ mod tests {
         added.add_all(&stats.counts().collect::<Vec<_>>());
         assert_eq!(added.summary(), summary);
         assert!(added.is_like(&stats) && !added.is_like(&RoutingStats::new(2, 3)));
+    }
+
+    #[test]
+    fn routes_of_tokens_by_hand() {
+        let mut stats = RoutingStats::new(2, 3).with_routes();
+        let half =
+            |mask: ndarray::Array2<bool>| Routing::from_mask(mask.view(), |_, expert| 0.5 + expert as f32);
+        stats.add_behind_core(0, 1, &half(array![[true, false], [false, false]]));
+        stats.add(1, &half(array![[false, false, true], [true, true, false]]));
+        stats.add_behind_core(0, 1, &half(array![[true, true]]));
+        let routes = stats.routes().unwrap();
+        assert_eq!(routes[0].active, [true, true, false, true, false, false, true, true, true]);
+        assert_eq!(routes[0].coefficients, [1.0, 0.5, 0.0, 1.0, 0.0, 0.0, 1.0, 0.5, 1.5]);
+        assert_eq!(routes[1].coefficients, [0.0, 0.0, 2.5, 0.5, 1.5, 0.0]);
+        assert_eq!(
+            routes[0].active.iter().filter(|active| **active).count() as u64,
+            stats.counts().take(3).sum::<u64>()
+        );
+        stats.clear();
+        assert_eq!(stats.routes().unwrap(), [TokenRoutes::default(), TokenRoutes::default()]);
+        assert!(RoutingStats::new(1, 1).routes().is_none());
     }
 
     #[test]

@@ -259,7 +259,7 @@ pub(crate) fn save(
 }
 
 /// Writes the model and the moments into the new directory `temporary`. Returns their sums in process 0.
-fn write_together(
+pub(crate) fn write_together(
     temporary: &Path,
     model: &Model,
     optimizer: &AdamW,
@@ -505,11 +505,17 @@ pub(crate) fn load(
     if model.masks() != masks {
         return Err(Error::checkpoint(path, "its masks are not those of the starting model"));
     }
-    let moments = Checkpoint::open_file(&path.join(OPTIMIZER_FILE))?;
     let mut optimizer = AdamW::of(&Shards::new(layout, comm.size()), comm.rank());
     if outline {
         read_tensors(&model, path, &mut optimizer, |_, _| {})?;
     }
+    read_moments(path, layout, &mut optimizer)?;
+    Ok((model, optimizer))
+}
+
+/// Reads the moments that `optimizer` owns from the checkpoint `path`.
+pub(crate) fn read_moments(path: &Path, layout: &Layout, optimizer: &mut AdamW) -> Result<()> {
+    let moments = Checkpoint::open_file(&path.join(OPTIMIZER_FILE))?;
     for entry in layout.entries() {
         let (name, shape) = (&entry.spec.name, &entry.spec.shape);
         let places: Vec<_> = optimizer.places(entry.range.clone()).collect();
@@ -522,7 +528,7 @@ pub(crate) fn load(
             }
         }
     }
-    Ok((model, optimizer))
+    Ok(())
 }
 
 #[cfg(test)]

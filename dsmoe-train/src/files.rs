@@ -5,12 +5,30 @@ use std::io;
 use std::path::Path;
 
 use dsmoe_datasets::files;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
+
+/// The largest file of JSON, in bytes.
+const LARGEST_JSON: u64 = 256 << 20;
 
 /// Replaces a file by one with these bytes.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     files::replace(path, |file| file.write_all(bytes)).map_err(Error::io(path))
+}
+
+/// Reads a file of JSON that this crate wrote.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let bytes = files::read_at_most(path, LARGEST_JSON).map_err(Error::io(path))?;
+    serde_json::from_slice(&bytes).map_err(|cause| Error::checkpoint(path, cause.to_string()))
+}
+
+/// Replaces a file by one with this value as JSON.
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut bytes = serde_json::to_vec_pretty(value).expect("numbers and strings are JSON");
+    bytes.push(b'\n');
+    replace(path, &bytes)
 }
 
 /// Waits until renames in `dir` are on the disk.

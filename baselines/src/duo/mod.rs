@@ -20,11 +20,8 @@ use std::sync::Arc;
 use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::calibrate::check_text;
-use dsmoe_core::checkpoint::{
-    Change, Checkpoint, Dtype, OutputDir, TensorInfo, TensorSource, copy_companions, open_model,
-};
+use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, open_model};
 use dsmoe_core::config::CONFIG_FILE;
-use dsmoe_core::convert::source_infos;
 use dsmoe_core::ffn::SMALL_FFN;
 use dsmoe_kernels::rng::Rng;
 
@@ -35,6 +32,7 @@ pub use spec::{DuoSpec, Stage};
 use crate::error::{Error, Result};
 use crate::experts::importance;
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress, Source};
+use crate::rewrite::{Additions, rewrite};
 use crate::settings::{Entry, SettingValues, Settings as _, settings, wrong};
 use crate::topk::open_dense;
 use spec::{has_biases, spec_of};
@@ -202,7 +200,9 @@ impl Configured for Duo {
         let source =
             Small { config: &config, checkpoint: &checkpoint, neurons, small: spec.small, seed: job.seed };
         let infos: Vec<TensorInfo> = (0..config.num_layers).flat_map(|layer| source.infos(layer)).collect();
-        write(job, &written, &checkpoint, (infos, &|name| source.values(name)), progress)?;
+        let values = |_: usize, name: &str| source.values(name);
+        let additions = Additions { infos, values: &values, order: &|_| None, files: &|_| Ok(()) };
+        rewrite(job, &written, &checkpoint, &additions, progress)?;
         Ok(Made { plan, measured: Vec::new() })
     }
 }
@@ -220,8 +220,10 @@ impl Configured for DuoRouter {
         let config = Config::load(job.model)?;
         let (spec, plan) = self.choose(job.model, &config, job.budget)?;
         let checkpoint = open_model(job.model, &config)?;
-        let none = |_: &str| -> Result<Vec<f32>> { Ok(Vec::new()) };
-        write(job, &with_spec(&config, spec), &checkpoint, (Vec::new(), &none), progress)?;
+        let values = |_: usize, _: &str| Ok(Vec::new());
+        let additions =
+            Additions { infos: Vec::new(), values: &values, order: &|_| None, files: &|_| Ok(()) };
+        rewrite(job, &with_spec(&config, spec), &checkpoint, &additions, progress)?;
         Ok(Made { plan, measured: Vec::new() })
     }
 }
@@ -237,39 +239,6 @@ impl DuoRouter {
         let spec = DuoSpec { stage: Stage::Router, temperature: self.0.temperature, ..spec };
         choose(config, spec, budget, Accounting::of(config).total)
     }
-}
-
-/// New tensors, with what makes the values of each.
-type NewTensors<'a> = (Vec<TensorInfo>, &'a dyn Fn(&str) -> Result<Vec<f32>>);
-
-/// Writes a model of `config` that has all tensors of `checkpoint` and new ones.
-fn write(
-    job: &Job<'_>,
-    config: &Config,
-    checkpoint: &Checkpoint,
-    (new, values): NewTensors<'_>,
-    progress: &mut dyn FnMut(Progress),
-) -> Result<()> {
-    let output = OutputDir::create_on(job.comm, job.model, job.out, job.force)?;
-    let copied = source_infos(checkpoint);
-    let infos: Vec<TensorInfo> = copied.iter().chain(&new).cloned().collect();
-    let total = infos.len() as u64;
-    let mut writer = output.writer(infos)?;
-    let mut source = TensorSource::new(checkpoint);
-    for (done, info) in (0..).zip(&copied) {
-        progress(Progress { stage: "writing", done, total });
-        writer.begin(&info.name)?;
-        source.copy(&info.name, Change::None, |bytes| writer.write_chunk(bytes))?;
-    }
-    for info in &new {
-        writer.write_f32(&info.name, &values(&info.name)?)?;
-    }
-    writer.finish()?;
-    output.commit_with(|dir| {
-        copy_companions(job.model, dir)?;
-        config.save(dir)
-    })?;
-    Ok(())
 }
 
 /// The small FFNs and the routers, before training.

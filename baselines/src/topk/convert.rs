@@ -6,11 +6,8 @@ use std::sync::Arc;
 
 use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
-use dsmoe_core::checkpoint::{
-    Checkpoint, Dtype, OutputDir, TensorInfo, TensorSource, check_llama_tensors, copy_companions, open_model,
-};
+use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, check_llama_tensors, open_model};
 use dsmoe_core::config::CONFIG_FILE;
-use dsmoe_core::convert::{ffn_change, source_infos};
 use dsmoe_core::ffn::FfnSpec;
 use dsmoe_core::files::write_synced;
 use dsmoe_core::masks::Masks;
@@ -21,6 +18,7 @@ use serde_json::json;
 use super::spec::TopkSpec;
 use crate::error::{Error, Result};
 use crate::method::{Budget, Job, Plan, Progress};
+use crate::rewrite::{Additions, rewrite};
 use crate::settings::shown;
 
 /// The neurons of all experts, in the form that `dsmoe convert --partition` reads.
@@ -129,8 +127,6 @@ pub(crate) fn write(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
     let config = with_spec(config, spec);
-    let output = OutputDir::create_on(job.comm, job.model, job.out, job.force)?;
-    let copied = source_infos(checkpoint);
     let gate = spec.gate(config.hidden).tensors();
     let name = |layer: usize, name: &str| format!("model.layers.{layer}.mlp.{name}");
     let gates = (0..layers.len()).flat_map(|layer| gate.iter().map(move |tensor| (layer, tensor)));
@@ -139,31 +135,18 @@ pub(crate) fn write(
         dtype: Dtype::F32,
         shape: shape.clone(),
     });
-    let infos: Vec<TensorInfo> = copied.iter().cloned().chain(gates).collect();
-    let total = infos.len() as u64;
-    let mut writer = output.writer(infos)?;
-    let mut source = TensorSource::new(checkpoint);
-    for (done, info) in (0..).zip(&copied) {
-        progress(Progress { stage: "writing", done, total });
-        writer.begin(&info.name)?;
-        let change = ffn_change(&info.name, |layer| layers.get(layer).map(|layer| &layer.order[..]));
-        source.copy(&info.name, change, |bytes| writer.write_chunk(bytes))?;
-    }
-    for (i, layer) in layers.iter().enumerate() {
-        for (tensor, values) in gate.iter().zip(&layer.gate) {
-            writer.write_f32(&name(i, &tensor.name), values)?;
-        }
-    }
-    writer.finish()?;
     let experts = |LayerExperts { order, .. }: &LayerExperts| -> Vec<Vec<u32>> {
         order.chunks_exact(order.len() / spec.all_experts()).map(<[u32]>::to_vec).collect()
     };
     let experts = json!({"layers": layers.iter().map(experts).collect::<Vec<_>>()});
-    output.commit_with(|dir| {
-        let path = dir.join(EXPERTS_FILE);
-        write_synced(&path, format!("{experts}\n").as_bytes()).map_err(dsmoe_core::Error::io(&path))?;
-        copy_companions(job.model, dir)?;
-        config.save(dir)
-    })?;
-    Ok(())
+    let additions = Additions {
+        infos: gates.collect(),
+        values: &|at, _| Ok(layers[at / gate.len()].gate[at % gate.len()].clone()),
+        order: &|layer| layers.get(layer).map(|layer| &layer.order[..]),
+        files: &|dir| {
+            let path = dir.join(EXPERTS_FILE);
+            write_synced(&path, format!("{experts}\n").as_bytes()).map_err(dsmoe_core::Error::io(&path))
+        },
+    };
+    rewrite(job, &config, checkpoint, &additions, progress)
 }

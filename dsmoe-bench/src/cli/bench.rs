@@ -15,6 +15,16 @@ pub(crate) struct Bench {
     pub(crate) work: Work,
 }
 
+impl Bench {
+    /// Returns the models that the command reads by a path which may be a name on the Hugging Face Hub.
+    pub(super) fn models(&mut self) -> Vec<&mut PathBuf> {
+        match &mut self.work {
+            Work::Decode(args) => args.model.iter_mut().chain(&mut args.dense).collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Work {
     /// Matrix products x [tokens, hidden] times w [intermediate, hidden] and their gradients; by default also every other op
@@ -23,7 +33,7 @@ pub(crate) enum Work {
     Ffn(Ffn),
     /// Whole training steps, dense and DSMoE
     Train(Train),
-    /// Decoding with random weights, dense and DSMoE
+    /// Decoding with random weights, dense and DSMoE, or by a model beside a dense one
     Decode(Decode),
     /// Measure suites of small fixed benchmarks and write a record, to be compared with other records
     Record(Record),
@@ -191,11 +201,19 @@ pub(crate) struct Train {
 const DECODE_EXAMPLES: &str = "\
 Examples:
   dsmoe bench decode --active 37.5% --dtype bf16
-  dsmoe bench decode --hidden 2048 --intermediate 8192 --layers 16";
+  dsmoe bench decode --hidden 2048 --intermediate 8192 --layers 16
+  dsmoe bench decode THRESHOLDS --tokens 64
+  dsmoe bench decode PRUNED --dense MODEL --dtype f32";
 
 #[derive(Debug, Args)]
 #[command(after_help = DECODE_EXAMPLES)]
 pub(crate) struct Decode {
+    /// Model to time in place of random weights
+    #[arg(conflicts_with_all = ["hidden", "intermediate", "layers", "heads", "kv_heads", "vocab", "experts", "active", "core"])]
+    pub(crate) model: Option<PathBuf>,
+    /// Dense model beside MODEL [default: where MODEL has thresholds, its weights without them]
+    #[arg(long, value_name = "MODEL", requires = "model")]
+    pub(crate) dense: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) architecture: Architecture,
     /// Tokens of the prompt

@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::resumable::Resumable;
+
 const ABOUT: &str = "\
 The file lists the tasks in their order, with the settings of the steps and of the method:
-  [train]                      # settings of dsmoe train --set: batch, seq, lr, seed, valid_fraction, ..
+  [train]                      # settings of dsmoe train --set: batch, seq, lr, seed, valid_fraction, save_every, ..
   batch = 8
   seq = 128
   [method]                     # all optional
@@ -24,7 +26,7 @@ The file lists the tasks in their order, with the settings of the steps and of t
 
 After EsaCL (arXiv 2401.05667), of which the abstract alone was available; the steps are sharpness-aware minimisation and \
 generalised regularised dual averaging. The matrix has the held-out loss of every task (columns) after every task (rows); forgetting is \
-the mean rise of a task's loss from when it was learnt to the end.
+the mean rise of a task's loss from when it was learnt to the end. --out gets the model after every task, and results.json.
 
 Examples:
   dsmoe continual tasks.toml --model MODEL --dry-run
@@ -39,13 +41,6 @@ pub(crate) struct Continual {
     /// Model that learns: a dense or DSMoE directory, or a GGUF file
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: PathBuf,
-    /// Directory to write: the model after every task, and results.json
-    #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
-    pub(crate) out: Option<PathBuf>,
-    /// Continue in --out at the first task that is not done
-    #[arg(long, requires = "out")]
-    pub(crate) resume: bool,
-    /// Print the plan and learn nothing
-    #[arg(long)]
-    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) work: Resumable,
 }

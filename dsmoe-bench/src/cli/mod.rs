@@ -17,6 +17,7 @@ pub(crate) mod processes;
 pub(crate) mod prune;
 pub(crate) mod reconstruct;
 pub(crate) mod reproduce;
+pub(crate) mod resumable;
 pub(crate) mod sweep;
 pub(crate) mod train;
 pub(crate) mod values;
@@ -187,6 +188,7 @@ impl Command {
             Command::Generate(args) => vec![&mut args.model],
             Command::Continual(args) => vec![&mut args.model],
             Command::Plan(args) => args.models(),
+            Command::Bench(args) => args.models(),
             _ => Vec::new(),
         }
     }

@@ -7,6 +7,7 @@ use dsmoe_datasets::Bos;
 use dsmoe_kernels::Precision;
 
 use super::data::DataArgs;
+use super::resumable::Resumable;
 use super::values::{at_least_one, share, words};
 
 const ABOUT: &str = "\
@@ -69,15 +70,8 @@ pub(crate) struct PlanProfile {
     /// Measurements of each time, of which the median counts; 0 leaves times out
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub(crate) repeats: usize,
-    /// Folder to write
-    #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
-    pub(crate) out: Option<PathBuf>,
-    /// Continue in --out, without the budgets that are done
-    #[arg(long, requires = "out")]
-    pub(crate) resume: bool,
-    /// Print the plan and measure nothing
-    #[arg(long)]
-    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) work: Resumable,
 }
 
 impl Plan {

@@ -9,7 +9,7 @@ use crate::cli::bench::{BOTH, Bench, Kernels, Work};
 use crate::regression::{compare, history, instructions, record};
 use crate::timing::ceilings::Ceilings;
 use crate::timing::output::Output;
-use crate::timing::{decode, ffn, matmul, ops, row, train};
+use crate::timing::{decode, decode_model, ffn, matmul, ops, row, train};
 use crate::ui::Ui;
 
 pub(crate) fn run(args: &Bench, ui: &mut Ui) -> Result<ExitCode> {
@@ -32,9 +32,14 @@ pub(crate) fn run(args: &Bench, ui: &mut Ui) -> Result<ExitCode> {
             measure(precisions, ui, |output| train::run(args, output))?;
         }
         Work::Decode(args) => {
-            decode::check(args)?;
             let precisions = args.common.precisions_on(args.device, &decode::PRECISIONS);
-            measure(precisions, ui, |output| decode::run(args, output))?;
+            if let Some(model) = &args.model {
+                decode_model::check(args, model)?;
+                measure(precisions, ui, |output| decode_model::run(args, model, output))?;
+            } else {
+                decode::check(args)?;
+                measure(precisions, ui, |output| decode::run(args, output))?;
+            }
         }
     }
     Ok(ExitCode::SUCCESS)

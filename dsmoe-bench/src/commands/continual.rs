@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::cli::continual::Continual;
 use crate::files::{folder_of, lossy, write_json};
 use crate::format::{self, Table};
-use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
+use crate::interrupts::{INTERRUPTED, catch_interrupts_for, stop_of};
 use crate::memory;
 use crate::models::{show_config_notices, tokenizer};
 use crate::progress::{Progress, Unit};
@@ -105,7 +105,7 @@ pub(crate) fn run(args: &Continual, ui: &mut Ui) -> Result<ExitCode> {
     let (configs, method) = continual::check(&config, &tasks, &wanted.train, &wanted.method)?;
     let plan = plan(args, &config, &wanted, (&configs[0], method));
     memory::check("continual learning", plan.memory_bytes, memory::total(), "use a smaller model or batch")?;
-    let Some(out) = args.out.as_deref().filter(|_| !args.dry_run) else {
+    let Some(out) = args.work.out() else {
         ui.result(&plan, show_plan)?;
         return Ok(ExitCode::SUCCESS);
     };
@@ -118,11 +118,11 @@ pub(crate) fn run(args: &Continual, ui: &mut Ui) -> Result<ExitCode> {
     let options = ContinualOptions {
         model: args.model.clone(),
         out: out.to_path_buf(),
-        resume: args.resume,
+        resume: args.work.resume,
         train: wanted.train,
         method: wanted.method,
     };
-    catch_interrupts()?;
+    catch_interrupts_for(ui, true)?;
     let report = drive(&options, &tasks, ui)?;
     let results = Results { model: &args.model, out, report };
     if results.report.finished {
@@ -132,7 +132,9 @@ pub(crate) fn run(args: &Continual, ui: &mut Ui) -> Result<ExitCode> {
     if results.report.finished {
         return Ok(ExitCode::SUCCESS);
     }
-    stderr_line("continue with the same command and --resume");
+    if ui.call.is_none() {
+        stderr_line("continue with the same command and --resume");
+    }
     Ok(ExitCode::from(INTERRUPTED))
 }
 
@@ -140,9 +142,10 @@ pub(crate) fn run(args: &Continual, ui: &mut Ui) -> Result<ExitCode> {
 fn drive(options: &ContinualOptions, tasks: &[Task], ui: &Ui) -> Result<ContinualReport> {
     let total = tasks.iter().map(|task| task.steps).sum();
     let mut progress = Progress::new(ui, "learning", Unit::Steps, total);
+    progress.polled();
     let report = learn(options, tasks, &mut |now| {
         progress.set(now.done, now.total, &format!("{}  loss {:.4}", now.name, now.loss));
-        !STOP.load(Ordering::Relaxed)
+        !stop_of(ui).load(Ordering::Relaxed)
     });
     progress.finish();
     Ok(report?)

@@ -4,12 +4,13 @@ use anyhow::{Context, Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_core::checkpoint::Checkpoint;
 use dsmoe_core::config::Config;
-use dsmoe_core::generate::{Finish, GenerateOptions, generate};
+use dsmoe_core::generate::GenerateOptions;
 use serde::Serialize;
 
 use super::chat::conversation;
 use super::plan::{Chosen, for_prompt};
 use crate::cli::generate::Generate;
+use crate::continuation::{Asked, Continuation, check_prompt, continue_text};
 use crate::files;
 use crate::format;
 use crate::models::{default_precision, load_inference, show_config_notices, tokenizer_files, tokenizer_of};
@@ -17,23 +18,8 @@ use crate::ui::Ui;
 
 #[derive(Debug, Serialize)]
 struct GenerateReport {
-    prompt: String,
-    /// The new text without the prompt.
-    text: String,
-    /// The tokens of the prompt and the new ones.
-    token_ids: Vec<u32>,
-    new_token_ids: Vec<u32>,
-    prompt_tokens: usize,
-    generated_tokens: usize,
-    finish: &'static str,
-    dtype: &'static str,
-    prefill_seconds: f64,
-    decode_seconds: f64,
-    prefill_tokens_per_s: f64,
-    /// The rate of the tokens after the first; none if there is only one.
-    tokens_per_s: Option<f64>,
-    active_ratio: Option<f64>,
-    active_ratio_per_layer: Option<Vec<f64>>,
+    #[serde(flatten)]
+    continued: Continuation,
     /// What a plan has chosen.
     #[serde(skip_serializing_if = "Option::is_none")]
     planned: Option<Chosen>,
@@ -52,10 +38,7 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
             Prompt { ids: tokenizer.encode(&text, args.bos)?, text, end: None }
         }
     };
-    if prompt_ids.is_empty() {
-        bail!("the prompt is empty and its tokenizer adds no BOS token to start from; give --prompt a text");
-    }
-    let stop_ids: Vec<u32> = args.stop.iter().filter_map(|text| tokenizer.added_id(text)).collect();
+    check_prompt(&prompt_ids)?;
     let dtype = match args.dtype {
         Some(dtype) => dtype,
         None => default_precision(args.device, Checkpoint::open(&args.model)?.precision()),
@@ -75,75 +58,19 @@ pub(crate) fn run(args: &Generate, ui: &mut Ui) -> Result<()> {
         kv_cache: !args.no_kv_cache,
         prefill_chunk: args.prefill_chunk,
     };
-
-    // The first new token decodes with the prompt before it: some tokenizers drop a space at the very beginning.
-    let mut decoder = tokenizer.stream(&prompt_ids)?;
-    let mut text = StoppedText::new(&args.stop);
-    let mut failure = None;
-    let generation = generate(&model, &prompt_ids, &options, |id| {
-        // A special token has no text that could be found later.
-        if stop_ids.contains(&id) {
-            return false;
-        }
-        let mut show = || -> Result<()> {
-            let mut piece = decoder.push(id)?.unwrap_or_default();
-            // A stop text may be among what the decoder holds back.
-            if piece.is_empty() && !args.stop.is_empty() {
-                piece = Some(decoder.held()?).filter(|held| text.would_stop(held)).unwrap_or_default();
-            }
-            let ready = text.push(&piece);
-            if !ui.json && !ready.is_empty() { ui.text(ready) } else { Ok(()) }
-        };
-        failure = show().err();
-        failure.is_none() && !text.stopped
-    })?;
-    if let Some(failure) = failure {
-        return Err(failure);
-    }
-    if !text.stopped {
-        let held = decoder.finish()?.unwrap_or_default();
-        let ready = text.push(&held);
-        if !ui.json {
+    let asked = Asked { prompt, ids: prompt_ids, options, stop: &args.stop };
+    let continued = continue_text(&model, &tokenizer, asked, &mut |ready| {
+        if !ui.json && !ready.is_empty() {
             ui.text(ready)?;
         }
-    }
-    if !ui.json {
-        ui.text(text.finish())?;
-        ui.text("\n")?;
-    }
-
-    let summary = generation.stats.as_ref().map(|stats| stats.summary());
-    // Every step but the first is timed as decoding, that of a stop token included.
-    let steps = match generation.finish {
-        Finish::Stop => generation.tokens.len(),
-        _ => generation.tokens.len().saturating_sub(1),
-    };
-    let report = GenerateReport {
-        prompt_tokens: prompt_ids.len(),
-        generated_tokens: generation.tokens.len(),
-        finish: match generation.finish {
-            Finish::MaxTokens => "max_tokens",
-            Finish::Stop => "eos",
-            Finish::Positions => "positions",
-            Finish::Caller => "stop",
-        },
-        dtype: dtype.name(),
-        prefill_seconds: generation.prefill_seconds,
-        decode_seconds: generation.decode_seconds,
-        prefill_tokens_per_s: prompt_ids.len() as f64 / generation.prefill_seconds.max(1e-9),
-        tokens_per_s: (steps > 0).then(|| steps as f64 / generation.decode_seconds.max(1e-9)),
-        active_ratio: summary.as_ref().map(|summary| summary.active_ratio),
-        active_ratio_per_layer: summary.map(|summary| summary.active_ratio_per_layer),
-        token_ids: [&prompt_ids[..], &generation.tokens].concat(),
-        new_token_ids: generation.tokens,
-        text: text.text,
-        prompt,
-        planned,
-    };
+        Ok(true)
+    })?;
+    let report = GenerateReport { continued, planned };
     if ui.json {
         return ui.result(&report, |_| String::new());
     }
-    ui.note(show(&report));
+    ui.text("\n")?;
+    ui.note(show(&report.continued));
     Ok(())
 }
 
@@ -183,7 +110,7 @@ fn read_prompt(args: &Generate) -> Result<Option<String>> {
     Ok(Some(text.strip_suffix('\r').unwrap_or(text).to_owned()))
 }
 
-fn show(report: &GenerateReport) -> String {
+fn show(report: &Continuation) -> String {
     let mut line = format!(
         "[{} prompt tokens at {:.1}/s, {} new",
         report.prompt_tokens, report.prefill_tokens_per_s, report.generated_tokens
@@ -195,88 +122,4 @@ fn show(report: &GenerateReport) -> String {
         line += &format!(", {} of experts active", format::percent(ratio));
     }
     line + &format!(", ended by {}]", report.finish)
-}
-
-/// Text that ends where a stop text begins. A possible beginning of a stop text is held back.
-struct StoppedText<'a> {
-    stops: &'a [String],
-    text: String,
-    /// Bytes of `text` that were returned.
-    shown: usize,
-    stopped: bool,
-}
-
-impl StoppedText<'_> {
-    fn new(stops: &[String]) -> StoppedText<'_> {
-        StoppedText { stops, text: String::new(), shown: 0, stopped: false }
-    }
-
-    /// Returns whether the text would end if this piece came next.
-    fn would_stop(&self, piece: &str) -> bool {
-        let text = format!("{}{piece}", self.text);
-        self.stops.iter().any(|stop| text.contains(stop))
-    }
-
-    /// Adds a piece, and returns the text that can no longer belong to a stop text.
-    fn push(&mut self, piece: &str) -> &str {
-        self.text.push_str(piece);
-        let first = self.stops.iter().filter_map(|stop| self.text.find(stop)).min();
-        let certain = match first {
-            Some(at) => {
-                self.text.truncate(at);
-                self.stopped = true;
-                at
-            }
-            None => {
-                let starts = |(at, _): &(usize, char)| {
-                    self.stops.iter().any(|stop| stop.starts_with(&self.text[*at..]))
-                };
-                self.text.char_indices().find(starts).map_or(self.text.len(), |(at, _)| at)
-            }
-        };
-        let from = self.shown.min(certain);
-        self.shown = certain.max(from);
-        &self.text[from..certain]
-    }
-
-    /// Returns the text that was held back.
-    fn finish(&mut self) -> &str {
-        let from = std::mem::replace(&mut self.shown, self.text.len());
-        &self.text[from.min(self.text.len())..]
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn stream(stops: &[&str], pieces: &[&str]) -> (Vec<String>, String, bool) {
-        let stops: Vec<String> = stops.iter().map(|s| (*s).to_owned()).collect();
-        let mut text = StoppedText::new(&stops);
-        let mut shown = Vec::new();
-        for piece in pieces {
-            shown.push(text.push(piece).to_owned());
-            if text.stopped {
-                break;
-            }
-        }
-        shown.push(text.finish().to_owned());
-        assert_eq!(shown.concat(), text.text);
-        (shown, text.text, text.stopped)
-    }
-
-    #[test]
-    fn a_stop_text_is_found_across_pieces_and_cut() {
-        let (shown, text, stopped) = stream(&["END", "\n\n"], &["one E", "ND two"]);
-        assert_eq!(
-            (&shown[..], text.as_str(), stopped),
-            (&["one ", "", ""].map(String::from)[..], "one ", true)
-        );
-        let (shown, text, stopped) = stream(&["END"], &["one E", "N", "ough"]);
-        assert_eq!(shown, ["one ", "", "ENough", ""]);
-        assert_eq!((text.as_str(), stopped), ("one ENough", false));
-        assert_eq!(stream(&["\n"], &["é", "a\nb"]).1, "éa");
-        assert_eq!(stream(&["ab"], &["xa"]), (vec!["x".into(), "a".into()], "xa".into(), false));
-        assert_eq!(stream(&[], &["x", "y"]).0, ["x", "y", ""]);
-    }
 }

@@ -24,12 +24,13 @@ mod sweep;
 mod train;
 mod verify;
 
+use std::error::Error as _;
 use std::process::ExitCode;
 use std::sync::{Arc, Once};
 
 use anyhow::{Context, Result};
 use dsmoe_kernels::Isa;
-use dsmoe_kernels::comm::Communicator;
+use dsmoe_kernels::comm::{Alone, Communicator};
 
 use crate::cli::{Cli, Command};
 use crate::hub;
@@ -40,24 +41,39 @@ use crate::ui::Ui;
 pub(crate) fn run(mut cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
     Isa::from_env()?;
     let comm = processes::connect(cli.command.processes())?;
-    let own = &mut processes::ui_of(&*comm, *ui);
+    let own = &mut processes::ui_of(&*comm, ui);
     let models = hub::find_models(&mut cli, comm.size(), own);
     let outcome = models.and_then(|()| run_on(&comm, cli, own));
     processes::ended(&*comm, outcome, ui)
 }
 
+/// Runs the command that `cli` names for a program that calls it in its own process: a single one, whatever has launched it.
+pub(crate) fn run_called(mut cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
+    Isa::from_env()?;
+    let comm: Arc<dyn Communicator> = Arc::new(Alone);
+    hub::find_models(&mut cli, comm.size(), ui)?;
+    run_on(&comm, cli, ui)
+}
+
+/// Starts the worker threads unless they run already, `threads` of them or for 0 one for each core; returns whether it did.
+pub(crate) fn start_threads(threads: usize) -> Result<bool> {
+    static POOL: Once = Once::new();
+    let mut started = Ok(false);
+    POOL.call_once(|| {
+        // Commands run on these threads; see `on_worker`.
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(8 << 20);
+        started = match pool.build_global() {
+            // An error without a cause: the program that calls commands has started the pool.
+            Err(error) if error.source().is_none() => Ok(false),
+            outcome => outcome.map(|()| true),
+        };
+    });
+    started.context("cannot start the worker threads; use a smaller --threads")
+}
+
 /// Runs the command on the processes of `comm`.
 fn run_on(comm: &Arc<dyn Communicator>, cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
-    static POOL: Once = Once::new();
-    let mut started = Ok(());
-    POOL.call_once(|| {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(processes::threads_of(&**comm, cli.threads))
-            // Commands run on these threads; see `on_worker`.
-            .stack_size(8 << 20);
-        started = pool.build_global();
-    });
-    started.context("cannot start the worker threads; use a smaller --threads")?;
+    start_threads(processes::threads_of(&**comm, cli.threads))?;
     match &cli.command {
         Command::Inspect(args) => inspect::run(args, ui)?,
         Command::Convert(args) => convert::run(args, comm, ui)?,

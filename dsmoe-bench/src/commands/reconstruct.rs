@@ -15,7 +15,7 @@ use crate::calibration;
 use crate::cli::reconstruct::Reconstruct;
 use crate::files::lossy;
 use crate::format;
-use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
+use crate::interrupts::{INTERRUPTED, catch_interrupts_for, stop_of};
 use crate::memory;
 use crate::progress::{Progress, Unit};
 use crate::ui::{Ui, stderr_line};
@@ -63,13 +63,14 @@ pub(crate) fn run(args: &Reconstruct, ui: &mut Ui) -> Result<ExitCode> {
         out: args.out.clone(),
         resume: args.resume,
     };
-    catch_interrupts()?;
+    catch_interrupts_for(ui, true)?;
     let started = Instant::now();
     let mut progress = Progress::new(ui, "reconstructing layers", Unit::Parts, config.num_layers as u64);
+    progress.polled();
     let layers = reconstruct(&paths, &sequences, &options, &mut |report, layers| {
         progress.note(&show_layer(report));
         progress.set(report.layer as u64 + 1, layers as u64, "");
-        !STOP.load(Ordering::Relaxed)
+        !stop_of(ui).load(Ordering::Relaxed)
     });
     progress.finish();
     let layers = layers?;
@@ -90,7 +91,9 @@ pub(crate) fn run(args: &Reconstruct, ui: &mut Ui) -> Result<ExitCode> {
     if report.finished {
         return Ok(ExitCode::SUCCESS);
     }
-    stderr_line("continue with the same command and --resume".to_owned());
+    if ui.call.is_none() {
+        stderr_line("continue with the same command and --resume".to_owned());
+    }
     Ok(ExitCode::from(INTERRUPTED))
 }
 

@@ -23,7 +23,7 @@ use crate::cli::values::Active;
 use crate::estimate::{self, H100, flops_per_second, training_flops};
 use crate::files::lossy;
 use crate::format;
-use crate::interrupts::{INTERRUPTED, catch_interrupts_of, interrupted};
+use crate::interrupts::{INTERRUPTED, catch_interrupts_for, interrupted};
 use crate::memory;
 use crate::models::{load_model, show_config_notices, tokenizer};
 use crate::processes::agree;
@@ -107,11 +107,11 @@ pub(crate) fn run(
         ..RunOptions::new(&args.model, &args.out)
     };
     let mut trainer = Trainer::new(model, data, config, options)?;
-    catch_interrupts_of(comm.rank() == 0)?;
+    catch_interrupts_for(ui, comm.rank() == 0)?;
 
     let summary = drive(&mut trainer, "training", &args.out, ui)?;
     ui.result(&summary, show_summary)?;
-    if summary.finished {
+    if summary.finished || ui.call.is_some() {
         return Ok(ExitCode::SUCCESS);
     }
     let advice = format!("continue with: {}", resume_command(std::env::args()));

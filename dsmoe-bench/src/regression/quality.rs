@@ -32,7 +32,7 @@ const ACTIVE_TARGET: f64 = 0.5;
 /// Trains a dense model from random weights, converts it, and trains the experts until half of them are active.
 pub(crate) fn measure(ui: &Ui) -> Result<Vec<Benchmark>> {
     ui.note("measuring quality");
-    let ui = Ui { quiet: true, ..*ui };
+    let ui = Ui { quiet: true, ..ui.clone() };
     let temporary = tempfile::tempdir().context("cannot make a temporary directory; set TMPDIR")?;
     let dir = temporary.path();
     let world = World::new(0);

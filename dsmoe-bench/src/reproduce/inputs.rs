@@ -26,7 +26,7 @@ pub(crate) struct Inputs<'a> {
     /// Tasks for the models; empty when no output shows them.
     pub(crate) tasks: &'a [Loaded],
     pub(crate) costs: Costs<'a>,
-    pub(crate) ui: Ui,
+    pub(crate) ui: &'a Ui,
 }
 
 impl Inputs<'_> {

@@ -96,7 +96,7 @@ pub(crate) fn measure(
         let key = Key::of("tasks", &json!([key, threshold, how, world, place, measures.items, names]));
         work.stage(Stage { name: "tasks", of: id, key: &key, cost }, |_| {
             let model = model.get()?;
-            Progress::during(&ui, "tasks", Unit::Parts, |show| {
+            Progress::during(ui, "tasks", Unit::Parts, |show| {
                 measure::tasks(model, &text.tokenizer, inputs.tasks, &mut |done, all| {
                     show(done as u64, all as u64)
                 })

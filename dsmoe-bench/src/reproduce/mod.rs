@@ -174,9 +174,10 @@ fn reproduce(
         true => load_tasks(profile, args.task_data.as_deref(), ui)?,
         false => Vec::new(),
     };
+    let shown = &ui.clone();
     let mut stages = Stages {
-        inputs: Inputs { profile, options: args, text: &text, tasks: &tasks, costs, ui: *ui },
-        work: Work::new(&cache, *ui, stages, cost),
+        inputs: Inputs { profile, options: args, text: &text, tasks: &tasks, costs, ui: shown },
+        work: Work::new(&cache, shown, stages, cost),
         steps_left: args.stop_after,
     };
     let mut base = stages.base()?;

@@ -4,6 +4,7 @@
 //! <!-- reproduce DIR -->            the whole table and its figure; DIR, relative to the file, has results.json
 //! <!-- reproduce DIR brief -->      a table of few columns
 //! <!-- reproduce DIR figure -->     the first chart alone, drawn from results.json into DIR/charts
+//! <!-- reproduce DIR NAME -->       of a record of experiments, the numbers of one; without NAME all claims
 //! ...                               this is replaced
 //! <!-- /reproduce -->
 //! ```
@@ -12,10 +13,12 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::frontier;
 use super::overview::Overview;
+use super::records::RESULTS;
+use super::related::Outcome;
 use super::results::{Results, Verdict};
 use super::setup::Setup;
 use crate::files::{read, read_json, write};
@@ -78,24 +81,8 @@ fn splice(text: &str, folder: &Path) -> Result<(String, Vec<Wanted>)> {
         let Some((_, after)) = body.split_once(END) else {
             bail!("line {line}: no `{END}` follows");
         };
-        let (dir, part) = match head.split_once(' ') {
-            None => (head, Part::Whole),
-            Some((dir, "brief")) => (dir, Part::Brief),
-            Some((dir, "figure")) => (dir, Part::Figure),
-            Some((_, other)) => bail!("line {line}: `{other}` is no part of a record; use brief or figure"),
-        };
-        let results: Results = read_json(&folder.join(dir).join("results.json"))?;
-        let overview = Overview::new(&results, &|_| None);
-        let inner = match part {
-            Part::Whole => block_text(dir, &results),
-            Part::Brief => brief(dir, &results, &overview),
-            Part::Figure => {
-                let (_, figure) = overview.figures().swap_remove(0);
-                let name = format!("charts/{}.svg", figure.id);
-                charts.push(Wanted { path: folder.join(dir).join(&name), text: svg::svg(&figure) });
-                format!("\n![{}]({dir}/{name})\n\n", figure.title)
-            }
-        };
+        let (inner, chart) = contents(head, folder).with_context(|| format!("line {line}"))?;
+        charts.extend(chart);
         let _ = write!(out, "{before}{BEGIN}{head} -->\n{inner}{END}");
         (rest, blocks) = (after, blocks + 1);
     }
@@ -104,6 +91,35 @@ fn splice(text: &str, folder: &Path) -> Result<(String, Vec<Wanted>)> {
     }
     out += rest;
     Ok((out, charts))
+}
+
+/// Returns what a block shows, and the chart in it. `head` has the record and its part.
+fn contents(head: &str, folder: &Path) -> Result<(String, Option<Wanted>)> {
+    let (dir, part) = head.split_once(' ').map_or((head, None), |(dir, part)| (dir, Some(part)));
+    let path = folder.join(dir).join(RESULTS);
+    let found: Value = read_json(&path)?;
+    if found.get("experiments").is_some() {
+        let outcome: Outcome = serde_json::from_value(found).with_context(|| path.display().to_string())?;
+        return Ok((outcome.block(dir, part)?, None));
+    }
+    let part = match part {
+        None => Part::Whole,
+        Some("brief") => Part::Brief,
+        Some("figure") => Part::Figure,
+        Some(other) => bail!("`{other}` is no part of a record; use brief or figure"),
+    };
+    let results: Results = serde_json::from_value(found).with_context(|| path.display().to_string())?;
+    let overview = Overview::new(&results, &|_| None);
+    Ok(match part {
+        Part::Whole => (block_text(dir, &results), None),
+        Part::Brief => (brief(dir, &results, &overview), None),
+        Part::Figure => {
+            let (_, figure) = overview.figures().swap_remove(0);
+            let name = format!("charts/{}.svg", figure.id);
+            let chart = Wanted { path: folder.join(dir).join(&name), text: svg::svg(&figure) };
+            (format!("\n![{}]({dir}/{name})\n\n", figure.title), Some(chart))
+        }
+    })
 }
 
 /// Writes the table of few columns and where it is from.

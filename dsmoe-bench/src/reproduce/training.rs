@@ -37,7 +37,7 @@ impl Training<'_> {
     pub(crate) fn run(
         self,
         steps_left: &mut Option<u64>,
-        ui: Ui,
+        ui: &Ui,
         at: &mut dyn FnMut(f64, u64, &Model) -> Result<()>,
     ) -> Result<()> {
         let (teacher, teacher_cache) = self.teacher.unzip();
@@ -55,7 +55,7 @@ impl Training<'_> {
         let due: Vec<(u64, f64)> = due.filter(|(step, _)| *step >= trainer.step()).collect();
         let mut due = due.into_iter().peekable();
         let stop = AtomicBool::new(false);
-        let mut progress = Progress::new(&ui, format!("training {}", self.name), Unit::Steps, steps);
+        let mut progress = Progress::new(ui, format!("training {}", self.name), Unit::Steps, steps);
         progress.line_every(trainer.config().log_every);
         let mut watch = Watch { progress, steps, next: None, stop: &stop, left: steps_left };
         loop {

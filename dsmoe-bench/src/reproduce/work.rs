@@ -28,7 +28,7 @@ pub(crate) struct Stage<'a> {
 /// All stages of a reproduction.
 pub(crate) struct Work<'a> {
     pub(crate) cache: &'a Cache,
-    ui: Ui,
+    ui: &'a Ui,
     started: Instant,
     stages: usize,
     /// The stages that are done, by the texts of their keys.
@@ -42,7 +42,7 @@ pub(crate) struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
-    pub(crate) fn new(cache: &'a Cache, ui: Ui, stages: usize, cost: f64) -> Work<'a> {
+    pub(crate) fn new(cache: &'a Cache, ui: &'a Ui, stages: usize, cost: f64) -> Work<'a> {
         let (started, finished, if_busy) = (Instant::now(), HashSet::new(), IfBusy::Wait);
         Work { cache, ui, started, stages, finished, if_busy, computed: 0.0, left: cost }
     }

@@ -65,14 +65,14 @@ fn measure(args: &Decode, sizes: Sizes, precision: Precision, output: &mut Outpu
     let rows = models.into_iter().zip(&times).zip(shares).zip(["dense", "dsmoe"]);
     // The positions in the cache, mean over the new tokens.
     let context = args.prompt as f64 + args.tokens as f64 / 2.0;
-    let of_dense = cost(dense.config(), precision, 1.0, context).bytes;
+    let of_dense = cost(dense.config(), precision, Used::of_experts(1.0), context).bytes;
     rows.map(|(((model, &seconds), share), name)| {
         let config = model.config();
         let mut row = Row::new("decode", name, args.tokens, config.hidden, precision);
         describe(&mut row, config, share);
         let (mut cache, mut workspace) = (Cache::new(model, prompt.len()), Workspace::default());
         row.bits = bits(&[model.decode(&prompt, &mut cache, None, &mut workspace)?]);
-        let cost = cost(config, precision, share.map_or(1.0, |share| share.1), context);
+        let cost = cost(config, precision, Used::of_experts(share.map_or(1.0, |share| share.1)), context);
         row.measured_on(args.device, seconds / args.tokens as f64, cost, precision, &mut output.ceilings);
         row.seconds = seconds;
         row.tokens_per_s = Some(args.tokens as f64 / seconds);
@@ -103,17 +103,31 @@ pub(crate) fn active_share(model: &Inference, prompt: &[u32], tokens: usize) -> 
     Ok((shares(tokens + 1)? - shares(1)?) / tokens as f64)
 }
 
+/// The shares of the weights that a token uses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Used {
+    pub(crate) attention: f64,
+    pub(crate) ffn: f64,
+}
+
+impl Used {
+    pub(crate) fn of_experts(active: f64) -> Used {
+        Used { attention: 1.0, ffn: active }
+    }
+}
+
 /// Returns the cost of a token: the weights that it uses, and the keys and values, are read once.
-fn cost(config: &Config, precision: Precision, active: f64, context: f64) -> Cost {
+pub(crate) fn cost(config: &Config, precision: Precision, used: Used, context: f64) -> Cost {
     let counts = Accounting::of(config);
     let experts = counts.num_experts;
     let head = product(&[config.vocab_size, config.hidden]);
-    let matrices = counts.attention as f64 + active * counts.ffn as f64 + head;
+    let skipped = (1.0 - used.attention) * counts.attention as f64;
+    let matrices = counts.attention as f64 - skipped + used.ffn * counts.ffn as f64 + head;
     let exact = (counts.router + counts.norms) as f64;
     let kv_heads = config.layers().map(|shape| shape.num_kv_heads).sum();
     let cached = 2.0 * context * product(&[kv_heads, config.head_dim]);
     Cost {
-        flops: counts.flops_per_token(active * experts, context),
+        flops: counts.flops_per_token(used.ffn * experts, context) - 2.0 * skipped,
         bytes: bytes_in(precision, matrices) + f32_bytes(exact + cached),
     }
 }

@@ -4,6 +4,7 @@
 pub(crate) mod ceilings;
 pub(crate) mod checks;
 pub(crate) mod decode;
+pub(crate) mod decode_model;
 pub(crate) mod ffn;
 pub(crate) mod matmul;
 pub(crate) mod model;

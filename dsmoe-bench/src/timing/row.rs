@@ -36,7 +36,7 @@ pub(crate) struct Row {
     pub(crate) work_share: Option<f64>,
     /// `ratio_to_dense / work_share`: 1 where all of the saved work is saved time.
     pub(crate) ratio_to_work: Option<f64>,
-    /// Share of pairs that were active.
+    /// Share of pairs that were active; in a model with thresholds, of the weights of its linears that were used.
     pub(crate) active_measured: Option<f64>,
     /// The active share above which the dense one is faster; 1 if it never is.
     pub(crate) break_even: Option<f64>,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use crate::common::{agrees, fails, has, number, run, shows, succeeds};
+use crate::common::{agrees, fails, has, number, on_text, run, shows, succeeds};
 
 /// What every row says, whatever was measured.
 const KEYS: &str =
@@ -32,6 +32,25 @@ fn rows(line: &str) -> Vec<Value> {
 
 fn texts<'a>(rows: &'a [Value], key: &str) -> Vec<&'a str> {
     rows.iter().map(|row| row[key].as_str().unwrap()).collect()
+}
+
+/// Decoding by a model: with experts beside a dense one, with thresholds beside its own weights.
+#[test]
+fn a_model_is_timed_beside_a_dense_one() {
+    let calib = on_text().replacen("--data", "--calib", 1);
+    succeeds(&format!(
+        "prune dense --method thresholds --budget 80% {calib} --samples 8 --seq 32 --out bench-thresholds"
+    ));
+    for line in ["bench-thresholds", "moe --dense dense"] {
+        let rows = rows(&format!("decode {line} --tokens 4 --prompt 8"));
+        assert_eq!(texts(&rows, "impl"), ["dense", "model"]);
+        assert_eq!(texts(&rows, "dtype"), ["bf16", "bf16"]);
+        let [dense, model] = &rows[..] else { panic!("{rows:?}") };
+        assert_eq!((number(&dense["active_measured"]), number(&dense["work_share"])), (1.0, 1.0));
+        let share = number(&model["active_measured"]);
+        assert!((0.05..0.98).contains(&share), "{model}");
+        assert!(number(&model["work_share"]) < 1.0 && number(&model["tokens_per_s"]) > 0.0, "{model}");
+    }
 }
 
 #[test]
@@ -173,6 +192,15 @@ fn shapes_that_cannot_be_are_refused_in_one_line() {
     ] {
         fails(&format!("bench {line}"), parts);
     }
+    for (line, parts) in [
+        ("decode dense", &["config.json", "has no thresholds", "--dense"][..]),
+        ("decode moe --dense dense --tokens 100000", &["positions", "fewer"]),
+        ("decode nowhere --dense dense", &["nowhere"]),
+    ] {
+        fails(&format!("bench {line}"), parts);
+    }
+    let both = run("bench decode moe --dense dense --layers 2");
+    assert!(both.code == 2 && both.stderr.contains("--layers"), "{}", both.stderr);
     let refused = run("bench ffn --active NaN");
     assert!(refused.code == 2 && refused.stderr.contains("`NaN` is not a share"), "{}", refused.stderr);
 }

@@ -183,6 +183,24 @@ pub(crate) fn end(child: Child, signal: &str) -> Run {
     child.wait_with_output().unwrap().into()
 }
 
+/// Starts a command and kills it after `pause`, unless it has ended by then.
+pub(crate) fn killed_after(line: &str, pause: Duration) {
+    let mut child = command(line).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let started = Instant::now();
+    while started.elapsed() < pause && child.try_wait().unwrap().is_none() {
+        sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// Starts a command four times and kills it, each time after twice as long as before.
+pub(crate) fn killed_four_times(line: &str, first: Duration) {
+    for doublings in 0..4 {
+        killed_after(line, first * (1 << doublings));
+    }
+}
+
 pub(crate) fn succeeds(line: &str) -> String {
     let run = run(line);
     assert_eq!(run.code, 0, "{line}: {}", run.stderr);
@@ -265,4 +283,12 @@ pub(crate) fn number(value: &Value) -> f64 {
 #[track_caller]
 pub(crate) fn texts<'a>(objects: &'a Value, key: &str) -> Vec<&'a str> {
     list(objects).iter().map(|one| one[key].as_str().unwrap()).collect()
+}
+
+/// Lets another program compute the numbers of a record anew; none where there is no Python.
+pub(crate) fn check_report(record: &Path) -> Option<(bool, String)> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/check-report");
+    let output = Command::new("python3").arg(script).arg(record).output().ok()?;
+    let text = [output.stdout, output.stderr].concat();
+    Some((output.status.success(), String::from_utf8_lossy(&text).into_owned()))
 }

@@ -86,7 +86,7 @@ fn wrong_task_files_are_said() {
         ("missing", TASKS.replace("first.txt", "no.txt"), &["no.txt"]),
         ("dense", TASKS.replace("every = 2", "density = 0.0"), &["density is 0", "0.001 to 1"]),
         ("typo", TASKS.replace("rho", "rhoo"), &["line 11", "rhoo", "continual --help"]),
-        ("key", TASKS.replace("lr = ", "save_every = "), &["[train] has save_every", "batch, seq"]),
+        ("key", TASKS.replace("lr = ", "log_every = "), &["[train] has log_every", "batch, seq"]),
         ("long", TASKS.replace("seq = 32", "seq = 4000"), &["seq is 4000", "at most"]),
         ("toml", "[[task".to_owned(), &["line 1"]),
     ] {

@@ -1,14 +1,14 @@
 //! `dsmoe reproduce` on a profile of experiments that takes seconds.
 
 use std::fs;
-use std::process::Stdio;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::common::{
-    command, fails, json_of, list, number, path, read, read_json, run, shows, succeeds, texts, write,
+    check_report, fails, json_of, killed_four_times, list, number, path, read, read_json, run, shows,
+    succeeds, texts, write,
 };
 
 const PROFILE: &str = r#"
@@ -66,7 +66,7 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
             claims += 1;
         }
     }
-    assert_eq!(claims, 21);
+    assert_eq!(claims, 23);
     let report = read("related/whole/report.md");
     shows(
         &report,
@@ -74,7 +74,32 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
     );
     assert!(!report.contains("NaN"), "{report}");
     let run: Value = read_json("related/whole/runs/lesa-s1.json");
-    assert_eq!((run["seed"].as_u64(), list(&run["values"]).len()), (Some(1), 10));
+    assert_eq!((run["seed"].as_u64(), list(&run["values"]).len()), (Some(1), 12));
+}
+
+#[test]
+fn another_program_finds_the_numbers_and_documents_show_them() {
+    whole();
+    write("related/spoiled/setup.json", read("related/whole/setup.json"));
+    for entry in fs::read_dir(path("related/whole/runs")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        write(&format!("related/spoiled/runs/{name}"), read(&format!("related/whole/runs/{name}")));
+    }
+    write("related/spoiled/results.json", results("whole").replacen("\"mean\": ", "\"mean\": 1", 1));
+    if let (Some((agrees, text)), Some((spoiled, found))) =
+        (check_report(&path("related/whole")), check_report(&path("related/spoiled")))
+    {
+        assert!(agrees, "{text}");
+        assert!(!spoiled && found.contains("mean"), "{found}");
+    }
+    let block = |part: &str| format!("<!-- reproduce whole{part} -->\n<!-- /reproduce -->\n");
+    write("related/shown.md", [block(""), block(" lesa")].concat());
+    succeeds("reproduce splice related/shown.md --quiet");
+    succeeds("reproduce splice related/shown.md --check --quiet");
+    let shown = read("related/shown.md");
+    shows(&shown, &["| UNCURL |", "| no new layers |", "Profile tiny-related", "2 seeds; `whole`"]);
+    write("related/wrong.md", block(" leas"));
+    fails("reproduce splice related/wrong.md", &["line 1", "no experiment leas", "hc-smoe, uncurl"]);
 }
 
 /// The stages that are announced are those of the plan: the last number is the number of all.
@@ -94,17 +119,7 @@ fn the_plan_counts_the_stages() {
 fn a_killed_run_ends_as_a_whole_one() {
     whole();
     let line = related("killed", ["", ""], "--resume --quiet");
-    let mut pause = Duration::from_millis(200);
-    for _ in 0..4 {
-        let mut child = command(&line).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let started = Instant::now();
-        while started.elapsed() < pause && child.try_wait().unwrap().is_none() {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        child.kill().unwrap();
-        child.wait().unwrap();
-        pause *= 2;
-    }
+    killed_four_times(&line, Duration::from_millis(200));
     succeeds(&line);
     assert_eq!(results("killed"), results("whole"));
     for entry in fs::read_dir(path("related/whole/runs")).unwrap() {

@@ -2,15 +2,15 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::common::{
-    agrees, command, fails, is_wrong_usage, json_of, list, number, path, read, read_json, run, shows,
-    succeeds, texts, write,
+    agrees, check_report, command, fails, is_wrong_usage, json_of, killed_four_times, list, number, path,
+    read, read_json, run, shows, succeeds, texts, write,
 };
 
 const PROFILE: &str = r#"
@@ -105,14 +105,6 @@ fn whole() -> &'static str {
     "whole"
 }
 
-/// Lets another program compute the numbers of a record anew; none where there is no Python.
-fn check_report(record: &Path) -> Option<(bool, String)> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/check-report");
-    let output = Command::new("python3").arg(script).arg(record).output().ok()?;
-    let text = [output.stdout, output.stderr].concat();
-    Some((output.status.success(), String::from_utf8_lossy(&text).into_owned()))
-}
-
 #[test]
 fn every_table_and_figure_is_there() {
     let found = found(whole());
@@ -190,17 +182,7 @@ fn an_independent_program_finds_the_same_numbers() {
 #[test]
 fn a_killed_run_ends_as_a_whole_one() {
     let line = reproduce("killed", "--resume --quiet");
-    let mut pause = Duration::from_millis(150);
-    for _ in 0..4 {
-        let mut child = command(&line).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let started = Instant::now();
-        while started.elapsed() < pause && child.try_wait().unwrap().is_none() {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        child.kill().unwrap();
-        child.wait().unwrap();
-        pause = pause * 9 / 4;
-    }
+    killed_four_times(&line, Duration::from_millis(200));
     // A training that stops between two checkpoints, too.
     succeeds(&format!("{line} --stop-after 7"));
     succeeds(&line);

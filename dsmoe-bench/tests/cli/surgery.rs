@@ -2,11 +2,9 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Stdio;
-use std::thread::sleep;
 use std::time::Instant;
 
-use crate::common::{command, fails, json_of, number, on_text, path, succeeds};
+use crate::common::{fails, json_of, killed_after, number, on_text, path, succeeds};
 
 fn calib() -> String {
     format!("{} --samples 8 --seq 32", on_text().replacen("--data", "--calib", 1))
@@ -98,14 +96,7 @@ fn a_command_that_is_killed_leaves_nothing_half_written_and_ends_as_a_whole_one(
         let (took, want) = (started.elapsed(), files(&path(&format!("killed-{name}-whole/model"))));
         let out = path(&format!("killed-{name}/model"));
         for part in [0.3, 0.6, 0.8, 0.9] {
-            let mut child = command(&format!("{line} --force --quiet --out killed-{name}/model"))
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap();
-            sleep(took.mul_f64(part));
-            child.kill().unwrap();
-            child.wait().unwrap();
+            killed_after(&format!("{line} --force --quiet --out killed-{name}/model"), took.mul_f64(part));
             assert!(!out.exists() || files(&out) == want, "{name}, killed after {part}");
         }
         succeeds(&format!("{line} --force --out killed-{name}/model"));

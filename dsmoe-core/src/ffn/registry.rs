@@ -32,8 +32,8 @@ static READERS: RwLock<BTreeMap<&'static str, &'static FfnReader>> = RwLock::new
 /// Another reader has the name.
 pub fn register(reader: &'static FfnReader) -> Result<()> {
     let mut readers = READERS.write().unwrap_or_else(PoisonError::into_inner);
-    let known = *readers.entry(reader.kind).or_insert(reader);
-    if std::ptr::eq(known, reader) && reader.kind != MIXTURE {
+    // Mixtures are read with the configuration itself.
+    if reader.kind != MIXTURE && std::ptr::eq(*readers.entry(reader.kind).or_insert(reader), reader) {
         return Ok(());
     }
     let problem = format!("the FFN type {:?} is registered twice", reader.kind);

@@ -26,7 +26,7 @@ pub mod cuda {
 }
 
 pub use arena::Model;
-pub use inference::{After, Cache, Inference, Likelihood, Segment, Workspace};
+pub use inference::{After, Cache, Inference, Likelihood, Observe, Observed, Segment, Workspace};
 pub use memory::MemoryUse;
 pub use tensors::Batch;
 pub use train::{Grads, StepArgs, StepOutput, Teacher, Teaching, TopRows, TrainWorkspace, Units, Whole};

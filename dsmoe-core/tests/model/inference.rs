@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
-use dsmoe_core::model::{Batch, Inference, Model};
+use dsmoe_core::generate::argmax;
+use dsmoe_core::model::{Batch, Cache, Inference, Model, Observe, Workspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::testing::{distance, refused, shared};
 use half::bf16;
@@ -61,6 +62,47 @@ fn a_directory_and_its_model_pack_alike_whatever_is_stored() {
             }
         }
     }
+}
+
+#[test]
+fn states_and_routes_of_a_pass_are_those_of_its_logits() {
+    let work = tempfile::tempdir().unwrap();
+    let dense = dense(work.path(), Dtype::F32, true);
+    let (sparse, arena) = (dsmoe(&dense), Model::load(&dense).unwrap());
+    let embedding = &arena.params()[arena.layout().get("model.embed_tokens.weight").unwrap().range.clone()];
+    let model = Inference::load(&sparse, Precision::F32).unwrap();
+    let (config, ids) = (model.config().clone(), ids(&model));
+    let all = Observe { logits: ids.len(), states: true, routes: true };
+    let seen = model.observe(&ids, all).unwrap();
+
+    let (mut stats, mut workspace) = (model.new_stats(), Workspace::default());
+    let mut cache = Cache::new(&model, ids.len());
+    let logits = model.logits(&ids, ids.len(), &mut cache, stats.as_mut(), &mut workspace).unwrap();
+    assert!(seen.logits == logits && seen.stats.as_ref().unwrap().counts().eq(stats.unwrap().counts()));
+
+    let (hidden, vocab, layers) = (config.hidden, config.vocab_size, config.num_layers);
+    let states: Vec<&[f32]> = seen.states.chunks_exact(ids.len() * hidden).collect();
+    assert_eq!(states.len(), layers + 1);
+    for (state, &id) in states[0].chunks_exact(hidden).zip(&ids) {
+        assert_eq!(state, &embedding[id as usize * hidden..][..hidden]);
+    }
+    assert!(states[0] != states[1]);
+    for (state, logits) in states[layers].chunks_exact(hidden).zip(seen.logits.chunks_exact(vocab)) {
+        let products =
+            embedding.chunks_exact(hidden).map(|row| row.iter().zip(state).map(|(a, b)| a * b).sum());
+        let products: Vec<f32> = products.collect();
+        assert!(distance(&products, logits) < 1e-4);
+        assert_eq!(argmax(&products), argmax(logits));
+    }
+    let routes = seen.stats.as_ref().unwrap().routes().unwrap();
+    assert!(routes.iter().all(|layer| layer.active.len() == ids.len() * 8));
+
+    let seen = model.observe(&ids, Observe { logits: 1, ..Observe::default() }).unwrap();
+    assert!(seen.logits == logits[logits.len() - vocab..] && seen.states.is_empty());
+    assert!(seen.stats.unwrap().routes().is_none());
+    refused(model.observe(&[], all), &["give at least one token"]);
+    refused(model.observe(&ids[..2], Observe { logits: 3, ..all }), &["2 tokens to read logits of 3"]);
+    refused(model.observe(&[vocab as u32], Observe { logits: 1, ..all }), &["token id"]);
 }
 
 #[test]

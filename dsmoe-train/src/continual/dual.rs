@@ -32,6 +32,16 @@ impl DualAveraging {
         DualAveraging { sums: params.to_vec(), lr, c, mu }
     }
 
+    /// Returns the sums, one by parameter.
+    pub(crate) fn sums(&self) -> &[f32] {
+        &self.sums
+    }
+
+    /// Goes on with `sums`.
+    pub(crate) fn set_sums(&mut self, sums: &[f32]) {
+        self.sums.copy_from_slice(sums);
+    }
+
     /// Returns the threshold of step `step`, counted from 1.
     pub(crate) fn threshold(&self, step: u64) -> f64 {
         self.c * self.lr.powf(self.mu + 0.5) * (step as f64).powf(self.mu)

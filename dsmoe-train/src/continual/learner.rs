@@ -5,8 +5,9 @@ use dsmoe_datasets::Mixture;
 use dsmoe_router::BudgetController;
 
 use super::dual::DualAveraging;
+use super::inside::{Checkpoints, Inside};
 use super::passes::{Passes, fisher, losses};
-use super::prune::{Schedule, density, masks_of, masks_of_nonzero};
+use super::prune::{Schedule, masks_of, masks_of_nonzero};
 use super::settings::{Method, Over, Prune, When};
 use super::sharpness::{Slopes, ascend, step_scale};
 use super::stream::{Stream, Window};
@@ -112,15 +113,31 @@ impl<'a> Learner<'a> {
         })
     }
 
-    /// Takes all steps, and prunes. `show` receives finished steps and their losses, and says whether to go on; returns nothing
-    /// where it does not.
-    pub(super) fn learn(mut self, show: &mut dyn FnMut(u64, f64) -> bool) -> Result<Option<Learnt>> {
+    /// Goes on with the state of a checkpoint.
+    pub(super) fn resume(&mut self, inside: &Inside, optimizer: AdamW) {
+        match &mut self.dual {
+            Some(dual) => dual.set_sums(&optimizer.m),
+            None => self.optimizer = optimizer,
+        }
+        self.controller.clone_from(&inside.controller);
+        self.sparsity = inside.sparsity;
+        self.passed = inside.passed;
+    }
+
+    /// Takes the steps after those of `inside`, and prunes. `show` receives finished steps and their losses, and says whether to go
+    /// on; where it does not, the state is kept as a checkpoint and nothing is returned.
+    pub(super) fn learn(
+        mut self,
+        mut inside: Inside,
+        checkpoints: &Checkpoints,
+        show: &mut dyn FnMut(u64, f64) -> bool,
+    ) -> Result<Option<Learnt>> {
         let Given { task, config, method, texts, replay, .. } = self.given;
         let steps = config.steps.unwrap_or(0);
-        let schedule = self.schedule(steps);
-        let mut stream = Stream::new(task, &texts[task], config, method, replay)?;
-        let (mut learnt, mut active) = (Learnt::default(), Vec::new());
-        for step in 0..steps {
+        let schedule = self.schedule(steps, inside.start_density);
+        let drawn = std::mem::take(&mut inside.drawn);
+        let mut stream = Stream::new(task, &texts[task], config, method, (replay, drawn))?;
+        for step in inside.step..steps {
             let windows = stream.windows(step, replay, &mut |asked| self.uphill_costs(asked))?;
             let taken = self.gradients(step, &windows)?;
             if let Some(density) = schedule.as_ref().and_then(|schedule| schedule.after(step + 1)) {
@@ -130,12 +147,20 @@ impl<'a> Learner<'a> {
             if let (Some(controller), Some(share)) = (&mut self.controller, taken.active) {
                 self.sparsity = controller.update(share as f32);
             }
-            learnt.loss = taken.loss;
-            active.extend(taken.active);
-            if !show(step + 1, taken.loss) {
+            inside.step = step + 1;
+            inside.loss = taken.loss;
+            if let Some(share) = taken.active {
+                inside.active = (inside.active.0 + share, inside.active.1 + 1);
+            }
+            let goes_on = show(step + 1, taken.loss);
+            if !goes_on || checkpoints.is_due(step + 1) {
+                self.save(Inside { drawn: stream.drawn().clone(), ..inside.clone() }, checkpoints)?;
+            }
+            if !goes_on {
                 return Ok(None);
             }
         }
+        let mut learnt = Learnt { loss: inside.loss, ..Learnt::default() };
         if method.ranks() && method.when == Some(When::End) && steps > 0 {
             let before = held_out_loss(self.model, &texts[task], config)?;
             let windows = stream.windows(steps, replay, &mut |asked| self.uphill_costs(asked))?;
@@ -146,17 +171,27 @@ impl<'a> Learner<'a> {
         if self.dual.is_some() {
             self.model.set_masks(masks_of_nonzero(self.model))?;
         }
-        learnt.active = (!active.is_empty()).then(|| active.iter().sum::<f64>() / active.len() as f64);
+        let (sum, count) = inside.active;
+        learnt.active = (count > 0).then(|| sum / count as f64);
         learnt.scored_tokens = 2 * stream.scored() * config.seq as u64;
         learnt.tokens = self.passed;
         learnt.keep = stream.keep(method.replay);
         Ok(Some(learnt))
     }
 
-    /// Returns when to prune during the task, if then.
-    fn schedule(&self, steps: u64) -> Option<Schedule> {
+    /// Writes a checkpoint. The sums of dual averaging stand where the first moments are, which it has not.
+    fn save(&mut self, inside: Inside, checkpoints: &Checkpoints) -> Result<()> {
+        if let Some(dual) = &self.dual {
+            self.optimizer.m.copy_from_slice(dual.sums());
+        }
+        let (controller, sparsity, passed) = (self.controller.clone(), self.sparsity, self.passed);
+        let inside = Inside { controller, sparsity, passed, ..inside };
+        checkpoints.save(&inside, self.model, &self.optimizer)
+    }
+
+    /// Returns when to prune during the task, if then. `start` is the density before its first step.
+    fn schedule(&self, steps: u64, start: f64) -> Option<Schedule> {
         let Method { density: end, every, when, .. } = *self.given.method;
-        let start = density(self.model.layout(), self.model.masks());
         let during = self.given.method.ranks() && when == Some(When::During) && steps > 0;
         during.then(|| Schedule::new(steps, every.unwrap_or(1), start, end.unwrap_or(1.0)))
     }

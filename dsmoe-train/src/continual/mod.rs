@@ -8,11 +8,13 @@
 //! OUT/continual.json              what is learnt, from which model, on which text
 //! OUT/start.json                  the losses before the first task
 //! OUT/tasks/01-NAME/              the model after that task, with masks and report.json
+//! OUT/checkpoints/02-00000120/    a task that is not done, after so many steps
 //! ```
-//! A task's directory appears complete. Learning that was interrupted goes on at the first task that is not done, and comes to
-//! the same bytes.
+//! A directory appears complete. Learning that was interrupted goes on at the first task that is not done, from its newest
+//! checkpoint, and comes to the same bytes.
 
 mod dual;
+mod inside;
 mod learner;
 mod passes;
 mod prune;
@@ -25,12 +27,11 @@ use std::path::{Path, PathBuf};
 
 use dsmoe_core::Model;
 use dsmoe_core::checkpoint::copy_companions;
-use dsmoe_datasets::files::read_at_most;
 use dsmoe_datasets::{Mixture, TokenSource};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use self::inside::{Checkpoints, Inside};
 use self::learner::{Anchor, Given, Learner, Learnt, held_out_loss};
 use self::passes::fisher;
 use self::prune::density;
@@ -41,14 +42,13 @@ use crate::checkpoint::{data_identity, model_identity};
 use crate::config::{Budget, TrainConfig};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::optim::AdamW;
 use crate::run::held;
 
 const SETTINGS_FILE: &str = "continual.json";
 const START_FILE: &str = "start.json";
 const REPORT_FILE: &str = "report.json";
 const TASKS: &str = "tasks";
-/// The largest file of a report, in bytes.
-const LARGEST: u64 = 256 << 20;
 /// Windows of a task whose gradients say how firmly its weights are held.
 const ANCHOR_WINDOWS: usize = 32;
 
@@ -70,7 +70,7 @@ pub struct ContinualOptions {
     pub model: PathBuf,
     /// The directory to write.
     pub out: PathBuf,
-    /// Goes on at the first task that is not done.
+    /// Goes on at the first task that is not done, from its newest checkpoint.
     pub resume: bool,
     /// Settings of the steps of every task: those of [`TRAIN_KEYS`].
     pub train: TrainConfig,
@@ -223,19 +223,23 @@ pub fn learn(
                 let (config, anchor) = (&configs[at], state.anchor.as_ref());
                 let (texts, replay) = (&texts[..], &state.replay[..]);
                 let given = Given { task: at, config, method: &method, texts, replay, anchor };
-                if method.regrow == Some(true) {
-                    model.set_masks(dsmoe_core::masks::Masks::new())?;
-                }
+                let checkpoints = Checkpoints::new(&options.out, at, config.save_every);
+                let (inside, moments) = begin(&mut model, &checkpoints, &method)?;
                 let show = &mut |step: u64, loss: f64| {
                     progress(TaskProgress { name: &task.name, done: done + step, total, loss })
                 };
-                let Some(learnt) = Learner::new(&mut model, given)?.learn(show)? else {
+                let mut learner = Learner::new(&mut model, given)?;
+                if let Some(moments) = moments {
+                    learner.resume(&inside, moments);
+                }
+                let Some(learnt) = learner.learn(inside, &checkpoints, show)? else {
                     finished = false;
                     break;
                 };
                 let replay = merge(&state.replay, &learnt.keep, state.reports.len() + 1, method.replay);
                 let report = report_of(&model, task, &learnt, (config, losses(&model)?, replay));
                 folder.write(&place, &model, &report)?;
+                Checkpoints::clear(&options.out)?;
                 report
             }
         };
@@ -245,7 +249,24 @@ pub fn learn(
         state.replay.clone_from(&report.replay);
         state.reports.push((at, report));
     }
+    if finished {
+        // Those of the last task, if the process ended just before it removed them.
+        Checkpoints::clear(&options.out)?;
+    }
     Ok(state.report(finished, tasks, start))
+}
+
+/// Makes `model` that of the task's newest checkpoint, or ready for its first step, and returns the state that goes with it.
+fn begin(model: &mut Model, checkpoints: &Checkpoints, method: &Method) -> Result<(Inside, Option<AdamW>)> {
+    if let Some((inside, saved, moments)) = checkpoints.newest(model.layout())? {
+        *model = saved;
+        return Ok((inside, Some(moments)));
+    }
+    if method.regrow == Some(true) {
+        model.set_masks(dsmoe_core::masks::Masks::new())?;
+    }
+    let start_density = density(model.layout(), model.masks());
+    Ok((Inside { start_density, ..Inside::default() }, None))
 }
 
 /// What the tasks that are done leave for the next ones.
@@ -342,7 +363,9 @@ fn identity(model: &Model, tasks: &[Task], config: &TrainConfig, method: &Method
     });
     let mut train = serde_json::to_value(config).expect("numbers and strings are JSON");
     if let Some(train) = train.as_object_mut() {
-        train.retain(|key, _| TRAIN_KEYS.contains(&&key[..]) && key != "warmup_steps");
+        train.retain(|key, _| {
+            TRAIN_KEYS.contains(&&key[..]) && !["warmup_steps", "save_every"].contains(&&key[..])
+        });
     }
     Ok(json!({
         "model_sha256": model_identity(model),
@@ -374,9 +397,9 @@ impl Folder {
         }
         let lock = files::lock_dir(out)?;
         if path.is_file() {
-            same(&path, &read_json(&path)?, identity)?;
+            same(&path, &files::read_json(&path)?, identity)?;
         } else {
-            write_json(&path, identity)?;
+            files::write_json(&path, identity)?;
         }
         fs::create_dir_all(out.join(TASKS)).map_err(Error::io(out))?;
         Ok(Folder { out: out.clone(), source: options.model.clone(), _lock: lock })
@@ -386,10 +409,10 @@ impl Folder {
     fn start(&self, measure: impl FnOnce() -> Result<Vec<f64>>) -> Result<Vec<f64>> {
         let path = self.out.join(START_FILE);
         if path.is_file() {
-            return read_json(&path);
+            return files::read_json(&path);
         }
         let losses = measure()?;
-        write_json(&path, &losses)?;
+        files::write_json(&path, &losses)?;
         Ok(losses)
     }
 
@@ -403,7 +426,7 @@ impl Folder {
         if !path.is_file() {
             return Ok(None);
         }
-        let report: TaskReport = read_json(&path)?;
+        let report: TaskReport = files::read_json(&path)?;
         if report.name != name {
             return Err(Error::checkpoint(&path, format!("it is of task {}", report.name)));
         }
@@ -417,7 +440,7 @@ impl Folder {
         files::fill_dir(&temporary, |dir| {
             model.save(dir, dsmoe_core::checkpoint::Dtype::F32)?;
             copy_companions(&self.source, dir)?;
-            write_json(&dir.join(REPORT_FILE), report)?;
+            files::write_json(&dir.join(REPORT_FILE), report)?;
             files::sync_dir(dir)
         })?;
         files::remove_dir(place)?;
@@ -443,15 +466,4 @@ fn same(path: &Path, saved: &Value, now: &Value) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = read_at_most(path, LARGEST).map_err(Error::io(path))?;
-    serde_json::from_slice(&bytes).map_err(|cause| Error::checkpoint(path, cause.to_string()))
-}
-
-fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let mut bytes = serde_json::to_vec_pretty(value).expect("numbers and strings are JSON");
-    bytes.push(b'\n');
-    files::replace(path, &bytes)
 }

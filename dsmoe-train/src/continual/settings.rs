@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 
 /// Keys of [`TrainConfig`](crate::TrainConfig) that hold for the steps of every task.
-pub const TRAIN_KEYS: [&str; 20] = [
+pub const TRAIN_KEYS: [&str; 21] = [
     "batch",
     "seq",
     "dtype",
@@ -25,6 +25,7 @@ pub const TRAIN_KEYS: [&str; 20] = [
     "seed",
     "valid_fraction",
     "valid_samples",
+    "save_every",
     "bos",
 ];
 

@@ -24,6 +24,18 @@ pub struct Window {
     pub window: usize,
 }
 
+/// The windows that a task's steps have drawn so far.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Drawn {
+    /// The windows that were candidates, and their last score.
+    seen: BTreeMap<usize, f32>,
+    /// How many windows were scored.
+    scored: u64,
+    /// The pool at hand and the windows that were chosen from it.
+    pool: Option<(u64, Vec<usize>)>,
+}
+
 /// The text of one task's steps.
 pub(super) struct Stream {
     task: usize,
@@ -34,29 +46,25 @@ pub(super) struct Stream {
     replayed: usize,
     /// Candidates that are scored together, those of them that are taken for their score, and steps that they last for.
     pool: Option<Pool>,
-    /// The windows that were candidates, and their last score.
-    seen: BTreeMap<usize, f32>,
-    scored: u64,
+    drawn: Drawn,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Pool {
     candidates: usize,
     top: usize,
     steps: u64,
-    /// The pool at hand and its windows.
-    at: Option<u64>,
-    chosen: Vec<usize>,
 }
 
 impl Stream {
-    /// Begins the text of `task`, of whose steps each has the batch of `config`. There is a `replay` of earlier tasks or none.
+    /// Begins the text of `task`, of whose steps each has the batch of `config`, or goes on with what was drawn of it. There is a
+    /// `replay` of earlier tasks or none.
     pub(super) fn new(
         task: usize,
         mixture: &Mixture,
         config: &TrainConfig,
         method: &Method,
-        replay: &[Window],
+        (replay, drawn): (&[Window], Drawn),
     ) -> Result<Stream> {
         let all = config.batch * config.accumulate;
         let share = if replay.is_empty() { 0.0 } else { method.replay_share.unwrap_or(0.0) };
@@ -69,11 +77,11 @@ impl Stream {
             let taken = (top + random).min(1.0);
             let candidates = (chosen as f64 / taken).ceil() as usize;
             let top = ((chosen as f64) * top / (top + random)).round() as usize;
-            Pool { candidates, top, steps: steps.min(MOST_POOL_STEPS as u64), at: None, chosen: Vec::new() }
+            Pool { candidates, top, steps: steps.min(MOST_POOL_STEPS as u64) }
         });
         let order = mixture.interleaving(1, config.seed)?;
         let seed = config.seed;
-        Ok(Stream { task, order, seed, fresh, replayed, pool, seen: BTreeMap::new(), scored: 0 })
+        Ok(Stream { task, order, seed, fresh, replayed, pool, drawn })
     }
 
     /// Returns the windows of step `step`, counted from 0. `score` tells what a step uphill costs each of the windows that it is
@@ -84,19 +92,15 @@ impl Stream {
         replay: &[Window],
         score: &mut dyn FnMut(&[Window]) -> Result<Vec<f32>>,
     ) -> Result<Vec<Window>> {
-        let fresh = match self.pool.take() {
+        let fresh = match self.pool {
             None => {
                 let first = step * self.fresh as u64;
                 let windows: Vec<usize> =
                     (first..first + self.fresh as u64).map(|n| self.sample(n)).collect();
-                self.seen.extend(windows.iter().map(|&window| (window, 0.0)));
+                self.drawn.seen.extend(windows.iter().map(|&window| (window, 0.0)));
                 windows
             }
-            Some(mut pool) => {
-                let outcome = self.select(&mut pool, step, score);
-                self.pool = Some(pool);
-                outcome?
-            }
+            Some(pool) => self.select(pool, step, score)?,
         };
         let mut all: Vec<Window> =
             fresh.into_iter().map(|window| Window { task: self.task, window }).collect();
@@ -107,7 +111,12 @@ impl Stream {
 
     /// Returns how many windows were scored.
     pub(super) fn scored(&self) -> u64 {
-        self.scored
+        self.drawn.scored
+    }
+
+    /// Returns what was drawn so far.
+    pub(super) fn drawn(&self) -> &Drawn {
+        &self.drawn
     }
 
     fn sample(&mut self, number: u64) -> usize {
@@ -117,28 +126,28 @@ impl Stream {
     /// Returns the new windows of a step, out of the pool of its steps.
     fn select(
         &mut self,
-        pool: &mut Pool,
+        pool: Pool,
         step: u64,
         score: &mut dyn FnMut(&[Window]) -> Result<Vec<f32>>,
     ) -> Result<Vec<usize>> {
         let number = step / pool.steps;
-        if pool.at != Some(number) {
+        if self.drawn.pool.as_ref().is_none_or(|(at, _)| *at != number) {
             let first = number * pool.candidates as u64;
             let numbers = first..first + pool.candidates as u64;
             let windows: Vec<usize> = numbers.map(|number| self.sample(number)).collect();
             let asked: Vec<Window> =
                 windows.iter().map(|&window| Window { task: self.task, window }).collect();
             let scores = score(&asked)?;
-            self.scored += windows.len() as u64;
-            self.seen.extend(windows.iter().copied().zip(scores.iter().copied()));
+            self.drawn.scored += windows.len() as u64;
+            self.drawn.seen.extend(windows.iter().copied().zip(scores.iter().copied()));
             let seed = SELECT_STREAM ^ (self.task as u64) << 48 ^ number;
             let count = self.fresh * pool.steps as usize;
             let places = choose(&scores, pool.top, count, Rng::new(self.seed, seed));
-            pool.chosen = places.into_iter().map(|place| windows[place]).collect();
-            pool.at = Some(number);
+            self.drawn.pool = Some((number, places.into_iter().map(|place| windows[place]).collect()));
         }
+        let chosen = self.drawn.pool.as_ref().map_or(&[][..], |(_, chosen)| chosen);
         let at = (step % pool.steps) as usize * self.fresh;
-        Ok(pool.chosen[at..at + self.fresh].to_vec())
+        Ok(chosen.iter().skip(at).take(self.fresh).copied().collect())
     }
 
     /// Returns at most `count` windows of this task to keep: those of the highest scores, or any where none was scored.
@@ -146,6 +155,7 @@ impl Stream {
         let mut rng = Rng::new(self.seed, KEEP_STREAM ^ (self.task as u64) << 48);
         let by_chance = self.pool.is_none();
         let mut ranked: Vec<(f32, usize)> = self
+            .drawn
             .seen
             .iter()
             .map(|(&window, &score)| (if by_chance { rng.uniform() } else { score }, window))

@@ -99,14 +99,17 @@ fn what_is_interrupted_ends_as_a_whole() {
     let report = whole(&bed, "whole", method(ALL), &tasks);
     let parts = ContinualOptions { resume: true, ..options(&bed, "parts", method(ALL)) };
     // Inside the first, the second and the third task, and between two.
+    let mut before = 0;
     for steps in [5u64, 17, 24, 30] {
-        let mut heard = 0;
+        let mut heard = Vec::new();
         let part = learn(&parts, &tasks, &mut |progress| {
-            heard = progress.done;
+            heard.push(progress.done);
             progress.done < steps
         });
         assert!(!part.unwrap().finished);
-        assert_eq!(heard, steps);
+        // No step is taken twice.
+        assert_eq!(heard, Vec::from_iter(before + 1..=steps));
+        before = steps;
     }
     let rest = learn(&parts, &tasks, &mut |_| true).unwrap();
     assert_eq!(rest, report);
@@ -125,6 +128,43 @@ fn what_is_interrupted_ends_as_a_whole() {
     let fresh = ContinualOptions { resume: false, ..parts };
     let message = learn(&fresh, &tasks, &mut |_| true).unwrap_err().to_string();
     assert!(message.contains("is not empty"), "{message}");
+}
+
+/// A process that dies goes on from the last checkpoint that `save_every` asked for, whatever the method keeps between steps.
+#[test]
+fn a_task_goes_on_from_a_checkpoint_inside_it() {
+    for (name, experts, text) in [
+        ("during", true, r#"{"prune": "magnitude", "density": 0.5, "every": 3, "regrow": false}"#),
+        ("dual", false, r#"{"prune": "dual-averaging"}"#),
+        ("selected", false, r#"{"prune": "none", "select": 0.5, "select_every": 4, "replay": 8}"#),
+    ] {
+        let bed = Bed::new(experts);
+        let tasks = three(12);
+        let gates = if experts { "active_target=0.5" } else { "sparsity=1" };
+        let train = settings(&[gates, "lr=1e-2", "save_every=5"]);
+        let of = |out: &str| ContinualOptions { train: train.clone(), ..options(&bed, out, method(text)) };
+        let report = learn(&of("whole"), &tasks, &mut |_| true).unwrap();
+        let parts = ContinualOptions { resume: true, ..of("parts") };
+        for (dies, goes_on) in [(9u64, 6u64), (23, 23)] {
+            let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                learn(&parts, &tasks, &mut |progress| {
+                    assert!(progress.done < dies);
+                    true
+                })
+            }));
+            assert!(killed.is_err(), "{name}");
+            let mut first = 0;
+            let stopped = learn(&parts, &tasks, &mut |progress| {
+                first = progress.done;
+                false
+            });
+            assert!(!stopped.unwrap().finished);
+            assert_eq!(first, goes_on, "{name}");
+        }
+        assert_eq!(learn(&parts, &tasks, &mut |_| true).unwrap(), report, "{name}");
+        assert!(bytes(&bed.path("whole")) == bytes(&bed.path("parts")), "{name}");
+        assert!(!bed.path("parts").join("checkpoints").exists(), "{name}");
+    }
 }
 
 #[test]

@@ -18,7 +18,7 @@ use dsmoe_train::tasks::{Journal, Responder, model_sha256};
 use super::results::{LeftOut, TaskResult, TaskResults};
 use crate::cli::eval::{Eval, TaskFile};
 use crate::format;
-use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts_of};
+use crate::interrupts::{INTERRUPTED, catch_interrupts_for, stop_of};
 use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::processes::check_alike;
 use crate::progress::{Progress, Unit};
@@ -43,7 +43,7 @@ pub(super) fn run(args: &Eval, comm: &dyn Communicator, ui: &mut Ui) -> Result<E
     let (loaded, left_out) = load(args, ui)?;
     check_alike(comm, args, &args.model, &[])?;
     if args.out.is_some() {
-        catch_interrupts_of(comm.rank() == 0)?;
+        catch_interrupts_for(ui, comm.rank() == 0)?;
     }
     // The first process writes.
     let out = args.out.as_ref().filter(|_| comm.rank() == 0);
@@ -259,7 +259,7 @@ impl Runner<'_> {
         let started = Instant::now();
         let documents: Vec<&[Request]> = loaded.documents().iter().map(|d| &d.requests[..]).collect();
         let responder = Responder::new(self.model, self.tokenizer, self.bos, self.args.profile)
-            .stop_at(&STOP)
+            .stop_at(stop_of(ui))
             .on(self.comm);
         let answers = Progress::during(ui, loaded.name(), Unit::Documents, |show| {
             responder.answer(&documents, journal, &mut |done, total| show(done as u64, total as u64))

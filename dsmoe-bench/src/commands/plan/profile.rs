@@ -153,7 +153,7 @@ pub(super) fn run(args: &PlanProfile, ui: &mut Ui) -> Result<ExitCode> {
         );
     }
     let texts = open(&args.data, &options(&args.data))?;
-    let Some(out) = args.out.as_deref().filter(|_| !args.dry_run) else {
+    let Some(out) = args.work.out() else {
         let requests = args.requests * texts.len();
         let plan = json!({
             "model": args.model.display().to_string(), "shares": shares, "sources": texts.len(),
@@ -386,7 +386,7 @@ fn settings(
 
 /// Makes the folder, or checks that the points in it are of the same profile.
 fn prepare(args: &PlanProfile, out: &Path, settings: &Value) -> Result<()> {
-    make_folder(out, args.resume, "pass --resume to continue there, or choose another --out")?;
+    make_folder(out, args.work.resume, "pass --resume to continue there, or choose another --out")?;
     let path = out.join(SETTINGS);
     if path.is_file() && read_json::<Value>(&path)? != *settings {
         bail!("{}: its points are of another model, text or setting; choose another --out", path.display());

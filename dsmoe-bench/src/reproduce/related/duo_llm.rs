@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::experiment::{Claim, Experiment, Value};
 use super::lab::{Lab, Model, Pruned};
+use super::sketch::shortened;
 
 const ROUTER: &str = "router";
 const CHANCE: &str = "random routes";
@@ -18,7 +19,10 @@ const ORACLE: &str = "oracle";
 const FIXED: &str = "best fixed route";
 const NOISE: &str = "noisy copies";
 const ALL_BIG: &str = "all big";
+const DSMOE: &str = "DSMoE";
+const SPLIT: &str = "random split";
 const SHARE: &str = "loss at half of the FFN";
+const USED: &str = "FFN used";
 const HALF: &str = "half of the layers big";
 
 const STEPS: u64 = 60;
@@ -27,14 +31,20 @@ const TOKENS: usize = 384;
 const PASSES: f64 = 1000.0;
 /// The router's learning rate over that of the rest.
 const ROUTER_LR: f64 = 10.0;
+/// The rows beside Duo's: the method, its settings, and its routers' learning rate over that of the rest.
+const OTHERS: [(&str, &str, &[&str], f64); 2] = [
+    (DSMOE, "dsmoe", &["experts=8", "routers=calibrated"], 3.0),
+    (SPLIT, "random-k", &["experts=8", "noise=false"], 1.0),
+];
 
 pub(super) const EXPERIMENT: Experiment = Experiment {
     name: "duo-llm",
     title: "Duo-LLM",
     setting: "A small FFN of a sixteenth of the neurons stands beside the dense one. Both are trained with random routes for 60 steps; \
-              then a router is trained for 60 more, or random routes go on. The oracle gives every token of 384 the best of all routes \
+              then a router is trained for 60 more, or random routes go on. DSMoE and a random split, of eight experts each, have \
+              the same budget and 120 steps. The oracle gives every token of 384 the best of all routes \
               with its loss at hand, earlier tokens of the window included, and as many noisy copies of the model are its control.",
-    numbers: "held-out loss, nats; of the oracle on its tokens",
+    numbers: "held-out loss, nats; of the oracle on its tokens; and the share of the FFNs' parameters that a token used",
     claims: &[
         Claim {
             paper: "a learned router is no better than the best of 100 random patterns (read in the paper): better than chance",
@@ -44,6 +54,15 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
             margin: 0.0,
             agrees: "tokens differ in what the big FFN is worth to them, and the router sees it",
             differs: "so short a training teaches the router little",
+        },
+        Claim {
+            paper: "(ours) sigmoid gates over eight experts use the same budget better than one choice of big or small in each layer",
+            row: DSMOE,
+            controls: &[ROUTER, CHANCE, SPLIT],
+            columns: &[SHARE],
+            margin: 0.0,
+            agrees: "a token picks among parts of the FFN, and each layer may run more or fewer of them",
+            differs: "in so few steps what is chosen matters less than how much of the dense FFN is left whole",
         },
         Claim {
             paper: "an oracle with part of the layers big beats all layers big (read in the paper)",
@@ -65,10 +84,11 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
         },
     ],
     plan: |sketch| {
-        sketch.made(2);
-        sketch.losses(2);
+        sketch.made(2 + OTHERS.len());
+        sketch.losses(2 + OTHERS.len());
         sketch.other(1, PASSES * TOKENS as f64);
-        sketch.trainings(3, &shortened(sketch.train_config()?, 1.0))
+        sketch.trainings(3, &shortened(sketch.train_config()?, STEPS))?;
+        sketch.trainings(OTHERS.len(), &shortened(sketch.train_config()?, 2 * STEPS))
     },
     measure,
 };
@@ -82,29 +102,34 @@ struct Half {
     noise: f64,
 }
 
-fn shortened(config: TrainConfig, router_lr_scale: f64) -> TrainConfig {
-    TrainConfig { steps: Some(STEPS), tokens: None, router_lr_scale, ..config }
-}
-
 fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
     let dense = lab.dense();
     let counts = Accounting::of(&dense.config()?);
     let params = counts.total as f64 - counts.ffn as f64 / 2.0;
     let how = |method, settings| Pruned { method, settings, params, source: None };
+    let config = shortened(lab.train_config()?, STEPS);
     let made = lab.prune(&dense, how("duo", &[]))?;
-    let random = lab.train(&made, shortened(lab.train_config()?, 1.0))?;
+    let random = lab.train(&made, config.clone())?;
     let routed = lab.prune(&random, how("duo-router", &[]))?;
-    let routed = lab.train(&routed, shortened(lab.train_config()?, ROUTER_LR))?;
-    let chance = lab.train(&random, shortened(lab.train_config()?, 1.0))?;
+    let routed = lab.train(&routed, TrainConfig { router_lr_scale: ROUTER_LR, ..config.clone() })?;
+    let chance = lab.train(&random, config)?;
+    let mut models = vec![(ROUTER, routed), (CHANCE, chance)];
+    for (row, method, settings, router_lr_scale) in OTHERS {
+        let made = lab.prune(&dense, how(method, settings))?;
+        let config = shortened(lab.train_config()?, 2 * STEPS);
+        models.push((row, lab.train(&made, TrainConfig { router_lr_scale, ..config })?));
+    }
+    let mut values = Vec::new();
+    for (row, model) in models {
+        let found = lab.losses(&model)?;
+        let whole = counts.total - counts.ffn;
+        values.push(Value::new(row, SHARE, found.mean));
+        values.push(Value::new(row, USED, (found.activated - whole as f64) / counts.ffn as f64));
+    }
     let half = half(lab, &random)?;
-    Ok(vec![
-        Value::new(ROUTER, SHARE, lab.losses(&routed)?.mean),
-        Value::new(CHANCE, SHARE, lab.losses(&chance)?.mean),
-        Value::new(ORACLE, HALF, half.oracle),
-        Value::new(NOISE, HALF, half.noise),
-        Value::new(FIXED, HALF, half.best),
-        Value::new(ALL_BIG, HALF, half.all_big),
-    ])
+    let rows = [(ORACLE, half.oracle), (NOISE, half.noise), (FIXED, half.best), (ALL_BIG, half.all_big)];
+    values.extend(rows.map(|(row, loss)| Value::new(row, HALF, loss)));
+    Ok(values)
 }
 
 fn half(lab: &mut Lab<'_, '_>, model: &Model) -> Result<Half> {

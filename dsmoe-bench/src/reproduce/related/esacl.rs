@@ -7,8 +7,11 @@ use serde_json::json;
 
 use super::experiment::{Claim, Experiment, Value};
 use super::lab::Lab;
+use super::sketch::shortened;
 
 const STEPS: u64 = 25;
+/// Those of all tasks, in a profile of four sources.
+const ALL_STEPS: u64 = 4 * STEPS;
 const REPLAY: usize = 64;
 const DENSE: &str = "dense, replay";
 const MAGNITUDE_END: &str = "magnitude at the end";
@@ -53,18 +56,13 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
     plan: |sketch| {
         let config = sketch.train_config()?;
         for _ in ROWS {
-            let tokens = PASSES * sketch.training_cost(&shortened(config.clone()))?;
+            let tokens = PASSES * sketch.training_cost(&shortened(config.clone(), ALL_STEPS))?;
             sketch.other(1, tokens);
         }
         Ok(())
     },
     measure,
 };
-
-/// The steps of all tasks as one training.
-fn shortened(config: TrainConfig) -> TrainConfig {
-    TrainConfig { steps: Some(4 * STEPS), tokens: None, ..config }
-}
 
 fn method_of(row: &str) -> Method {
     let (prune, when) = match row {
@@ -87,7 +85,7 @@ fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
     let turn = lab.seed as usize % sources.len();
     sources.rotate_left(turn);
     let text = lab.inputs().text;
-    let cost = PASSES * lab.inputs().costs.train(&shortened(config.clone()))?;
+    let cost = PASSES * lab.inputs().costs.train(&shortened(config.clone(), ALL_STEPS))?;
     let train = TrainConfig { steps: None, tokens: None, valid_fraction: 0.05, ..config };
     let mut values = Vec::new();
     for row in ROWS {

@@ -7,6 +7,7 @@ use dsmoe_train::config::Part;
 
 use super::experiment::{Claim, Experiment, Value};
 use super::lab::{Lab, Pruned};
+use super::sketch::shortened;
 
 const RANDOM: &str = "random router";
 const SINGLE: &str = "taught, each nearest (released label)";
@@ -62,20 +63,9 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
             differs: "clusters of like neurons can be left out as a whole",
         },
     ],
-    plan: |sketch| {
-        if sketch.is_new("dense losses") {
-            sketch.losses(1);
-        }
-        sketch.made(ROWS.len());
-        sketch.losses(2 * ROWS.len());
-        sketch.trainings(ROWS.len(), &shortened(sketch.train_config()?))
-    },
+    plan: |sketch| sketch.made_and_tuned(ROWS.len(), STEPS),
     measure,
 };
-
-fn shortened(config: TrainConfig) -> TrainConfig {
-    TrainConfig { steps: Some(STEPS), tokens: None, train_parts: Some(vec![Part::Ffn]), ..config }
-}
 
 fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
     let dense = lab.dense();
@@ -85,7 +75,8 @@ fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
         let params = counts.total as f64 - counts.ffn as f64 / 2.0;
         let made = lab.prune(&dense, Pruned { method, settings, params, source: None })?;
         values.push(Value::new(row, MADE, lab.losses(&made)?.mean - whole));
-        let tuned = lab.train(&made, shortened(lab.train_config()?))?;
+        let config = shortened(lab.train_config()?, STEPS);
+        let tuned = lab.train(&made, TrainConfig { train_parts: Some(vec![Part::Ffn]), ..config })?;
         values.push(Value::new(row, TUNED, lab.losses(&tuned)?.mean - whole));
     }
     Ok(values)

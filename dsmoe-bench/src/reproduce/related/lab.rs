@@ -59,6 +59,8 @@ pub(crate) struct Pruned<'a> {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Losses {
     pub(crate) mean: f64,
+    /// Parameters that a token of the text used.
+    pub(crate) activated: f64,
     /// By source.
     pub(crate) sources: Vec<(String, f64)>,
 }
@@ -248,7 +250,7 @@ impl<'b> Lab<'_, 'b> {
             let model = Inference::load_on(&dir, inputs.precision(), inputs.options.device)?;
             let (text, _) = measure::text(&model, &inputs.text.held_out, inputs.costs.seq, inputs.windows())?;
             let sources = text.domains.iter().map(|domain| (domain.name.clone(), domain.nll)).collect();
-            Ok(Losses { mean: text.means.nll, sources })
+            Ok(Losses { mean: text.means.nll, activated: text.means.params_activated, sources })
         })?;
         Ok(losses)
     }

@@ -6,6 +6,7 @@ use dsmoe_train::TrainConfig;
 
 use super::experiment::{Claim, Experiment, Value};
 use super::lab::Lab;
+use super::sketch::shortened;
 
 const ROWS: [(&str, GrowMethod); 5] = [
     ("lesa", GrowMethod::Lesa),
@@ -14,6 +15,7 @@ const ROWS: [(&str, GrowMethod); 5] = [
     ("identity", GrowMethod::Identity),
     ("random", GrowMethod::Random),
 ];
+const SOURCE: &str = "no new layers";
 /// Layers that are added.
 const NEW: usize = 2;
 const STEPS: u64 = 60;
@@ -23,7 +25,8 @@ const TUNED: &str = "60 steps";
 pub(super) const EXPERIMENT: Experiment = Experiment {
     name: "lesa",
     title: "LESA",
-    setting: "The dense model gets two layers more, and the new layers alone are trained for 60 steps.",
+    setting: "The dense model gets two layers more, and the new layers alone are trained for 60 steps. The last row is the dense model \
+              after as many steps of all its parameters.",
     numbers: "held-out loss minus that of the model before it was made deeper, nats",
     claims: &[
         Claim {
@@ -45,21 +48,23 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
             differs: "a model of a few layers has too few for a network to learn how layers follow each other, and identities lose \
                       nothing at the start",
         },
+        Claim {
+            paper: "depth is worth its steps (implied: the source after the same steps is the control)",
+            row: "lesa",
+            controls: &[SOURCE],
+            columns: &[TUNED],
+            margin: 0.0,
+            agrees: "new layers add what the old ones lack",
+            differs: "the same steps of all parameters of the source change more of what it computes",
+        },
     ],
     plan: |sketch| {
-        if sketch.is_new("dense losses") {
-            sketch.losses(1);
-        }
-        sketch.made(ROWS.len());
-        sketch.losses(2 * ROWS.len());
-        sketch.trainings(ROWS.len(), &shortened(sketch.train_config()?))
+        sketch.made_and_tuned(ROWS.len(), STEPS)?;
+        sketch.losses(1);
+        sketch.trainings(1, &shortened(sketch.train_config()?, STEPS))
     },
     measure,
 };
-
-fn shortened(config: TrainConfig) -> TrainConfig {
-    TrainConfig { steps: Some(STEPS), tokens: None, ..config }
-}
 
 fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
     let dense = lab.dense();
@@ -72,9 +77,12 @@ fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
         let new = (0..).zip(&plan).filter(|(_, layer)| is_new(layer)).map(|(i, _)| i).collect();
         let grown = lab.grow(&dense, &options)?;
         values.push(Value::new(row, MADE, lab.losses(&grown)?.mean - whole));
-        let config = TrainConfig { train_layers: Some(new), ..shortened(lab.train_config()?) };
+        let config = TrainConfig { train_layers: Some(new), ..shortened(lab.train_config()?, STEPS) };
         let tuned = lab.train(&grown, config)?;
         values.push(Value::new(row, TUNED, lab.losses(&tuned)?.mean - whole));
     }
+    let tuned = lab.train(&dense, shortened(lab.train_config()?, STEPS))?;
+    values.push(Value::new(SOURCE, MADE, 0.0));
+    values.push(Value::new(SOURCE, TUNED, lab.losses(&tuned)?.mean - whole));
     Ok(values)
 }

@@ -44,7 +44,8 @@ use crate::ui::Ui;
 use definition::Definition;
 use experiment::{Experiment, Value};
 use lab::Lab;
-use outcome::{Found, Outcome, Setup};
+pub(crate) use outcome::Outcome;
+use outcome::{Found, Setup};
 use plan::{Row, count};
 
 /// All experiments.
@@ -122,13 +123,14 @@ impl Experiments {
         let profiles: Vec<Profile> =
             (0..self.definition.seeds).map(|seed| self.definition.profile(seed)).collect();
         let (sources, seq) = (text.held_out.len(), profile.train()?.seq);
+        let shown = &ui.clone();
         let inputs = |profile| {
             let costs = Costs { profile, sources, seq };
-            Inputs { profile, options: args, text: &text, tasks: &[], costs, ui: *ui }
+            Inputs { profile, options: args, text: &text, tasks: &[], costs, ui: shown }
         };
         let mut stages = Stages {
             inputs: inputs(&profile),
-            work: Work::new(&cache, *ui, stages, tokens),
+            work: Work::new(&cache, shown, stages, tokens),
             steps_left: args.stop_after,
         };
         let mut setup = self.setup(&text);

@@ -1,11 +1,13 @@
 //! Results of experiments: what results.json holds, the table of claims, and the report.
 
+use std::fmt::Write as _;
+
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::experiment::{Experiment, Numbers, Value, Verdict, mean, shown};
-use crate::format::Table;
-use crate::report::{Block, Cell, Chapter, Report, Tabular};
+use crate::format::{self, Table};
+use crate::report::{Block, Cell, Chapter, Report, Tabular, markdown};
 
 /// The contents of results.json.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -59,10 +61,14 @@ pub(crate) struct Measured {
     pub(crate) seeds: Vec<f64>,
 }
 
-/// A claim and what the numbers say about it.
+/// A claim and what the numbers say about it, with all that decides.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Decided {
     pub(crate) paper: String,
+    pub(crate) row: String,
+    pub(crate) controls: Vec<String>,
+    pub(crate) columns: Vec<String>,
+    pub(crate) margin: f64,
     pub(crate) ours: String,
     pub(crate) agrees: Verdict,
     pub(crate) why: String,
@@ -89,7 +95,17 @@ impl Found {
         }
         let decide = |claim: &super::experiment::Claim| {
             let (agrees, ours) = claim.decide(&numbers).context(experiment.name)?;
-            Ok(Decided { paper: claim.paper.to_owned(), ours, agrees, why: claim.why(agrees) })
+            let owned = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+            Ok(Decided {
+                paper: claim.paper.to_owned(),
+                row: claim.row.to_owned(),
+                controls: owned(claim.controls),
+                columns: owned(claim.columns),
+                margin: claim.margin,
+                ours,
+                agrees,
+                why: claim.why(agrees),
+            })
         };
         Ok(Found {
             name: experiment.name.to_owned(),
@@ -170,6 +186,32 @@ impl Outcome {
             .map_or(0, |cell| cell.seeds.len())
     }
 
+    /// Writes what a document shows of the record at `dir`: all claims, or the numbers of the experiment of that name.
+    pub(crate) fn block(&self, dir: &str, name: Option<&str>) -> Result<String> {
+        let Setup { git_revision, profile, dense_params, .. } = &self.setup;
+        let seeds = self.seeds();
+        let mut table = match name {
+            None => self.claims(),
+            Some(name) => {
+                let found = self.experiments.iter().find(|found| found.name == name);
+                let names =
+                    || self.experiments.iter().map(|found| &*found.name).collect::<Vec<_>>().join(", ");
+                found
+                    .with_context(|| format!("the record has no experiment {name}; it has {}", names()))?
+                    .table()
+            }
+        };
+        let _ = write!(
+            table.note,
+            " Profile {}, a dense model of {} parameters, {seeds} seed{}; `{dir}`, revision {git_revision}.",
+            profile.name,
+            format::amount(*dense_params as f64),
+            if seeds == 1 { "" } else { "s" },
+        );
+        let head = name.map_or(String::new(), |_| format!("\n{}:\n", capital(&table.title)));
+        Ok(format!("{head}\n{}\n", markdown::bare_table(&table)))
+    }
+
     /// Returns the report.
     pub(crate) fn report(&self) -> Report {
         let mut chapters = vec![Chapter::new("claims", "Claims", vec![self.claims().into()])];
@@ -196,4 +238,10 @@ impl Outcome {
         }
         table.show()
     }
+}
+
+/// Returns the text with a capital letter at its start.
+fn capital(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map_or(String::new(), |first| first.to_uppercase().chain(letters).collect())
 }

@@ -6,15 +6,15 @@ use dsmoe_train::TrainConfig;
 use super::experiment::{Claim, Experiment, Value};
 use super::experts::{self, EAN, HARD, RANDOM, REAP, SOFT};
 use super::lab::Lab;
-use super::sketch::Sketch;
+use super::sketch::{Sketch, shortened};
 
 const ROWS: [&str; 7] =
     [HARD, "hard counts, over all layers", "hard counts, one at a time", SOFT, EAN, REAP, RANDOM];
 const LEFT: [usize; 3] = [6, 4, 2];
 /// Experts that a layer holds when k is lowered.
 const HELD: usize = 6;
-const STEPS: u64 = 100;
-const TUNED: &str = "6 of 8, 100 steps";
+const STEPS: u64 = 60;
+const TUNED: &str = "6 of 8, 60 steps";
 const WEAK: &str = "k from 2 to 1, entropy 0.01";
 const NONE: &str = "k from 2 to 1, no entropy";
 const AT_ONCE: &str = "k = 1 from the first step";
@@ -31,7 +31,7 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
     name: "seer-moe",
     title: "SEER-MoE",
     setting: "The mixture of the experiment on HC-SMoE. Experts are dropped with their gates by the counts of calibration text. The \
-              mixture of 6 experts by hard counts is then trained for 100 steps while k falls from 2 to 1.",
+              mixture of 6 experts by hard counts is then trained for 60 steps while k falls from 2 to 1.",
     numbers: "increase of the held-out loss over the whole mixture, nats, by the experts that a layer holds",
     claims: &[
         Claim {
@@ -60,13 +60,9 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
 
 fn plan(sketch: &mut Sketch<'_>) -> Result<()> {
     experts::plan(sketch, &ROWS, &LEFT, "all")?;
-    sketch.mixture_trainings(TRAININGS.len(), &shortened(sketch.train_config()?))?;
+    sketch.mixture_trainings(TRAININGS.len(), &shortened(sketch.train_config()?, STEPS))?;
     sketch.losses(TRAININGS.len());
     Ok(())
-}
-
-fn shortened(config: TrainConfig) -> TrainConfig {
-    TrainConfig { steps: Some(STEPS), tokens: None, ..config }
 }
 
 fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
@@ -79,7 +75,7 @@ fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
             gate_entropy,
             top_k,
             top_k_anneal: top_k.map(|_| anneal),
-            ..shortened(lab.train_config()?)
+            ..shortened(lab.train_config()?, STEPS)
         };
         let tuned = lab.train(&pruned, config)?;
         values.push(Value::new(row, TUNED, lab.losses(&tuned)?.mean - whole));

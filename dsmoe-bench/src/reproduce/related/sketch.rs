@@ -11,6 +11,11 @@ use super::super::cost::Costs;
 /// Cost of a token of a mixture of eight experts over that of the dense model, about.
 pub(crate) const MIXTURE: f64 = 2.0;
 
+/// Returns the settings of a training that has so many steps.
+pub(crate) fn shortened(config: TrainConfig, steps: u64) -> TrainConfig {
+    TrainConfig { steps: Some(steps), tokens: None, ..config }
+}
+
 /// The stages of one experiment and seed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub(crate) struct Planned {
@@ -69,6 +74,27 @@ impl<'a> Sketch<'a> {
     pub(crate) fn trainings(&mut self, stages: usize, config: &TrainConfig) -> Result<()> {
         self.other(stages, self.costs.train(config)?);
         Ok(())
+    }
+
+    /// Changed dense models that are measured as made and after a training of `steps`, beside the dense model itself.
+    pub(crate) fn made_and_tuned(&mut self, models: usize, steps: u64) -> Result<()> {
+        self.dense_losses();
+        self.made(models);
+        self.losses(2 * models);
+        self.trainings(models, &shortened(self.train_config()?, steps))
+    }
+
+    /// The losses of the dense model, which experiments share.
+    pub(crate) fn dense_losses(&mut self) {
+        if self.is_new("dense losses") {
+            self.losses(1);
+        }
+    }
+
+    /// Passes over the calibration text.
+    pub(crate) fn calibration_passes(&mut self, stages: usize, passes: f64) {
+        let text = self.costs.profile.calibration.samples * self.costs.seq;
+        self.other(stages, passes * text as f64);
     }
 
     /// Trainings of a mixture.

@@ -11,6 +11,9 @@ const ROWS: [&str; 4] = ["uniform", "teal", "cats", "search"];
 /// Shares of the weights of linears that a token uses.
 const SHARES: [f64; 2] = [0.8, 0.65];
 
+/// Passes over the calibration text that a search takes at several tolerances, about.
+const SEARCH_PASSES: f64 = 350.0;
+
 pub(super) const EXPERIMENT: Experiment = Experiment {
     name: "thresholds",
     title: "R-LLM, TEAL, CATS",
@@ -48,12 +51,11 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
         },
     ],
     plan: |sketch| {
-        if sketch.is_new("dense losses") {
-            sketch.losses(1);
-        }
-        let stages = ROWS.len() * SHARES.len();
-        sketch.made(stages);
-        sketch.losses(stages);
+        sketch.dense_losses();
+        let searches = SHARES.len();
+        sketch.calibration_passes(searches, SEARCH_PASSES);
+        sketch.made(ROWS.len() * SHARES.len() - searches);
+        sketch.losses(ROWS.len() * SHARES.len());
         Ok(())
     },
     measure,

@@ -56,6 +56,8 @@ pub struct Workspace {
     rstd: Buf,
     pub(crate) logits: Buf,
     ffn: FfnScratch,
+    /// `[layers + 1, tokens, hidden]`: the states of the next pass, where they are kept.
+    pub(super) states: Option<Vec<f32>>,
     #[cfg(feature = "cuda")]
     pub(crate) cuda: Option<Box<super::cuda::acts::CudaWorkspace>>,
 }
@@ -73,6 +75,13 @@ impl Workspace {
         self.rstd.resize(tokens);
         // The largest of any layer: narrower ones then take a part of it.
         self.prepare_heads(config.num_heads, config.num_kv_heads, config.head_dim, tokens);
+    }
+
+    /// Keeps the states that the pass has come to.
+    fn keep(&mut self, normed: bool) {
+        if let Some(states) = &mut self.states {
+            states.extend_from_slice(if normed { &self.h } else { &self.x });
+        }
     }
 
     fn prepare_heads(&mut self, heads: usize, kv_heads: usize, head_dim: usize, tokens: usize) {
@@ -245,8 +254,31 @@ impl CpuInference {
     /// Sets `logits` from `rows` normed hidden states.
     pub(crate) fn head(&self, logits: &mut Buf, h: &[f32], rows: usize) {
         logits.resize(rows * self.config.vocab_size);
+        self.head_into(logits, h, rows);
+    }
+
+    fn head_into(&self, logits: &mut [f32], h: &[f32], rows: usize) {
         linear::ForwardPacked { y: logits, x: h, w: &self.head, bias: None, rows }.run();
         logits_of(&self.config).apply(logits);
+    }
+
+    /// Sets `logits` to those after the last tokens of `ids`, as many as it has room for.
+    pub(super) fn logits_into(
+        &self,
+        logits: &mut [f32],
+        ids: &[u32],
+        cache: &mut Cache,
+        stats: Option<&mut RoutingStats>,
+        workspace: &mut Workspace,
+    ) {
+        let Config { hidden, vocab_size, .. } = self.config;
+        in_pool(|| {
+            self.hidden_states(ids, ids.len(), Some(cache), stats, workspace);
+            let rows = logits.len() / vocab_size;
+            if rows > 0 {
+                self.head_into(logits, &workspace.h[(ids.len() - rows) * hidden..], rows);
+            }
+        });
     }
 
     /// Computes now what the first `positions` positions need, for calls that must not allocate.
@@ -305,6 +337,7 @@ impl CpuInference {
         }
         self.embedding.rows(&mut workspace.x, ids, &self.head);
         scale(&mut workspace.x, self.config.architecture.embed_scale);
+        workspace.keep(false);
         for i in 0..self.config.num_layers {
             let lent;
             let layer = match &self.lent {
@@ -337,9 +370,13 @@ impl CpuInference {
                 }
             }
             block.join(x, y, layer.after_ffn.as_deref(), h, rstd);
+            if i + 1 < self.config.num_layers {
+                workspace.keep(false);
+            }
         }
-        let Workspace { x, h, rstd, .. } = workspace;
+        let Workspace { x, h, rstd, .. } = &mut *workspace;
         block.norm(&self.norm, h, rstd, x);
+        workspace.keep(true);
     }
 }
 

@@ -5,6 +5,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod lent;
+mod observe;
 pub(crate) mod pack;
 mod ragged;
 pub(crate) mod segments;
@@ -17,6 +18,7 @@ use dsmoe_router::RoutingStats;
 pub use cache::Cache;
 use cpu::CpuInference;
 pub use cpu::Workspace;
+pub use observe::{Observe, Observed};
 use pack::Parts;
 pub use segments::{After, Likelihood, Segment};
 use segments::{Alone, places};

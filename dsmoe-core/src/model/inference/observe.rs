@@ -1,0 +1,59 @@
+//! What a pass over a text computes on its way: states, routes and logits of single tokens.
+
+use dsmoe_router::RoutingStats;
+
+use super::{Cache, Inference, Workspace};
+use crate::error::{Error, Result};
+use crate::model::tensors::check_input;
+
+/// What [`Inference::observe`] keeps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Observe {
+    /// Tokens at the end of the text whose logits are computed.
+    pub logits: usize,
+    /// Keep the states behind every layer.
+    pub states: bool,
+    /// Keep the experts of every token.
+    pub routes: bool,
+}
+
+/// What a pass over one text has computed.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Observed {
+    /// `[logits, vocab]`: the logits after the last tokens.
+    pub logits: Vec<f32>,
+    /// `[layers + 1, T, hidden]`: the embedded tokens, and the residual stream behind every layer; behind the last one it is normed.
+    /// Empty if it was not asked for.
+    pub states: Vec<f32>,
+    /// The routing, with [`RoutingStats::routes`] if they were asked for; none without experts.
+    pub stats: Option<RoutingStats>,
+}
+
+impl Inference {
+    /// Runs the model over a text of its own and keeps what is asked for. The logits are those that
+    /// [`generate`](crate::generate::generate) chooses from.
+    ///
+    /// # Errors
+    /// No ids, fewer ids than logits, a token id outside the vocabulary, or more positions than the model has; the model runs on a
+    /// GPU, or its layers are lent.
+    pub fn observe(&self, ids: &[u32], what: Observe) -> Result<Observed> {
+        let model = self.on_host()?;
+        if model.lent.is_some() {
+            return Err(Error::argument("layers that are lent keep no states", "load the whole model"));
+        }
+        if ids.is_empty() || ids.len() < what.logits {
+            let problem = format!("{} tokens to read logits of {}", ids.len(), what.logits);
+            return Err(Error::argument(problem, "give at least one token, and no more logits than tokens"));
+        }
+        let config = self.config();
+        check_input(config, ids, 0, ids.len())?;
+        let states = (config.num_layers + 1) * ids.len() * config.hidden;
+        let mut workspace = Workspace::default();
+        workspace.states = what.states.then(|| Vec::with_capacity(states));
+        let mut stats = self.new_stats().map(|stats| if what.routes { stats.with_routes() } else { stats });
+        let mut logits = vec![0.0; what.logits * config.vocab_size];
+        let mut cache = Cache::new(self, ids.len());
+        model.logits_into(&mut logits, ids, &mut cache, stats.as_mut(), &mut workspace);
+        Ok(Observed { logits, states: workspace.states.unwrap_or_default(), stats })
+    }
+}
