@@ -57,9 +57,9 @@ fn one_lane_has_the_bits_of_before_there_were_lanes() {
     let isa = Isa::current().name();
     let known = BEFORE_LANES.iter().find(|(name, _)| *name == isa);
     let plain = hashes(&[], false);
-    match known {
-        Some((_, known)) => assert_eq!(plain, known, "{isa}"),
-        None => eprintln!("SKIP known bits: none are recorded for {isa}"),
+    // None are recorded for the tiers of aarch64.
+    if let Some((_, known)) = known {
+        assert_eq!(plain, known, "{isa}");
     }
     assert_eq!(hashes(&["lanes=1"], false), plain, "{isa}");
 }
