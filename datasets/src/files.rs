@@ -12,16 +12,24 @@ use sha2::{Digest, Sha256};
 /// The error of `write`, or of the file system.
 pub fn replace(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    // Others may read the file, as far as the user's settings allow.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = BufWriter::new(builder.tempfile_in(dir)?);
+    let mut file = BufWriter::new(temporary_in(dir)?);
     write(&mut file)?;
     let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
     file.as_file().sync_all()?;
     file.persist(path)?;
     sync_dir(dir)
+}
+
+/// Makes a temporary file that others may read, as far as the user's settings allow; by default they may not.
+fn temporary_in(dir: &Path) -> io::Result<tempfile::NamedTempFile> {
+    #[cfg(unix)]
+    let made = {
+        let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+        tempfile::Builder::new().permissions(permissions).tempfile_in(dir)
+    };
+    #[cfg(not(unix))]
+    let made = tempfile::NamedTempFile::new_in(dir);
+    made
 }
 
 /// Waits until the names in `dir` are on the disk.

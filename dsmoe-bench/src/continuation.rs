@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_core::generate::{Finish, GenerateOptions, generate};
-use dsmoe_datasets::Tokenizer;
+use dsmoe_datasets::{DecodeStream, Tokenizer};
 use serde::Serialize;
 
 /// A prompt and how it is continued.
@@ -66,15 +66,7 @@ pub(crate) fn continue_text(
         if stop_ids.contains(&id) {
             return false;
         }
-        let mut next = || -> Result<bool> {
-            let mut piece = decoder.push(id)?.unwrap_or_default();
-            // A stop text may be among what the decoder holds back.
-            if piece.is_empty() && !stop.is_empty() {
-                piece = Some(decoder.held()?).filter(|held| text.would_stop(held)).unwrap_or_default();
-            }
-            show(text.push(&piece))
-        };
-        shown = next();
+        shown = text.push_token(&mut decoder, id).and_then(&mut *show);
         matches!(shown, Ok(true)) && !text.stopped
     })?;
     shown?;
@@ -131,6 +123,16 @@ impl StoppedText<'_> {
     fn would_stop(&self, piece: &str) -> bool {
         let text = format!("{}{piece}", self.text);
         self.stops.iter().any(|stop| text.contains(stop))
+    }
+
+    /// Adds a token, and returns the text that can no longer belong to a stop text.
+    fn push_token(&mut self, decoder: &mut DecodeStream<'_>, id: u32) -> Result<&str> {
+        let mut piece = decoder.push(id)?.unwrap_or_default();
+        // A stop text may be among what the decoder holds back.
+        if piece.is_empty() && !self.stops.is_empty() {
+            piece = Some(decoder.held()?).filter(|held| self.would_stop(held)).unwrap_or_default();
+        }
+        Ok(self.push(&piece))
     }
 
     /// Adds a piece, and returns the text that can no longer belong to a stop text.

@@ -5,8 +5,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::common::{
-    SEPARATOR, check_failure, command, config, copy_of_dense, fails, finish, on_text, path, read, run,
-    succeeds, write,
+    SEPARATOR, check_failure, config, copy_of_dense, fails, on_text, path, read, run, succeeds, write,
 };
 
 /// Replaces the header of a safetensors file; the data stays.
@@ -190,6 +189,7 @@ fn files_without_an_end_and_pipes_without_a_writer() {
 #[cfg(unix)]
 #[test]
 fn paths_that_are_not_utf8() {
+    use crate::common::{command, finish};
     use std::ffi::OsString;
     use std::os::unix::ffi::OsStringExt;
     let odd = |name: &str, end: &str| {

@@ -3,17 +3,17 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::common::{PROGRAM, folder, json_of, path, text_of, write};
+use crate::common::json_of;
 
 fn docs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs")
 }
 
 /// The blocks of a page that are marked `sh,run`, in their order.
+#[cfg(unix)]
 fn blocks(text: &str) -> Vec<String> {
     let mut found: Vec<String> = Vec::new();
     let mut inside = false;
@@ -36,6 +36,10 @@ fn blocks(text: &str) -> Vec<String> {
 #[test]
 #[cfg(unix)]
 fn the_commands_of_documents_run() {
+    use std::process::{Command, Stdio};
+
+    use crate::common::{PROGRAM, folder, path, text_of, write};
+
     let corpus: Vec<String> = text_of(1, 10_000)
         .split(crate::common::SEPARATOR)
         .map(|text| serde_json::json!({ "text": text }).to_string())

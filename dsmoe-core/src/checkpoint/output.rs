@@ -231,7 +231,6 @@ fn is_empty(path: &Path) -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::files::write_synced;
 
     #[test]
     fn what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not() {
@@ -251,6 +250,8 @@ mod tests {
     #[test]
     fn an_empty_directory_is_filled_and_not_replaced() {
         use std::os::unix::fs::MetadataExt;
+
+        use crate::files::write_synced;
         let dir = tempfile::tempdir().expect("directory");
         let target = dir.path().join("out");
         fs::create_dir(&target).expect("directory");

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::support::{quiet, small_config};
 use dsmoe_core::Result;
-use dsmoe_core::checkpoint::{Checkpoint, Dtype, OutputDir, TensorInfo, Writer, check_llama_tensors};
+use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer, check_llama_tensors};
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, ConvertReport, PartitionSpec, RouterStart, convert};
 use dsmoe_core::export::{ExportAs, ExportOptions, export};
@@ -93,6 +93,7 @@ impl Fixture {
         report
     }
 
+    #[cfg(target_os = "linux")]
     fn infos(&self) -> Vec<TensorInfo> {
         let checkpoint = Checkpoint::open(&self.dir).unwrap();
         let info = |name: &str| {
@@ -469,7 +470,7 @@ fn output_that_is_not_empty() {
 fn full_disk() {
     let work = tempfile::tempdir().unwrap();
     let out = work.path().join("out");
-    let output = OutputDir::create(&out, false).unwrap();
+    let output = dsmoe_core::checkpoint::OutputDir::create(&out, false).unwrap();
     let infos = Fixture::new().infos();
     std::os::unix::fs::symlink("/dev/full", output.path().join("model.safetensors")).unwrap();
     let mut writer = Writer::create(output.path(), infos.clone()).unwrap();

@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::common::*;
 use dsmoe_core::Model;
 use dsmoe_core::checkpoint::Dtype;
-use dsmoe_train::{Outcome, RunOptions, TrainConfig, Trainer};
+use dsmoe_train::{Outcome, RunOptions, TrainConfig};
 use serde_json::Value;
 
 fn names(dir: &Path) -> Vec<String> {
@@ -293,7 +293,7 @@ fn model_and_text_must_fit() {
 fn a_directory_in_use_is_refused() {
     let bed = Bed::new(true);
     let model = Model::load(&bed.source).unwrap();
-    let first = Trainer::new(model, &text(1), settings(&[]), bed.options("out")).unwrap();
+    let first = dsmoe_train::Trainer::new(model, &text(1), settings(&[]), bed.options("out")).unwrap();
     let busy = ["out is in use by another run; wait for it"];
     refused(&text(1), settings(&[]), bed.resumed("out"), &busy);
     drop(first);
