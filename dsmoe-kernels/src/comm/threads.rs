@@ -242,9 +242,10 @@ mod tests {
     fn different_calls_are_noticed() {
         let mut all = members(2, DEADLINE);
         let other = all.pop().unwrap();
-        let theirs = std::thread::spawn(move || other.broadcast(OF, 1, &mut [0; 3]));
+        // The thread gives the member back, so that it has not left before the other one looks.
+        let theirs = std::thread::spawn(move || (other.broadcast(OF, 1, &mut [0; 3]), other));
         let error = all[0].barrier(OF).unwrap_err().to_string();
-        theirs.join().unwrap().unwrap();
+        theirs.join().unwrap().0.unwrap();
         assert_eq!(
             error,
             "rank 0: bytes: barrier of 0 bytes, while rank 1 makes another call (bytes: broadcast of 3 bytes); report it"
