@@ -21,7 +21,10 @@ pub fn replace(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>
 }
 
 /// Makes a temporary file that others may read, as far as the user's settings allow; by default they may not.
-fn temporary_in(dir: &Path) -> io::Result<tempfile::NamedTempFile> {
+///
+/// # Errors
+/// The error of the file system.
+pub fn temporary_in(dir: &Path) -> io::Result<tempfile::NamedTempFile> {
     #[cfg(unix)]
     let made = {
         let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);

@@ -90,7 +90,7 @@ pub(crate) fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -
     let folder = folder_of(path);
     let written = || -> Result<()> {
         fs::create_dir_all(folder)?;
-        let file = temporary_in(folder)?;
+        let file = dsmoe_datasets::files::temporary_in(folder)?;
         let mut out = BufWriter::new(file.as_file());
         fill(&mut out)?;
         out.flush()?;
@@ -100,18 +100,6 @@ pub(crate) fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -
         Ok(())
     };
     written().with_context(|| path.display().to_string())
-}
-
-/// Makes a temporary file that others may read, as far as the user's settings allow; by default they may not.
-fn temporary_in(dir: &Path) -> std::io::Result<tempfile::NamedTempFile> {
-    #[cfg(unix)]
-    let made = {
-        let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
-        tempfile::Builder::new().permissions(permissions).tempfile_in(dir)
-    };
-    #[cfg(not(unix))]
-    let made = tempfile::NamedTempFile::new_in(dir);
-    made
 }
 
 /// Returns the folder that holds `path`.
