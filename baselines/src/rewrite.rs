@@ -9,7 +9,7 @@ use dsmoe_core::convert::{ffn_change, source_infos};
 use crate::error::Result;
 use crate::method::{Job, Progress};
 
-/// What a directory has beside the tensors of its source.
+/// The parts of a written directory that its source does not have.
 pub(crate) struct Additions<'a> {
     /// New tensors, which stand behind the others.
     pub(crate) infos: Vec<TensorInfo>,

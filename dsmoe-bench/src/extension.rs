@@ -23,7 +23,9 @@ use crate::{cli, commands, ui, version};
 /// #     /// Settings.
 /// #     pub struct Narrow {}
 /// # }
-/// # fn configure(_: Narrow) -> dsmoe_baselines::Result<Box<dyn Configured>> { unimplemented!() }
+/// # fn configure(_: Narrow) -> dsmoe_baselines::Result<Box<dyn Configured>> {
+/// #     dsmoe_baselines::method("dense")?.configure(&dsmoe_baselines::SettingValues::new())
+/// # }
 ///
 /// static NARROW: Entry<Narrow> = Entry {
 ///     name: "narrow",
@@ -36,8 +38,8 @@ use crate::{cli, commands, ui, version};
 /// }
 /// ```
 ///
-/// What is added belongs to the process from then on: models are loaded, and names of methods read, in places that no
-/// command passes anything to.
+/// Additions hold for the whole process, because models are loaded and method names are read in places that no command passes
+/// arguments to.
 #[derive(Default)]
 pub struct Cli {
     methods: Vec<&'static dyn Method>,

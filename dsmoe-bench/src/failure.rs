@@ -8,7 +8,7 @@ use dsmoe_train::Error as Train;
 
 use crate::ui::one_line;
 
-/// What an error is about.
+/// The kind of an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// An argument or an option: unknown, out of range, or not with another one.
@@ -27,7 +27,7 @@ pub enum Kind {
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
-    /// What it is about.
+    /// The kind of the error.
     pub kind: Kind,
     /// The text, one line.
     pub message: String,

@@ -1,4 +1,4 @@
-//! What this program was built from, and what it runs on.
+//! The text of `--version`.
 
 use std::fmt::Write as _;
 use std::sync::OnceLock;

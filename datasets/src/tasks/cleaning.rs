@@ -1,4 +1,4 @@
-//! What the harness's tasks do to texts before they ask about them.
+//! The changes that tasks of lm-evaluation-harness make to a text before it enters a prompt.
 
 use std::sync::LazyLock;
 

@@ -18,9 +18,9 @@ pub(crate) struct Column {
     pub(crate) blank: bool,
     /// It may be a number or a truth value.
     pub(crate) number: bool,
-    /// What a text has to match, and what is said of one that does not.
+    /// The pattern that a text has to match, and the end of the error for one that does not.
     pub(crate) pattern: Option<(Regex, String)>,
-    /// What helps where an object lacks it.
+    /// The remedy in the error for a row without this column.
     pub(crate) help: Option<String>,
 }
 

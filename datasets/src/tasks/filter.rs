@@ -13,7 +13,7 @@ const INVALID: &str = "[invalid]";
 pub(crate) struct Filter {
     /// The name in the keys of results.
     pub(crate) name: &'static str,
-    /// What is looked for, and which match counts: its first group that is not empty, or all of a match without groups.
+    /// A pattern, and which of its matches counts. The result is the first group that is not empty, or the whole match.
     pub(crate) regex: Option<(Regex, Take)>,
     /// Removed from what is found; nothing if empty.
     pub(crate) remove: String,

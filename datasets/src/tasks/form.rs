@@ -41,7 +41,7 @@ pub(crate) enum CutAt {
     LastSentence,
 }
 
-/// What is asked about a row.
+/// The requests that a task makes of a row, by kind of output.
 #[derive(Clone, Debug)]
 pub(crate) enum Question {
     Choice { prompt: Prompt, choices: Choices, gold: Gold },

@@ -264,7 +264,7 @@ struct Asked {
     item: Item,
     /// The beginning of its prompt.
     description: String,
-    /// What its examples are alike in.
+    /// The value that examples of a document share with it.
     alike: Option<String>,
 }
 

@@ -16,7 +16,7 @@ pub(crate) struct Row {
     pub(crate) label: Option<String>,
     /// File and number from 1.
     place: (Arc<Path>, u64),
-    /// What helps where the file is not the task's.
+    /// The remedy in errors for a file of another dataset.
     pub(crate) wrong_file: &'static str,
 }
 

@@ -12,7 +12,7 @@ use super::split::Split;
 #[serde(deny_unknown_fields)]
 pub(crate) struct Stored {
     pub(crate) name: String,
-    /// What it asks, in one line.
+    /// The question of the task, in one line.
     #[serde(default)]
     pub(crate) about: String,
     #[serde(default)]
@@ -223,7 +223,8 @@ pub(crate) enum Side {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct StoredExact {
-    /// What is removed first, in this order: commas, dollars, working, last_dot, articles, or a regular expression.
+    /// The texts that are removed before the comparison, in this order: commas, dollars, working, last_dot, articles, or a regular
+    /// expression.
     #[serde(default)]
     pub(crate) remove: Vec<String>,
     #[serde(default)]

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 pub struct Task {
     /// The harness's name, or a user's own.
     pub name: &'static str,
-    /// What it asks, in one line.
+    /// The question of the task, in one line.
     pub about: &'static str,
     /// Other names of the task.
     pub(crate) aliases: Vec<String>,
@@ -40,7 +40,7 @@ pub struct Task {
     pub(crate) logs_choices: bool,
     /// Files that it names itself: to score, and to draw examples from.
     pub(crate) files: [Vec<PathBuf>; 2],
-    /// What helps where a file is not the task's.
+    /// The remedy in errors for a file of another dataset.
     pub(crate) wrong_file: &'static str,
     /// The definition in each release, or why it does not have the task or cannot run it.
     pub(crate) forms: Vec<(Profile, std::result::Result<Form, String>)>,

@@ -43,7 +43,7 @@ impl Routing {
         self.active.clone_ref(py)
     }
 
-    /// What the output of an expert is multiplied by, [layers, tokens, experts]; 0 where it does not run.
+    /// Factors of the experts' outputs, [layers, tokens, experts]; 0 where an expert does not run.
     #[getter]
     fn coefficients(&self, py: Python<'_>) -> Py<PyArray3<f32>> {
         self.coefficients.clone_ref(py)

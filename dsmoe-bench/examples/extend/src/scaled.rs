@@ -70,7 +70,7 @@ struct ScaledFfn {
     dense: DenseFfn,
 }
 
-/// What the backward pass needs: that of the dense FFN, its output, and room for its gradient.
+/// The activations that the backward pass needs: those of the dense FFN, its output, and room for the gradient of that.
 struct ScaledSaved {
     dense: Box<dyn Any + Send>,
     y: Vec<f32>,
@@ -264,7 +264,7 @@ mod tests {
         }
     }
 
-    /// What a GPU asks of the host is what the host computes itself.
+    /// The gate that a GPU asks the host for is the one that the host computes.
     #[test]
     fn the_gate_has_the_factor_and_its_gradient() {
         let gate = ScaleGate { hidden: HIDDEN };

@@ -1,4 +1,4 @@
-//! What the program adds, used by every command as what the `dsmoe` command has itself.
+//! Every command uses the additions of this program as it uses the built-in ones.
 
 use std::fs;
 use std::path::Path;

@@ -15,7 +15,7 @@ use crate::stops::Stops;
 /// Most events of a job that wait for a slow client, who is then taken to be gone.
 const EVENTS: usize = 8192;
 
-/// What the server takes at once.
+/// Limits of the work that the server accepts.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Texts that are decoded side by side.
@@ -42,7 +42,7 @@ pub struct Job {
     pub active: Option<f64>,
 }
 
-/// What becomes of a job, in this order: any number of texts, then an end or a failure.
+/// A message about a job. A job sends any number of texts, then an end or a failure.
 #[derive(Clone, Debug)]
 pub enum Event {
     Text(String),
