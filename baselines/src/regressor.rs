@@ -145,7 +145,7 @@ impl Regressor {
         let rows = inputs.len() / width;
         let mut order: Vec<usize> = (0..rows).collect();
         let mut rng = Rng::new(fit.seed, ORDER_STREAM);
-        let mut losses = Vec::with_capacity(fit.epochs);
+        let mut losses = Vec::new();
         for epoch in 0..fit.epochs {
             for i in (1..rows).rev() {
                 order.swap(i, rng.below(i as u64 + 1) as usize);

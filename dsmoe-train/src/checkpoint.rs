@@ -23,7 +23,7 @@ use dsmoe_core::params::{Entry, Layout};
 use dsmoe_core::shard::Shards;
 use dsmoe_core::{Masks, Model};
 use dsmoe_datasets::TokenSource;
-use dsmoe_datasets::files::hex;
+use dsmoe_datasets::files::{hex, read_at_most};
 use dsmoe_datasets::tokens::identity;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::comm::{Communicator, What, gather};
@@ -43,6 +43,8 @@ use crate::teacher::TeacherId;
 pub(crate) const FORMAT_VERSION: u32 = 1;
 const STATE_FILE: &str = "state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+/// The largest file of a state, in bytes.
+const LARGEST_STATE: u64 = 64 << 20;
 /// Values of each tensor that the identity of a model covers.
 const IDENTITY_VALUES: usize = 1024;
 /// Values of the moments that are shared at once.
@@ -460,7 +462,9 @@ fn damaged(file: &Path) -> Error {
 /// Reads the state of the run in the checkpoint `path`.
 pub(crate) fn read_state(path: &Path) -> Result<State> {
     let file = path.join(STATE_FILE);
-    let text = fs::read_to_string(&file).map_err(Error::io(&file))?;
+    let bytes = read_at_most(&file, LARGEST_STATE).map_err(Error::io(&file))?;
+    let not_text = |_| Error::checkpoint(&file, "it is not UTF-8");
+    let text = String::from_utf8(bytes).map_err(not_text)?;
     if let Some(manifest) = Manifest::read(path)?
         && !manifest.holds(STATE_FILE, text.as_bytes())
     {
@@ -533,6 +537,7 @@ pub(crate) fn read_moments(path: &Path, layout: &Layout, optimizer: &mut AdamW) 
 
 #[cfg(test)]
 mod tests {
+    use dsmoe_kernels::testing::edited_copies;
     use dsmoe_router::Knot;
     use proptest::prelude::*;
 
@@ -616,6 +621,20 @@ mod tests {
         let steps: Vec<u64> = list(dir.path()).unwrap().into_iter().map(|(step, _)| step).collect();
         assert_eq!(steps, [123_456_789, 10]);
         assert!(list(&dir.path().join("none")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn edited_copies_are_read_or_refused() {
+        let text = serde_json::to_string_pretty(&state()).unwrap();
+        edited_copies("state", text.as_bytes(), 300, |bytes| {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join(STATE_FILE), bytes).unwrap();
+            match read_state(dir.path()) {
+                // Whatever is accepted can be counted on.
+                Ok(state) => assert_eq!(state.tokens, state.step * state.config.tokens_per_step()),
+                Err(error) => assert_eq!(error.to_string().lines().count(), 1, "{error}"),
+            }
+        });
     }
 
     proptest! {

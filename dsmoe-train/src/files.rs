@@ -4,9 +4,10 @@ use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
+use dsmoe_core::checkpoint::{FileSum, MANIFEST_FILE, Manifest};
 use dsmoe_datasets::files;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
@@ -29,6 +30,50 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let mut bytes = serde_json::to_vec_pretty(value).expect("numbers and strings are JSON");
     bytes.push(b'\n');
     replace(path, &bytes)
+}
+
+/// A value with the hash of its JSON.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Hashed<T> {
+    value: T,
+    xxh3_128: String,
+}
+
+impl<T: Serialize> Hashed<T> {
+    pub(crate) fn of(value: T) -> Hashed<T> {
+        let xxh3_128 = Hashed::hash_of(&value);
+        Hashed { value, xxh3_128 }
+    }
+
+    /// Returns the value, unless it was changed.
+    pub(crate) fn checked(self) -> Option<T> {
+        (Hashed::hash_of(&self.value) == self.xxh3_128).then_some(self.value)
+    }
+
+    fn hash_of(value: &T) -> String {
+        FileSum::of(&serde_json::to_vec(value).expect("numbers and strings are JSON")).hex()
+    }
+}
+
+/// Checks that the files of `dir` are what was written, if it has a manifest.
+pub(crate) fn check_dir(dir: &Path) -> Result<()> {
+    let damaged = match Manifest::read(dir)? {
+        Some(manifest) => manifest.damaged(dir, |_| true)?,
+        None => None,
+    };
+    match damaged {
+        Some(file) => Err(damaged_file(&file, dir)),
+        None => Ok(()),
+    }
+}
+
+fn damaged_file(file: &Path, dir: &Path) -> Error {
+    let problem = format!(
+        "it is not what was written, by {MANIFEST_FILE} beside it; delete {} to make it again",
+        dir.display()
+    );
+    Error::checkpoint(file, problem)
 }
 
 /// Waits until renames in `dir` are on the disk.

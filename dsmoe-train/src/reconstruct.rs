@@ -645,9 +645,7 @@ impl Work {
         };
         let state = dir.join(STATE_FILE);
         if is_ours && state.is_file() {
-            let bytes = fs::read(&state).map_err(Error::io(&state))?;
-            let saved: Identity = serde_json::from_slice(&bytes)
-                .map_err(|cause| Error::checkpoint(&state, cause.to_string()))?;
+            let saved: Identity = files::read_json(&state)?;
             saved.check(&state, &identity)?;
         } else {
             fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
@@ -706,17 +704,9 @@ impl Work {
             report: LayerReport,
             thresholds: Vec<f64>,
         }
-        if let Some(manifest) = Manifest::read(&path)?
-            && let Some(file) = manifest.damaged(&path, |_| true)?
-        {
-            let message =
-                format!("it is not what was written; delete {} to train that layer again", path.display());
-            return Err(Error::checkpoint(&file, message));
-        }
+        files::check_dir(&path)?;
         let file = path.join("report.json");
-        let bytes = fs::read(&file).map_err(Error::io(&file))?;
-        let done: Done =
-            serde_json::from_slice(&bytes).map_err(|cause| Error::checkpoint(&file, cause.to_string()))?;
+        let done: Done = files::read_json(&file)?;
         if done.thresholds.len() != thresholds.bars.len() || done.report.layer != layer {
             return Err(Error::checkpoint(&file, "it is not of this reconstruction"));
         }

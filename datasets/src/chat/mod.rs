@@ -190,6 +190,10 @@ fn environment(now: NaiveDateTime) -> Environment<'static> {
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.unwrap_or_default());
     environment.set_unknown_method_callback(|state, value, method, arguments| {
+        if method == "format" && value.as_str().is_some_and(|text| python::is_too_wide(text, arguments)) {
+            let reason = "format with a width that no text needs";
+            return Err(minijinja::Error::new(ErrorKind::InvalidOperation, reason));
+        }
         let own = value.as_str().and_then(|text| python::method(text, method, arguments));
         own.map_or_else(|| unknown_method_callback(state, value, method, arguments), Ok)
     });
@@ -296,6 +300,13 @@ mod tests {
             render("{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}");
         assert!(endless.contains("fuel"), "{endless}");
         assert!(render("{{ nothing | tojson }}").contains("undefined"));
+        assert_eq!(render("{{ '{:>4}|{}|20240726'.format('a', 12345678) }}"), "   a|12345678|20240726");
+        for wide in
+            ["'{:>999999999}'.format('a')", "'{:>{}}'.format('a', 999999999)", "'{:.10000000f}'.format(1.5)"]
+        {
+            let refused = render(&format!("{{{{ {wide} }}}}"));
+            assert!(refused.contains("a width that no text needs"), "{wide}: {refused}");
+        }
     }
 
     #[test]

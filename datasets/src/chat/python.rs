@@ -135,6 +135,21 @@ fn float_text(x: f64) -> String {
     }
 }
 
+/// Most digits of a width or precision.
+const WIDTH_DIGITS: usize = 5;
+
+/// Returns whether `format` of a text would write fields of a width that no text needs, which the engine writes before it counts.
+pub(super) fn is_too_wide(text: &str, arguments: &[Item]) -> bool {
+    let specifications = text.split('}').filter_map(|part| part.split_once('{')?.1.split_once(':'));
+    let largest = arguments.iter().filter_map(Item::as_i64).max().unwrap_or(0);
+    specifications.map(|(_, specification)| specification).any(|specification| {
+        let numbers = specification.split(|c: char| !c.is_ascii_digit());
+        let longest = numbers.map(str::len).max().unwrap_or(0);
+        // A field in the specification of another takes its width from an argument.
+        longest > WIDTH_DIGITS || specification.contains('{') && largest >= 10i64.pow(WIDTH_DIGITS as u32)
+    })
+}
+
 /// Calls a method of a text; none if it is not one of those here.
 pub(super) fn method(text: &str, name: &str, arguments: &[Item]) -> Option<Item> {
     let part = arguments.first()?.as_str().filter(|part| !part.is_empty() || name.starts_with("remove"))?;

@@ -20,7 +20,7 @@ use super::template::{Change, Template};
 use crate::error::{Error, Result, shown};
 
 /// The largest file of a task, in bytes.
-const LONGEST: usize = 1 << 20;
+pub(super) const LONGEST: usize = 1 << 20;
 
 /// A problem of a definition and its fix: `key: problem; fix`.
 type Wrong<T> = std::result::Result<T, String>;

@@ -4,9 +4,10 @@ use std::fs;
 use std::path::Path;
 use std::sync::{LazyLock, PoisonError, RwLock};
 
-use super::definition;
+use super::definition::{self, LONGEST};
 use super::task::Task;
 use crate::error::{Error, Result};
+use crate::files::read_at_most;
 
 /// The files of the tasks of this crate, in the order of the paper's table, then by name.
 const OWN: [(&str, &str); 18] = [
@@ -93,7 +94,11 @@ pub fn add_task_file(path: &Path) -> Result<&'static Task> {
     if !fs::metadata(path).map_err(Error::io(path))?.is_file() {
         return Err(Error::NotAFile { path: path.to_path_buf() });
     }
-    let text = fs::read_to_string(path).map_err(Error::io(path))?;
+    let bytes = read_at_most(path, 2 * LONGEST as u64).map_err(Error::io(path))?;
+    let text = String::from_utf8(bytes).map_err(|cause| Error::NotUtf8 {
+        path: path.to_path_buf(),
+        offset: cause.utf8_error().valid_up_to() as u64,
+    })?;
     let place = path.display().to_string();
     TASKS.write().unwrap_or_else(PoisonError::into_inner).add(&text, &place, Some(path))
 }

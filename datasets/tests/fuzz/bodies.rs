@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use dsmoe_datasets::tasks::{Loaded, Options, Task, TaskFiles, add_task};
 use dsmoe_datasets::token_cache::TokenFile;
-use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Error, Tokenizer, manifest, mixture};
+use dsmoe_datasets::{
+    Bos, Chat, ChatTemplate, Corpus, CorpusOptions, Error, Tokenizer, TokenizerFiles, manifest, mixture,
+};
 use tempfile::TempDir;
 
 fn with_file<T>(name: &str, bytes: &[u8], read: impl FnOnce(&Path) -> T) -> T {
@@ -49,6 +51,21 @@ pub(crate) fn tokenizer(bytes: &[u8]) {
         let _ = (tokenizer.added_prefix("<s>a"), tokenizer.special_within("<s>a"));
         let _ = tokenizer.token_texts();
     });
+}
+
+/// Renders a conversation by a chat template, and by the settings beside the tokenizer.
+pub(crate) fn chat(template: &[u8], config: &[u8], messages: &[u8]) {
+    let files = TokenizerFiles {
+        path: "tokenizer.json".into(),
+        config: Some(config.to_vec()),
+        chat_template: Some(template.to_vec()),
+        ..TokenizerFiles::default()
+    };
+    let messages = serde_json::from_slice(messages).unwrap_or_default();
+    let chat = Chat { messages, arguments: serde_json::Map::new(), generation_prompt: true };
+    if let Some(template) = one_line(ChatTemplate::new(&files, false)) {
+        one_line(template.render(&chat));
+    }
 }
 
 /// Opens a token cache and reads all of its ids.

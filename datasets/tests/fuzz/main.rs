@@ -20,6 +20,13 @@ const MIXTURE: &str =
     "[[source]]\nname = \"web\"\ndata = [\"a\", \"b\"]\nweight = 4\ntext_column = \"q,a\"\n";
 const MANIFEST: &str = r#"{"format_version": 1, "files": [{"path": "a.txt", "bytes": 3, "sha256": "00"}]}"#;
 
+const CHAT: &str = "{{ bos_token }}{%- for m in messages %}{% if m.role == 'user' and loop.index0 % 2 == 0 %}<{{ m.role|trim }}>\
+    {{ m.content.split('a')[-1] * 2 }}{% set x = namespace(n=3) %}{% else %}{{ range(x.n|default(2))|list }}{% endif %}{% endfor %}\
+    {% macro f(a) %}{{ a|upper }}{% endmacro %}{{ f('b') }}";
+const CHAT_CONFIG: &str = r#"{"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": true}"#;
+const MESSAGES: &str =
+    r#"[{"role": "user", "content": "a\u00e9"}, {"role": "assistant", "content": [{"type": "text"}]}]"#;
+
 /// Returns how many inputs of every kind are tried; `DSMOE_FUZZ_CASES` asks for more.
 fn cases(default: u32) -> u32 {
     std::env::var("DSMOE_FUZZ_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(default)
@@ -251,6 +258,13 @@ proptest! {
             change(&mut json, &places[at.index(places.len())], value);
         }
         bodies::tokenizer(json.to_string().as_bytes());
+    }
+
+    #[test]
+    fn edited_conversations(edits in edits()) {
+        bodies::chat(&edited(CHAT.as_bytes(), &edits), CHAT_CONFIG.as_bytes(), MESSAGES.as_bytes());
+        bodies::chat(CHAT.as_bytes(), &edited(CHAT_CONFIG.as_bytes(), &edits), MESSAGES.as_bytes());
+        bodies::chat(CHAT.as_bytes(), CHAT_CONFIG.as_bytes(), &edited(MESSAGES.as_bytes(), &edits));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::io::{ErrorKind, Read};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use dsmoe_kernels::mmap::Mmap;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use twox_hash::xxhash3_128::Hasher;
@@ -39,6 +40,11 @@ impl FileSum {
     /// Computes those of a file with this content.
     pub fn of(content: &[u8]) -> FileSum {
         FileSum { bytes: content.len() as u64, hash: Hasher::oneshot(content) }
+    }
+
+    /// Returns the hash as manifests have it.
+    pub fn hex(&self) -> String {
+        format!("{:032x}", self.hash)
     }
 
     /// Computes those of the file at `path`. `progress` receives the sizes of the parts as they are hashed.
@@ -75,6 +81,18 @@ impl FileSum {
         let (bytes, hash) = bytes.split_at_checked(8)?;
         let (bytes, hash) = (bytes.try_into().ok()?, hash.try_into().ok()?);
         Some(FileSum { bytes: u64::from_le_bytes(bytes), hash: u128::from_le_bytes(hash) })
+    }
+}
+
+impl FileSum {
+    /// Computes those of a file that is mapped afterwards anyhow: nothing is copied.
+    fn of_map(path: &Path) -> Result<FileSum> {
+        let file = open_regular(path)?;
+        // There is no map of an empty file.
+        if file.metadata().map_err(Error::io(path))?.len() == 0 {
+            return Ok(FileSum::of(b""));
+        }
+        Ok(FileSum::of(&Mmap::open(&file).map_err(Error::io(path))?))
     }
 }
 
@@ -191,11 +209,27 @@ impl Manifest {
     /// The file cannot be read, or the file system refuses.
     pub fn renew(dir: &Path, name: &str) -> Result<()> {
         // One that is damaged is for `verify` to tell.
-        let Some(mut manifest) = Manifest::read(dir).ok().flatten() else { return Ok(()) };
+        match Manifest::read(dir).ok().flatten() {
+            Some(manifest) => manifest.with(dir, name),
+            None => Ok(()),
+        }
+    }
+
+    /// Enters the present content of the file `name` of `dir` into the manifest there, or into a new one where there is none, or
+    /// none that can be read: what that one said of other files is unknown then.
+    ///
+    /// # Errors
+    /// The file cannot be read, or the file system refuses.
+    pub fn enter(dir: &Path, name: &str) -> Result<()> {
+        let found = Manifest::read(dir).ok().flatten();
+        found.unwrap_or(Manifest { files: BTreeMap::new() }).with(dir, name)
+    }
+
+    fn with(mut self, dir: &Path, name: &str) -> Result<()> {
         let sum = FileSum::of_file(&dir.join(name), &mut |_| ())?;
-        manifest.files.insert(name.to_owned(), sum);
+        self.files.insert(name.to_owned(), sum);
         let (path, temporary) = (dir.join(MANIFEST_FILE), dir.join(format!(".{MANIFEST_FILE}.new")));
-        write_synced(&temporary, manifest.to_json().as_bytes()).map_err(Error::io(&temporary))?;
+        write_synced(&temporary, self.to_json().as_bytes()).map_err(Error::io(&temporary))?;
         fs::rename(&temporary, &path).map_err(Error::io(&path))
     }
 
@@ -203,7 +237,7 @@ impl Manifest {
         let stored = |(name, sum): (&String, &FileSum)| StoredFile {
             name: name.clone(),
             bytes: sum.bytes,
-            xxh3_128: format!("{:032x}", sum.hash),
+            xxh3_128: sum.hex(),
         };
         let files = self.files.iter().map(stored).collect();
         let text = serde_json::to_string_pretty(&Stored { format_version: FORMAT_VERSION, files });
@@ -247,7 +281,7 @@ impl Manifest {
         let files: Vec<_> = self.files.iter().filter(|(name, _)| wanted(name)).collect();
         let check = |(name, sum): &(&String, &FileSum)| {
             let path = dir.join(name);
-            Ok((compare(&path, **sum, &mut |_| ())? != State::Good).then_some(path))
+            Ok((compare(&path, **sum, FileSum::of_map)? != State::Good).then_some(path))
         };
         let outcomes: Vec<Result<Option<PathBuf>>> = files.par_iter().map(check).collect();
         let damaged: Result<Vec<Option<PathBuf>>> = outcomes.into_iter().collect();
@@ -257,6 +291,11 @@ impl Manifest {
     /// Returns whether the manifest says that the file `name` has this content.
     pub fn holds(&self, name: &str, content: &[u8]) -> bool {
         self.files.get(name) == Some(&FileSum::of(content))
+    }
+
+    /// Returns whether the manifest says that the file `name` has another content. Of a file that it does not name it says nothing.
+    pub fn contradicts(&self, name: &str, content: &[u8]) -> bool {
+        self.files.get(name).is_some_and(|sum| *sum != FileSum::of(content))
     }
 
     /// Compares all files of `dir` with the manifest. `progress` receives the bytes hashed and the bytes of all files.
@@ -273,7 +312,7 @@ impl Manifest {
                 hashed += more;
                 progress(hashed, total);
             };
-            match compare(&dir.join(name), *sum, &mut show)? {
+            match compare(&dir.join(name), *sum, |path| FileSum::of_file(path, &mut show))? {
                 State::Good => found.good += 1,
                 State::Missing => found.missing.push(name.clone()),
                 State::Changed => found.changed.push(name.clone()),
@@ -293,13 +332,13 @@ enum State {
     Changed,
 }
 
-fn compare(path: &Path, sum: FileSum, progress: &mut dyn FnMut(u64)) -> Result<State> {
+fn compare(path: &Path, sum: FileSum, read: impl FnOnce(&Path) -> Result<FileSum>) -> Result<State> {
     match fs::metadata(path) {
         Err(cause) if cause.kind() == ErrorKind::NotFound => Ok(State::Missing),
         Err(cause) => Err(Error::io(path)(cause)),
         // A file of another size need not be read.
         Ok(metadata) if metadata.len() != sum.bytes => Ok(State::Changed),
-        Ok(_) if FileSum::of_file(path, progress)? != sum => Ok(State::Changed),
+        Ok(_) if read(path)? != sum => Ok(State::Changed),
         Ok(_) => Ok(State::Good),
     }
 }
@@ -353,7 +392,7 @@ mod tests {
         assert_eq!(known.get("big"), Some(FileSum::of(&big)), "parts have the hash of the whole");
         assert_eq!(FileSum::from_bytes(&FileSum::of(&big).to_bytes()), known.get("big"));
         // What `xxh128sum` prints of a file with these three bytes.
-        assert_eq!(format!("{:032x}", FileSum::of(b"abc").hash), "06b05ab6733a618578af5f94892f3950");
+        assert_eq!(FileSum::of(b"abc").hex(), "06b05ab6733a618578af5f94892f3950");
         let written = Manifest::write(dir.path(), &known).unwrap();
         assert_eq!(Manifest::read(dir.path()).unwrap(), Some(written.clone()));
         let mut heard = Vec::new();
@@ -373,6 +412,8 @@ mod tests {
             assert_eq!(written.verify(dir.path(), &mut |_, _| ()).unwrap().changed, ["big"]);
         }
         assert!(written.holds("big", &big) && !written.holds("other", b""));
+        assert!(!written.contradicts("big", &big) && written.contradicts("big", b""));
+        assert!(!written.contradicts("other", b""));
     }
 
     #[test]
@@ -389,6 +430,18 @@ mod tests {
         let renewed = Manifest::read(dir.path()).unwrap().unwrap();
         assert_eq!(renewed.damaged(dir.path(), |_| true).unwrap(), Some(dir.path().join("a.txt")));
         assert_eq!(renewed.damaged(dir.path(), |name| name != "a.txt").unwrap(), None);
+        // Where no manifest can be read, the file is in one of its own.
+        for before in [None, Some("{")] {
+            drop(fs::remove_file(dir.path().join(MANIFEST_FILE)));
+            before.iter().for_each(|text| fs::write(dir.path().join(MANIFEST_FILE), text).unwrap());
+            Manifest::renew(dir.path(), "empty").unwrap();
+            assert!(!matches!(Manifest::read(dir.path()), Ok(Some(_))), "{before:?}");
+            Manifest::enter(dir.path(), "empty").unwrap();
+            let entered = Manifest::read(dir.path()).unwrap().unwrap();
+            assert!(entered.holds("empty", b"") && entered.files.len() == 1);
+        }
+        Manifest::enter(dir.path(), "c.txt").unwrap();
+        assert_eq!(Manifest::read(dir.path()).unwrap().unwrap().files.len(), 2);
     }
 
     #[test]

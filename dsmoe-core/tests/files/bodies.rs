@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use dsmoe_core::Error;
+use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Checkpoint, Header, MANIFEST_FILE, Manifest};
 use dsmoe_core::config::Config;
 use dsmoe_core::gguf::tokenizer_files;
@@ -22,9 +23,14 @@ pub(crate) fn header(bytes: &[u8], data: u64) {
     }
 }
 
-/// Parses a `config.json`.
+/// Parses a `config.json`. One that is accepted can be counted, and is accepted again as it is written.
 pub(crate) fn config(bytes: &[u8]) {
-    one_line(Config::from_json(Path::new("config.json"), &String::from_utf8_lossy(bytes)));
+    let path = Path::new("config.json");
+    let Some(config) = one_line(Config::from_json(path, &String::from_utf8_lossy(bytes))) else { return };
+    let counts = Accounting::of(&config);
+    assert!(counts.total > 0 && counts.activated(0.5).is_finite());
+    let again = Config::from_json(path, &config.to_json()).expect("what was written is read");
+    assert_eq!(Accounting::of(&again).total, counts.total);
 }
 
 /// Opens a safetensors file.

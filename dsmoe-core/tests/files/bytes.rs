@@ -1,14 +1,17 @@
 //! Headers, indexes and configurations of wrong or any bytes: refused in one line, without a panic.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::support::small_config;
 use dsmoe_core::Result;
 use dsmoe_core::checkpoint::Checkpoint;
+use dsmoe_core::config::Config;
+use dsmoe_core::init::preset;
 use dsmoe_core::masks::{Mask, Masks};
-use dsmoe_kernels::testing::refused;
+use dsmoe_kernels::testing::{edited_copies, refused};
 use proptest::prelude::*;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// A safetensors file of that header and so many bytes of data.
@@ -126,6 +129,51 @@ fn small_masks() -> Vec<u8> {
     fs::read(work.path().join("masks.safetensors")).unwrap()
 }
 
+/// Configurations of every kind of model.
+fn configs() -> Vec<String> {
+    let mut moe: Value = serde_json::from_str(&small_config().to_json()).unwrap();
+    moe["model_type"] = "dsmoe".into();
+    moe["dsmoe"] = json!({
+        "format_version": 2, "num_experts": 4, "threshold": 0.5, "partition": "permuted", "router_bias": true, "core": [1, 0],
+        "router_rank": 3, "correction": true, "active_target": 0.5, "untrained": true, "gate_value": "sigmoid",
+        "rescale": "eq8", "zero_active": "skip", "ste": true,
+        "budgets": [{"active": 0.25, "thresholds": [0.5, -1.5]}, {"active": 1.0, "thresholds": [-9.0, -9.5]}],
+    });
+    let files = [
+        include_str!("../data/families/gemma3/config.json"),
+        include_str!("../data/families/ministral/config.json"),
+        include_str!("../data/families/mistral3/config.json"),
+        include_str!("../data/moe/mixtral/config.json"),
+        include_str!("../data/moe/olmoe/config.json"),
+        include_str!("../data/moe/qwen2_moe/config.json"),
+        include_str!("../data/moe/qwen3_moe/config.json"),
+    ];
+    let mut all = vec![small_config().to_json(), moe.to_string(), preset("llama-3.2-1b").unwrap().to_json()];
+    all.extend(files.map(str::to_owned));
+    all
+}
+
+/// Edits that know words, numbers and brackets.
+#[test]
+fn edited_copies_are_read_or_refused() {
+    for (i, text) in configs().iter().enumerate() {
+        Config::from_json(Path::new("config.json"), text).unwrap();
+        edited_copies(&format!("config {i}"), text.as_bytes(), 300, crate::bodies::config);
+    }
+    edited_copies("header", small_header().as_bytes(), 1000, |bytes| crate::bodies::header(bytes, 32));
+    let header = small_header();
+    let whole = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0; 32]].concat();
+    edited_copies("safetensors", &whole, 100, crate::bodies::file);
+    edited_copies("index", INDEX, 100, |bytes| crate::bodies::index(&whole, bytes));
+    edited_copies("manifest", MANIFEST, 100, crate::bodies::manifest);
+    let config = small_config();
+    edited_copies("masks", &small_masks(), 100, |bytes| crate::bodies::masks(&config, bytes));
+}
+
+const INDEX: &[u8] = br#"{"metadata":{"total_size":32},"weight_map":{"a":"x","b":"x"}}"#;
+const MANIFEST: &[u8] =
+    br#"{"format_version":1,"files":[{"name":"x","bytes":3,"xxh3_128":"06b05ab6733a618578af5f94892f3950"}]}"#;
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(cases(2000)))]
 
@@ -165,14 +213,12 @@ proptest! {
     }
 
     #[test]
-    fn mutated_manifest(bytes in mutated(
-        br#"{"format_version":1,"files":[{"name":"x","bytes":3,"xxh3_128":"06b05ab6733a618578af5f94892f3950"}]}"#.to_vec()
-    )) {
+    fn mutated_manifest(bytes in mutated(MANIFEST.to_vec())) {
         crate::bodies::manifest(&bytes);
     }
 
     #[test]
-    fn mutated_index(bytes in mutated(br#"{"metadata":{"total_size":32},"weight_map":{"a":"x","b":"x"}}"#.to_vec())) {
+    fn mutated_index(bytes in mutated(INDEX.to_vec())) {
         let header = small_header();
         let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0; 32]].concat();
         crate::bodies::index(&file, &bytes);

@@ -1,8 +1,10 @@
 //! Helpers for tests, here and in the crates that build on this one.
 
 mod launchers;
+mod search;
 
 pub use launchers::{MpiLauncher, mpi_launchers};
+pub use search::edited_copies;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::PathBuf;

@@ -9,7 +9,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::Model;
+use dsmoe_core::checkpoint::Manifest;
 use dsmoe_core::params::Layout;
+use dsmoe_datasets::Mixture;
 use dsmoe_kernels::comm::Alone;
 use dsmoe_router::BudgetController;
 use serde::{Deserialize, Serialize};
@@ -67,8 +69,9 @@ impl Checkpoints {
     pub(super) fn save(&self, inside: &Inside, model: &Model, optimizer: &AdamW) -> Result<()> {
         let name = format!("{}{:08}", self.prefix(), inside.step);
         let temporary = self.dir.join(format!(".{name}.tmp"));
-        write_together(&temporary, model, optimizer, &Alone)?;
+        let sums = write_together(&temporary, model, optimizer, &Alone)?;
         files::write_json(&temporary.join(STATE_FILE), inside)?;
+        Manifest::write(&temporary, &sums)?;
         files::sync_dir(&temporary)?;
         let place = self.dir.join(&name);
         files::remove_dir(&place)?;
@@ -81,13 +84,28 @@ impl Checkpoints {
     }
 
     /// Returns the newest checkpoint of the task, whose model must be laid out as `layout`.
-    pub(super) fn newest(&self, layout: &Layout) -> Result<Option<(Inside, Model, AdamW)>> {
+    pub(super) fn newest(
+        &self,
+        layout: &Layout,
+        texts: &[Mixture],
+    ) -> Result<Option<(Inside, Model, AdamW)>> {
         let names = files::names(&self.dir)?;
         let Some(name) = names.iter().filter(|name| name.starts_with(&self.prefix())).max() else {
             return Ok(None);
         };
         let path = self.dir.join(name);
+        files::check_dir(&path)?;
         let inside: Inside = files::read_json(&path.join(STATE_FILE))?;
+        let file = path.join(STATE_FILE);
+        let windows = texts[self.task].parts()[0].split.num_windows();
+        if !inside.drawn.is_of(windows) || inside.active.1 > inside.step {
+            return Err(Error::checkpoint(&file, "its windows or counts are not those of this task"));
+        }
+        inside
+            .controller
+            .iter()
+            .try_for_each(BudgetController::check)
+            .map_err(|problem| Error::checkpoint(&file, problem.to_string()))?;
         let model = Model::load(&path)?;
         if model.layout().entries() != layout.entries() {
             return Err(Error::checkpoint(&path, "its tensors are not those of the starting model"));

@@ -26,7 +26,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::Model;
-use dsmoe_core::checkpoint::copy_companions;
+use dsmoe_core::checkpoint::{Manifest, copy_companions};
+use dsmoe_core::config::Config;
+use dsmoe_core::model::TrainWorkspace;
 use dsmoe_datasets::{Mixture, TokenSource};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -41,7 +43,7 @@ use self::stream::merge;
 use crate::checkpoint::{data_identity, model_identity};
 use crate::config::{Budget, TrainConfig};
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, Hashed};
 use crate::optim::AdamW;
 use crate::run::held;
 
@@ -142,7 +144,7 @@ pub struct TaskProgress<'a> {
 /// # Errors
 /// A setting outside its range or without effect, no task to learn, or names that are wrong or occur twice.
 pub fn check(
-    model: &dsmoe_core::config::Config,
+    model: &Config,
     tasks: &[(&str, u64)],
     train: &TrainConfig,
     method: &Method,
@@ -185,6 +187,14 @@ pub fn check(
     Ok((configs, method))
 }
 
+/// Returns the memory that the steps of `config` take beside arenas of parameters, bytes: the work space of a micro-batch, and the
+/// windows of a step.
+pub fn step_memory(model: &Config, config: &TrainConfig, method: &Method) -> u64 {
+    let parts = TrainWorkspace::memory(model, config.batch * config.seq, 1.0, false);
+    let work = parts.iter().fold(0u64, |sum, part| sum.saturating_add(part.bytes as u64));
+    work.saturating_add(stream::memory(config, method))
+}
+
 /// Learns `tasks`, one after the other. `progress` hears of every step and says whether to go on. Returns the report of what is
 /// done.
 ///
@@ -207,13 +217,13 @@ pub fn learn(
     let losses = |model: &Model| -> Result<Vec<f64>> {
         texts.iter().map(|text| held_out_loss(model, text, &configs[0])).collect()
     };
-    let start = folder.start(|| losses(&model))?;
+    let start = folder.start(tasks.len(), || losses(&model))?;
     let total: u64 = tasks.iter().map(|task| task.steps).sum();
     let mut state = State::default();
     let mut finished = true;
     for (at, task) in tasks.iter().enumerate().filter(|(_, task)| task.steps > 0) {
         let place = folder.place(at, &task.name);
-        let report = match folder.done(&place, &task.name)? {
+        let report = match folder.done(&place, task, &texts, at)? {
             Some(report) => {
                 model = Model::load(&place)?;
                 report
@@ -224,7 +234,7 @@ pub fn learn(
                 let (texts, replay) = (&texts[..], &state.replay[..]);
                 let given = Given { task: at, config, method: &method, texts, replay, anchor };
                 let checkpoints = Checkpoints::new(&options.out, at, config.save_every);
-                let (inside, moments) = begin(&mut model, &checkpoints, &method)?;
+                let (inside, moments) = begin(&mut model, &checkpoints, &method, texts)?;
                 let show = &mut |step: u64, loss: f64| {
                     progress(TaskProgress { name: &task.name, done: done + step, total, loss })
                 };
@@ -257,8 +267,13 @@ pub fn learn(
 }
 
 /// Makes `model` that of the task's newest checkpoint, or ready for its first step, and returns the state that goes with it.
-fn begin(model: &mut Model, checkpoints: &Checkpoints, method: &Method) -> Result<(Inside, Option<AdamW>)> {
-    if let Some((inside, saved, moments)) = checkpoints.newest(model.layout())? {
+fn begin(
+    model: &mut Model,
+    checkpoints: &Checkpoints,
+    method: &Method,
+    texts: &[Mixture],
+) -> Result<(Inside, Option<AdamW>)> {
+    if let Some((inside, saved, moments)) = checkpoints.newest(model.layout(), texts)? {
         *model = saved;
         return Ok((inside, Some(moments)));
     }
@@ -406,13 +421,15 @@ impl Folder {
     }
 
     /// Returns the losses before the first task, which `measure` finds where they are not known.
-    fn start(&self, measure: impl FnOnce() -> Result<Vec<f64>>) -> Result<Vec<f64>> {
+    fn start(&self, tasks: usize, measure: impl FnOnce() -> Result<Vec<f64>>) -> Result<Vec<f64>> {
         let path = self.out.join(START_FILE);
         if path.is_file() {
-            return files::read_json(&path);
+            let known: Hashed<Vec<f64>> = files::read_json(&path)?;
+            let known = known.checked().filter(|losses| losses.len() == tasks);
+            return known.ok_or_else(|| Error::checkpoint(&path, "it is not what was written; remove it"));
         }
         let losses = measure()?;
-        files::write_json(&path, &losses)?;
+        files::write_json(&path, &Hashed::of(&losses))?;
         Ok(losses)
     }
 
@@ -421,14 +438,18 @@ impl Folder {
     }
 
     /// Returns the report of a task that is done.
-    fn done(&self, place: &Path, name: &str) -> Result<Option<TaskReport>> {
+    fn done(&self, place: &Path, task: &Task, texts: &[Mixture], at: usize) -> Result<Option<TaskReport>> {
         let path = place.join(REPORT_FILE);
         if !path.is_file() {
             return Ok(None);
         }
+        files::check_dir(place)?;
         let report: TaskReport = files::read_json(&path)?;
-        if report.name != name {
-            return Err(Error::checkpoint(&path, format!("it is of task {}", report.name)));
+        if report.name != task.name {
+            return Err(Error::checkpoint(&path, format!("it is of task {:?}", report.name)));
+        }
+        if report.losses.len() != texts.len() || !are_drawn(&report.replay, texts, at + 1) {
+            return Err(Error::checkpoint(&path, "its losses or windows are not those of these tasks"));
         }
         Ok(Some(report))
     }
@@ -438,15 +459,24 @@ impl Folder {
         let name = place.file_name().unwrap_or_default().to_string_lossy();
         let temporary = place.with_file_name(format!(".{name}.tmp"));
         files::fill_dir(&temporary, |dir| {
-            model.save(dir, dsmoe_core::checkpoint::Dtype::F32)?;
+            let sums = model.save(dir, dsmoe_core::checkpoint::Dtype::F32)?;
             copy_companions(&self.source, dir)?;
             files::write_json(&dir.join(REPORT_FILE), report)?;
+            Manifest::write(dir, &sums)?;
             files::sync_dir(dir)
         })?;
         files::remove_dir(place)?;
         fs::rename(&temporary, place).map_err(Error::io(place))?;
         files::sync_dir(&self.out.join(TASKS))
     }
+}
+
+/// Returns whether there are such windows, all of the first `tasks` tasks.
+fn are_drawn(windows: &[Window], texts: &[Mixture], tasks: usize) -> bool {
+    let is_one = |at: &Window| {
+        at.task < tasks.min(texts.len()) && at.window < texts[at.task].parts()[0].split.num_windows()
+    };
+    windows.iter().all(is_one)
 }
 
 /// Refuses to go on with other tasks or settings.

@@ -36,6 +36,14 @@ pub(super) struct Drawn {
     pool: Option<(u64, Vec<usize>)>,
 }
 
+impl Drawn {
+    /// Returns whether the windows are of a task with so many.
+    pub(super) fn is_of(&self, windows: usize) -> bool {
+        let chosen = self.pool.iter().flat_map(|(_, chosen)| chosen);
+        self.seen.keys().chain(chosen).all(|&window| window < windows)
+    }
+}
+
 /// The text of one task's steps.
 pub(super) struct Stream {
     task: usize,
@@ -56,6 +64,29 @@ struct Pool {
     steps: u64,
 }
 
+impl Pool {
+    /// Returns the pool of a method that selects, of whose steps each takes `fresh` windows.
+    fn of(method: &Method, fresh: usize) -> Option<Pool> {
+        if method.select >= 1.0 {
+            return None;
+        }
+        let (top, random) = (method.select, method.random.unwrap_or(0.0));
+        let steps = method.select_every.unwrap_or(1);
+        let chosen = fresh * usize::try_from(steps).unwrap_or(usize::MAX).min(MOST_POOL_STEPS);
+        let taken = (top + random).min(1.0);
+        let candidates = (chosen as f64 / taken).ceil() as usize;
+        let top = ((chosen as f64) * top / (top + random)).round() as usize;
+        Some(Pool { candidates, top, steps: steps.min(MOST_POOL_STEPS as u64) })
+    }
+}
+
+/// Returns the memory of the windows that a step holds at once, bytes: those of its batches, or all candidates.
+pub(super) fn memory(config: &TrainConfig, method: &Method) -> u64 {
+    let all = config.batch.saturating_mul(config.accumulate);
+    let held = Pool::of(method, all).map_or(all, |pool| pool.candidates.max(all));
+    (held as u64).saturating_mul(WINDOW_BYTES)
+}
+
 impl Stream {
     /// Begins the text of `task`, of whose steps each has the batch of `config`, or goes on with what was drawn of it. There is a
     /// `replay` of earlier tasks or none.
@@ -70,15 +101,7 @@ impl Stream {
         let share = if replay.is_empty() { 0.0 } else { method.replay_share.unwrap_or(0.0) };
         let replayed = (share * all as f64).round() as usize;
         let fresh = all - replayed.min(all);
-        let pool = (method.select < 1.0).then(|| {
-            let (top, random) = (method.select, method.random.unwrap_or(0.0));
-            let steps = method.select_every.unwrap_or(1);
-            let chosen = fresh * usize::try_from(steps).unwrap_or(usize::MAX).min(MOST_POOL_STEPS);
-            let taken = (top + random).min(1.0);
-            let candidates = (chosen as f64 / taken).ceil() as usize;
-            let top = ((chosen as f64) * top / (top + random)).round() as usize;
-            Pool { candidates, top, steps: steps.min(MOST_POOL_STEPS as u64) }
-        });
+        let pool = Pool::of(method, fresh);
         let order = mixture.interleaving(1, config.seed)?;
         let seed = config.seed;
         Ok(Stream { task, order, seed, fresh, replayed, pool, drawn })
@@ -166,6 +189,8 @@ impl Stream {
     }
 }
 
+/// Memory of a window among candidates: itself, its score, and its place in what was drawn.
+const WINDOW_BYTES: u64 = 128;
 /// Most steps that candidates are scored for at once.
 const MOST_POOL_STEPS: usize = 1 << 12;
 

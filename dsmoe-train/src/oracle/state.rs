@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::routes::Digits;
 use super::tally::Level;
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, Hashed};
 
 /// The least time between two writes.
 const EVERY: Duration = if cfg!(test) { Duration::ZERO } else { Duration::from_secs(20) };
@@ -61,14 +61,15 @@ impl Store {
             read => read.map_err(Error::io(path))?,
         };
         // What is of other work, or damaged, is made again.
-        let state = serde_json::from_slice(&bytes).ok().filter(|state: &State| state.made_by == made_by);
+        let state: Option<State> = serde_json::from_slice(&bytes).ok().and_then(Hashed::checked);
+        let state = state.filter(|state| state.made_by == made_by);
         Ok((store, state.unwrap_or(begin)))
     }
 
     /// Writes the state if the last one is old.
     pub(crate) fn keep(&mut self, state: &State) -> Result<()> {
         if let Some(path) = self.path.as_ref().filter(|_| self.written.elapsed() >= EVERY) {
-            let bytes = serde_json::to_vec(state).expect("numbers and names are JSON");
+            let bytes = serde_json::to_vec(&Hashed::of(state)).expect("numbers and names are JSON");
             files::replace(path, &bytes)?;
             self.written = Instant::now();
         }

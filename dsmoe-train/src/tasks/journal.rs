@@ -1,7 +1,7 @@
 //! Keeps responses on disk, so that an interrupted run can resume.
 //!
 //! The file has one JSON object per line: first a header that identifies the model, then each response under the hash
-//! of its request, and counts of what was run. A line that a kill cut short is dropped. Responses do not depend on
+//! of its request, and counts of what was run, both with a hash of their own. A line that a kill cut short is dropped. Responses do not depend on
 //! what ran beside them, so a resumed run gives the same results as an uninterrupted one.
 
 use std::collections::HashMap;
@@ -17,10 +17,10 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, Hashed};
 
 /// Version of the file's format and of how responses are made.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The work of a model for its responses.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -112,7 +112,8 @@ impl Journal {
                     return Err(Error::OtherResponses(self.path.clone()));
                 }
             } else {
-                match serde_json::from_slice(&bytes).map_err(|_| bad(line))? {
+                let hashed: Hashed<Line> = serde_json::from_slice(&bytes).map_err(|_| bad(line))?;
+                match hashed.checked().ok_or_else(|| bad(line))? {
                     Line::Response { request, response } => {
                         self.known.insert(request, response);
                     }
@@ -156,11 +157,11 @@ impl Journal {
         for (request, response) in responses {
             let request = key(request);
             self.known.insert(request.clone(), response.clone());
-            lines.push(Line::Response { request, response: response.clone() });
+            lines.push(Hashed::of(Line::Response { request, response: response.clone() }));
         }
         if ran.tokens > 0 {
             self.ran.add(&ran);
-            lines.push(Line::Ran { ran });
+            lines.push(Hashed::of(Line::Ran { ran }));
         }
         self.write(&lines)
     }

@@ -1,15 +1,28 @@
 //! Edited journals and settings. Longer searches: `fuzz/` of the repository.
 
+use dsmoe_datasets::tasks::{Request, Response};
+use dsmoe_kernels::testing::edited_copies;
+use dsmoe_train::tasks::{Journal, Ran};
 use proptest::prelude::*;
 
 use crate::bodies;
 
-const JOURNAL: &str = concat!(
-    "{\"dsmoe_responses\":1,\"made_by\":\"this\"}\n",
-    "{\"request\":\"00ff\",\"response\":{\"log_likelihood\":{\"sum\":-1.5,\"greedy\":true}}}\n",
-    "{\"ran\":{\"tokens\":12,\"routing\":null}}\n",
-    "{\"ran\":{\"tokens\":5,\"routing\":null}}\n",
-);
+/// A journal of two answers.
+fn journal() -> &'static str {
+    static MADE: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    MADE.get_or_init(|| {
+        let work = tempfile::tempdir().unwrap();
+        let path = work.path().join("answers.jsonl");
+        let mut journal = Journal::open(&path, "this", None).unwrap();
+        for (text, tokens) in [("a", 12), ("b", 5)] {
+            let request = Request::LogLikelihood { context: text.into(), continuation: " c".to_owned() };
+            let response = Response::LogLikelihood { sum: -1.5, greedy: true };
+            journal.put([(&request, &response)], Ran { tokens, routing: None }).unwrap();
+        }
+        std::fs::read_to_string(&path).unwrap()
+    })
+}
+
 const SETTINGS: &str =
     "steps = 9\nseq = 128\nbatch = 4\nlr = 1e-3\nactive_target = 0.375\nwarmup_steps = 2\n";
 
@@ -38,7 +51,29 @@ fn cases(default: u32) -> u32 {
 
 #[test]
 fn the_unedited_files_are_accepted() {
-    assert!(bodies::journal(JOURNAL.as_bytes()) && bodies::settings(SETTINGS.as_bytes()));
+    assert!(bodies::journal(journal().as_bytes()) && bodies::settings(SETTINGS.as_bytes()));
+    let changed = journal().replacen("-1.5", "-1.7", 1);
+    assert!(changed != journal() && !bodies::journal(changed.as_bytes()), "a changed answer is taken");
+}
+
+const MIXTURE: &str = "[[source]]\nname = \"web\"\ndata = [\"a\", \"b\"]\nweight = 4\ntext_column = \"q,a\"\nlanguage = \"en\"\n\
+    document_chars = 20000\npart = \"train\"\npart_seed = 3\n[[source]]\nname = \"x\"\ndata = \"c\"\ndoc_separator = \"--\"\n";
+
+/// Edits that know words, numbers and brackets.
+#[test]
+fn edited_copies_are_read_or_refused() {
+    edited_copies("journal", journal().as_bytes(), 500, |bytes| {
+        bodies::journal(bytes);
+    });
+    edited_copies("settings", SETTINGS.as_bytes(), 500, |bytes| {
+        bodies::settings(bytes);
+    });
+    edited_copies("mixture", MIXTURE.as_bytes(), 500, |bytes| bodies::mixture(bytes));
+    for (name, text) in dsmoe_datasets::tasks::definitions() {
+        // Its own name is taken.
+        let text = text.replacen("name = \"", "name = \"other_", 1).replace("\naliases", "\n# aliases");
+        edited_copies(name, text.as_bytes(), 50, |bytes| bodies::definition(bytes));
+    }
 }
 
 proptest! {
@@ -51,7 +86,7 @@ proptest! {
     }
 
     #[test]
-    fn edited_files_are_read_or_refused(journal in edited(JOURNAL), settings in edited(SETTINGS)) {
+    fn edited_files_are_read_or_refused(journal in edited(journal()), settings in edited(SETTINGS)) {
         bodies::journal(&journal);
         bodies::settings(&settings);
     }

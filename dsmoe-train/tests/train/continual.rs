@@ -122,6 +122,17 @@ fn what_is_interrupted_ends_as_a_whole() {
     // Again: nothing is left to do, and nothing changes.
     assert_eq!(learn(&parts, &tasks, &mut |_| panic!("a step")).unwrap(), report);
 
+    for file in ["start.json", "tasks/01-one/report.json", "tasks/01-one/model.safetensors"] {
+        let path = bed.path("parts").join(file);
+        let good = std::fs::read(&path).unwrap_or_else(|_| panic!("{}", path.display()));
+        let mut bad = good.clone();
+        bad[good.len() / 2] ^= 1;
+        std::fs::write(&path, bad).unwrap();
+        let message = learn(&parts, &tasks, &mut |_| true).unwrap_err().to_string();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        assert!(message.contains(name) && message.lines().count() == 1, "{message}");
+        std::fs::write(&path, good).unwrap();
+    }
     let other = ContinualOptions { method: method(r#"{"rho": 0.1}"#), ..parts.clone() };
     let message = learn(&other, &tasks, &mut |_| true).unwrap_err().to_string();
     assert!(message.contains("continual.json: method was"), "{message}");

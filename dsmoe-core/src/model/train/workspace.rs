@@ -221,10 +221,10 @@ impl TrainWorkspace {
         let head = cross_entropy::Dims { tokens, hidden: config.hidden, vocab: config.vocab_size };
         // An FFN at work holds one activation of every pair, and five of the active ones.
         let ffn = config.intermediate as f64 * (1.0 + 5.0 * active);
-        let f32s = |what, values: usize| MemoryUse { what, bytes: 4 * values };
+        let f32s = |what, values: usize| MemoryUse { what, bytes: values.saturating_mul(4) };
         vec![
-            f32s("  kept activations", tokens * kept),
-            f32s("  residual stream", tokens * (streams + shared.iter().sum::<usize>())),
+            f32s("  kept activations", tokens.saturating_mul(kept)),
+            f32s("  residual stream", tokens.saturating_mul(streams + shared.iter().sum::<usize>())),
             f32s("  FFN at work", (tokens as f64 * ffn) as usize),
             f32s("  logits", head.chunk().min(tokens) * config.vocab_size),
         ]

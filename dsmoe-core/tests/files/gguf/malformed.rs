@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use super::builder::{Gguf, key, list_key, tensor, text, text_key, u32_key};
 use crate::bodies;
-use dsmoe_kernels::testing::refused;
+use dsmoe_kernels::testing::{edited_copies, refused};
 
 fn container(gguf: &Gguf) -> Result<Container> {
     let bytes = gguf.bytes();
@@ -256,6 +256,11 @@ fn the_file_to_be_changed_is_sound() {
     assert_eq!(Checkpoint::open(&path).unwrap().names().count(), 2);
     tokenizer_files(&path).unwrap();
     bodies::gguf(&rich());
+}
+
+#[test]
+fn edited_copies_are_read_or_refused() {
+    edited_copies("gguf", &rich(), 200, bodies::gguf);
 }
 
 proptest! {
