@@ -68,11 +68,11 @@ fn edited_copies_are_read_or_refused() {
     edited_copies("settings", SETTINGS.as_bytes(), 500, |bytes| {
         bodies::settings(bytes);
     });
-    edited_copies("mixture", MIXTURE.as_bytes(), 500, |bytes| bodies::mixture(bytes));
+    edited_copies("mixture", MIXTURE.as_bytes(), 500, bodies::mixture);
     for (name, text) in dsmoe_datasets::tasks::definitions() {
         // Its own name is taken.
         let text = text.replacen("name = \"", "name = \"other_", 1).replace("\naliases", "\n# aliases");
-        edited_copies(name, text.as_bytes(), 50, |bytes| bodies::definition(bytes));
+        edited_copies(name, text.as_bytes(), 50, bodies::definition);
     }
 }
 
