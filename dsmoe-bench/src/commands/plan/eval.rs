@@ -1,7 +1,7 @@
 //! `dsmoe plan eval`: are budgets by request of use?
 
 use anyhow::{Result, bail};
-use dsmoe_baselines::plan::{Policy, at_mean_share};
+use dsmoe_baselines::plan::{Policy, at_mean_share, least_at_mean_share};
 use dsmoe_kernels::rng::Rng;
 use serde::Serialize;
 use serde_json::json;
@@ -33,7 +33,7 @@ struct Split {
     ensemble: f64,
     /// With one deviation of the heads added.
     cautious: f64,
-    /// Knows the losses that it is to predict: a bound, no method.
+    /// Knows the losses that it is to predict, and may mix budgets of a request: a bound, no method.
     oracle: f64,
     /// Mean squared errors of the predictions.
     error_one_head: f64,
@@ -146,7 +146,7 @@ fn split(
         one_head: by(&of_one),
         ensemble: cost(&chosen),
         cautious: by(&expected(&several, 1.0)?),
-        oracle: by(&truth),
+        oracle: least_at_mean_share(&truth, shares, share),
         error_one_head: error(&of_one),
         error_ensemble: error(&of_several),
     })
