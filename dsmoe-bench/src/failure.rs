@@ -97,10 +97,12 @@ fn of_train(error: &Train) -> Kind {
     match error {
         Train::Core(error) => of_core(error),
         Train::Data(error) => of_data(error),
-        Train::Setting { .. } | Train::Field { .. } | Train::OutNotEmpty(_) | Train::NotARun(_) => {
-            Kind::Argument
-        }
-        Train::ResumeMismatch { .. } | Train::OutHoldsSource(_) | Train::Router(_) => Kind::Argument,
+        Train::OutNotEmpty(_) | Train::OutToResume(_) | Train::NotARun(_) => Kind::Argument,
+        Train::Setting { .. }
+        | Train::Field { .. }
+        | Train::ResumeMismatch { .. }
+        | Train::OutHoldsSource(_)
+        | Train::Router(_) => Kind::Argument,
         Train::ConfigFile { .. } | Train::BadCheckpoint { .. } | Train::BadResponses { .. } => Kind::Format,
         _ => Kind::Other,
     }

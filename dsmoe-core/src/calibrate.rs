@@ -153,7 +153,7 @@ impl LayerStream {
     pub fn open_on(comm: &Arc<dyn Communicator>, dir: &Path, sequences: &[Vec<u32>]) -> Result<LayerStream> {
         let config = Config::load(dir)?;
         if !config.is_dense() {
-            let help = "use a dense model, or export this one as a dense model first";
+            let help = "use a dense model, such as the one that this was made from";
             return Err(Error::field(
                 &dir.join(CONFIG_FILE),
                 "model_type",

@@ -9,10 +9,12 @@ use dsmoe_kernels::comm::CommError;
 static THREADS: Remedy = Remedy::fixed("use fewer {threads}");
 static NOT_EMPTY: Remedy =
     Remedy::fixed("choose another {out}, set {resume} to continue, or set {force} to start over");
+static NOT_EMPTY_TO_RESUME: Remedy = Remedy::fixed("choose another {out}, or set {resume} to continue");
 static ANOTHER_OUT: Remedy = Remedy::fixed("choose another {out}");
 static WAIT: Remedy = Remedy::fixed("wait for it, or choose another {out}");
-static CHECKPOINT: Remedy =
-    Remedy::fixed("delete this checkpoint to resume from an older one, or set {force} to start over");
+static CHECKPOINT: Remedy = Remedy::fixed(
+    "delete this checkpoint to resume from an older one, or choose another {out} to start over",
+);
 static BROKEN_RESPONSES: Remedy = Remedy::fixed("delete the file, or choose another {out}");
 static RESPONSES: Remedy = Remedy::fixed("choose another {out}, or delete the file");
 static ALIKE: Remedy = Remedy::fixed(
@@ -95,6 +97,9 @@ pub enum Error {
     /// The output directory is not empty.
     #[error("{0} is not empty; {help}", help = NOT_EMPTY)]
     OutNotEmpty(PathBuf),
+    /// The output directory of work that is resumed, but never started over in its place, is not empty.
+    #[error("{0} is not empty; {help}", help = NOT_EMPTY_TO_RESUME)]
+    OutToResume(PathBuf),
     /// Starting over would remove the model that is to be trained.
     #[error("{0} holds the model to train; {help}", help = ANOTHER_OUT)]
     OutHoldsSource(PathBuf),
@@ -195,6 +200,7 @@ impl Error {
             Error::RanksDiffer { .. } => Some(&ALIKE),
             Error::NotShared(_) => Some(&SHARED),
             Error::OutNotEmpty(_) => Some(&NOT_EMPTY),
+            Error::OutToResume(_) => Some(&NOT_EMPTY_TO_RESUME),
             Error::OutHoldsSource(_) | Error::NotARun(_) => Some(&ANOTHER_OUT),
             Error::Busy(_) => Some(&WAIT),
             Error::BadCheckpoint { .. } => Some(&CHECKPOINT),

@@ -627,7 +627,7 @@ impl Work {
         let names = files::names(&paths.out)?;
         let (is_ours, dir) = (names.iter().any(|name| name == WORK), paths.out.join(WORK));
         if !names.is_empty() && !paths.resume {
-            return Err(Error::OutNotEmpty(paths.out.clone()));
+            return Err(Error::OutToResume(paths.out.clone()));
         }
         if !names.is_empty() && !is_ours {
             return Err(Error::NotARun(paths.out.clone()));

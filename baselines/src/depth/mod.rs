@@ -88,7 +88,7 @@ impl Depth {
     fn count(&self, config: &Config, budget: Budget) -> Result<usize> {
         let layers = config.num_layers;
         if !config.is_dense() {
-            let help = "use a dense model, or export this one as a dense model first";
+            let help = "use a dense model, such as the one that this was made from";
             return Err(Error::model("has experts or thresholds", help));
         }
         if let Some(count) = self.0.layers {

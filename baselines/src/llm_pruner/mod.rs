@@ -183,7 +183,7 @@ impl ChannelSettings {
 }
 
 fn check_dense(config: &Config) -> Result<()> {
-    let help = "use a dense model, or export this one as a dense model first";
+    let help = "use a dense model, such as the one that this was made from";
     if config.is_dense() { Ok(()) } else { Err(Error::model("has experts or thresholds", help)) }
 }
 

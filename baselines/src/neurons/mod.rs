@@ -33,7 +33,7 @@ const TOLERANCE: f64 = 0.01;
 /// The model has experts, or the budget is out of reach.
 fn neurons_left(config: &Config, budget: Budget, bias: bool) -> Result<usize> {
     if !config.is_dense() {
-        let help = "use a dense model, or export this one as a dense model first";
+        let help = "use a dense model, such as the one that this was made from";
         return Err(Error::model("has experts or thresholds", help));
     }
     let (dense, layers) = (Accounting::of(config).total, config.num_layers);

@@ -125,7 +125,7 @@ impl Target {
         nearest: bool,
     ) -> Result<Target> {
         if !config.is_dense() {
-            let help = "use a dense model, or export this one as a dense model first";
+            let help = "use a dense model, such as the one that this was made from";
             return Err(CoreError::argument("the model has experts or thresholds already", help).into());
         }
         if let Pattern::Group { of, .. } = pattern

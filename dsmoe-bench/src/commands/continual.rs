@@ -64,6 +64,8 @@ struct Wanted {
     method: Method,
     texts: Vec<Text>,
     steps: Vec<u64>,
+    /// The file gives the length of sequences.
+    names_seq: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -99,7 +101,11 @@ struct Results<'a> {
 
 pub(crate) fn run(args: &Continual, ui: &mut Ui) -> Result<ExitCode> {
     let config = Config::load(&args.model)?;
-    let wanted = read(&args.tasks)?;
+    let mut wanted = read(&args.tasks)?;
+    if !wanted.names_seq && config.max_position < wanted.train.seq {
+        ui.note(format_args!("sequences of {} tokens, the positions of the model", config.max_position));
+        wanted.train.seq = config.max_position;
+    }
     let names: Vec<&str> = wanted.texts.iter().map(|text| &text.spec.name[..]).collect();
     let tasks: Vec<(&str, u64)> = names.iter().copied().zip(wanted.steps.iter().copied()).collect();
     let (configs, method) = continual::check(&config, &tasks, &wanted.train, &wanted.method)?;
@@ -171,7 +177,8 @@ fn read(path: &Path) -> Result<Wanted> {
         bail!("{place}: [train] has {key}; use {}", TRAIN_KEYS.join(", "));
     }
     train.apply(&file.train)?;
-    let mut wanted = Wanted { train, method: file.method, texts: Vec::new(), steps: Vec::new() };
+    let names_seq = file.train.contains_key("seq");
+    let mut wanted = Wanted { train, method: file.method, texts: Vec::new(), steps: Vec::new(), names_seq };
     for (i, task) in file.task.into_iter().enumerate() {
         let missing = |key: &str, mend: &str| anyhow::anyhow!("{place}: task {} has no {key}; {mend}", i + 1);
         let name = task.name.ok_or_else(|| missing("name", "add name = \"..\""))?;

@@ -70,6 +70,10 @@ fn tasks_are_learnt_and_resumed() {
         &succeeds(&format!("{line} --out continual/run --resume")),
         &["after", "density", "start", "forgetting"],
     );
+    // Without a length of their own, sequences fit the model.
+    write("continual/short.toml", TASKS.replace("seq = 32\n", ""));
+    let fitted = json_of("continual continual/short.toml --model dense --dry-run");
+    assert_eq!(fitted["train"]["seq"], 128);
     write("continual/other.toml", TASKS.replace("replay = 6", "replay = 7"));
     let other = "continual continual/other.toml --model dense --out continual/run --resume";
     fails(other, &["continual.json", "method was", "another --out"]);

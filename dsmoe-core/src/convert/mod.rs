@@ -166,7 +166,7 @@ pub fn convert_on(
     let mut config = Config::load(model)?;
     let config_path = model.join(CONFIG_FILE);
     if !config.is_dense() {
-        let help = "use a dense model, or export this one as a dense model first";
+        let help = "use a dense model, such as the one that this was made from";
         let problem = format!("is already {}", config.model_type());
         return Err(Error::field(&config_path, "model_type", problem, help));
     }

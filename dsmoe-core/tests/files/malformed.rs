@@ -372,7 +372,7 @@ fn options_that_cannot_work() {
     refused(fixture.convert(&options), &["warm(k) is 5; use 1 to the number of experts, 4"]);
     fixture.convert(&ConvertOptions::new(4)).unwrap();
     let again = convert(&fixture.out(), &fixture.work.path().join("x"), &ConvertOptions::new(4), &mut quiet);
-    refused(again, &["out/config.json: model_type is already dsmoe", "export this one as a dense model"]);
+    refused(again, &["out/config.json: model_type is already dsmoe", "the one that this was made from"]);
     let out = fixture.work.path().join("y");
     let dense = export(&fixture.dir, &out, &ExportOptions::new(ExportAs::Dense), &mut quiet);
     refused(dense, &["model/config.json: model_type is llama already", "export it as native"]);

@@ -405,7 +405,7 @@ impl Folder {
         let names = files::names(out)?;
         let path = out.join(SETTINGS_FILE);
         if !names.is_empty() && !options.resume {
-            return Err(Error::OutNotEmpty(out.clone()));
+            return Err(Error::OutToResume(out.clone()));
         }
         if !names.is_empty() && !path.is_file() {
             return Err(Error::NotARun(out.clone()));
