@@ -23,6 +23,7 @@ Examples:
   dsmoe reproduce --profile paper-1b --model MODEL --mixture mixture.toml --task-data EVAL --dry-run
   dsmoe reproduce --profile smollm2-135m --model MODEL --data CORPORA --task-data EVAL --budgets 0.375 --out S135
   dsmoe reproduce --profile related --seeds 1            # papers beside DSMoE and their claims
+  dsmoe reproduce --profile related-smollm2 --model MODEL --data CORPORA --out DEEP
   dsmoe reproduce --profile small --shard 1/4 --out S1   # and 2/4, 3/4, 4/4 elsewhere; then
   dsmoe reproduce merge S1 S2 S3 S4 --out ALL";
 
@@ -35,7 +36,8 @@ Examples:
 pub(crate) struct Reproduce {
     #[command(subcommand)]
     pub(crate) command: Option<Sub>,
-    /// Profile: quick, small, smollm2-135m, paper-1b, paper-7b, related (experiments on other papers), or a TOML file
+    /// Profile: quick, small, smollm2-135m, paper-1b, paper-7b, related and related-smollm2 (experiments on other papers), or a
+    /// TOML file
     #[arg(long, value_name = "NAME|FILE", default_value = "quick")]
     pub(crate) profile: String,
     /// Print an embedded profile as TOML and stop
@@ -107,7 +109,7 @@ impl Reproduce {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Sub {
-    /// Merge the parts of a reproduction
+    /// Merge the parts of a reproduction, or experiments of one profile that ran apart
     Merge(Merge),
     /// Fill the blocks `<!-- reproduce DIR -->` of Markdown files with the table and figure of the record in DIR
     Splice(Splice),

@@ -1,4 +1,4 @@
-//! `dsmoe reproduce merge`: combines the parts of a reproduction.
+//! `dsmoe reproduce merge`: combines the parts of a reproduction, or of a set of experiments.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -8,11 +8,15 @@ use anyhow::Result;
 use super::collected::Collected;
 use super::publish::finish;
 use super::records::{BASE, RUNS, SETUP, TIMINGS};
+use super::related;
 use crate::files::{make_folder, write_json};
 use crate::ui::Ui;
 
 /// Merges the parts in `parts` into `out`.
 pub(crate) fn run(parts: &[PathBuf], out: &Path, force: bool, ui: &mut Ui) -> Result<()> {
+    if related::has_experiments(&parts[0])? {
+        return related::merge(parts, out, force, ui);
+    }
     let started = Instant::now();
     make_folder(out, force, "choose another --out, or pass --force")?;
     let collected = Collected::read(parts)?;

@@ -24,13 +24,14 @@ use crate::files;
 pub(crate) const WORLD_TOKEN: u32 = 0;
 
 /// The embedded profiles by their names.
-const EMBEDDED: [(&str, &str); 6] = [
+const EMBEDDED: [(&str, &str); 7] = [
     ("quick", include_str!("profiles/quick.toml")),
     ("small", include_str!("profiles/small.toml")),
     ("paper-1b", include_str!("profiles/paper-1b.toml")),
     ("paper-7b", include_str!("profiles/paper-7b.toml")),
     ("smollm2-135m", include_str!("profiles/smollm2-135m.toml")),
     ("related", include_str!("profiles/related.toml")),
+    ("related-smollm2", include_str!("profiles/related-smollm2.toml")),
 ];
 
 /// Rounds in which the size of the routers and the budget are made to fit.
@@ -324,6 +325,14 @@ impl TryFrom<toml::Table> for TrainSettings {
     }
 }
 
+/// Refuses text of two kinds, and text to train on without text to measure on.
+pub(crate) fn check_tables(has_world: bool, source: &[SourceTable], held_out: &[SourceTable]) -> Result<()> {
+    if has_world && !source.is_empty() || source.is_empty() != held_out.is_empty() {
+        bail!("give both [[source]] and [[held_out]] tables, or [world], or neither");
+    }
+    Ok(())
+}
+
 /// Returns the message of an error of a TOML file on one line.
 pub(crate) fn one_line(cause: &toml::de::Error) -> String {
     cause.message().split_whitespace().collect::<Vec<_>>().join(" ")
@@ -483,11 +492,7 @@ impl Profile {
         {
             bail!("measure.speed needs threads, batches and processes of 1 or more");
         }
-        if self.world.is_some() && !self.source.is_empty()
-            || self.source.is_empty() != self.held_out.is_empty()
-        {
-            bail!("give both [[source]] and [[held_out]] tables, or [world], or neither");
-        }
+        check_tables(self.world.is_some(), &self.source, &self.held_out)?;
         for (name, value) in [
             ("seeds", self.seeds as usize),
             ("experts", self.experts.unwrap_or(1)),

@@ -74,7 +74,7 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
     );
     assert!(!report.contains("NaN"), "{report}");
     let run: Value = read_json("related/whole/runs/lesa-s1.json");
-    assert_eq!((run["seed"].as_u64(), list(&run["values"]).len()), (Some(1), 12));
+    assert_eq!((run["seed"].as_u64(), list(&run["values"]).len()), (Some(1), 14));
 }
 
 #[test]
@@ -140,16 +140,86 @@ fn experiments_are_chosen_by_name_and_change_no_number() {
 }
 
 #[test]
+fn experiments_that_ran_apart_are_merged_into_what_one_run_gives() {
+    whole();
+    let stages = path("related/whole/cache").display().to_string();
+    for (out, methods) in [("part1", "memtl,lesa"), ("part2", "hc-smoe,memtl"), ("other", "lesa")] {
+        let seeds = if out == "other" { "--seeds 1" } else { "" };
+        succeeds(&related(out, ["", ""], &format!("--methods {methods} {seeds} --quiet --stages {stages}")));
+    }
+    let merge = |parts: &str, out: &str| format!("reproduce merge {parts} --out related/{out} --quiet");
+    succeeds(&merge("related/part1 related/part2", "merged"));
+    succeeds(&related(
+        "at-once",
+        ["", ""],
+        &format!("--methods hc-smoe,lesa,memtl --quiet --stages {stages}"),
+    ));
+    for file in ["results.json", "setup.json", "report.md", "report.html", "runs/lesa-s1.json"] {
+        assert_eq!(
+            read(&format!("related/merged/{file}")),
+            read(&format!("related/at-once/{file}")),
+            "{file}"
+        );
+    }
+    let run = read("related/part2/runs/memtl-s1.json");
+    for (parts, changed, words) in [
+        ("related/part1 related/other", None, vec!["are not parts of one set", "setup.json"]),
+        (
+            "related/part1 related/part2",
+            Some(run.replacen("0.", "1.", 1)),
+            vec!["memtl of seed 1", "other numbers"],
+        ),
+        ("related/part2", Some(run.replace("memtl", "lesa")), vec!["memtl-s1.json", "lesa of seed 1"]),
+        ("related/part2", Some("{".to_owned()), vec!["memtl-s1.json"]),
+    ] {
+        if let Some(changed) = changed {
+            write("related/part2/runs/memtl-s1.json", changed);
+        }
+        fails(&merge(parts, "unmerged"), &words);
+        assert!(!path("related/unmerged").exists(), "{parts}");
+    }
+    fs::remove_file(path("related/part2/runs/memtl-s1.json")).unwrap();
+    fails(&merge("related/part2", "unmerged"), &["memtl-s1.json is in no part"]);
+}
+
+/// The experiments on a pretrained model, on one of the world: numbers by text, and claims about all of them.
+#[test]
+fn experiments_on_a_deep_model_measure_every_text() {
+    let deep = "[\"lesa-deep\", \"thresholds-deep\"]";
+    let text = PROFILE.replace("layers = 3", "layers = 7").replace("seeds = 2", "seeds = 1");
+    let (before, after) = text.split_once("experiments = ").unwrap();
+    let (_, after) = after.split_once('\n').unwrap();
+    write("related/deep.toml", format!("{before}experiments = {deep}\n{after}"));
+    succeeds("reproduce --profile related/deep.toml --out related/deep --quiet");
+    let found: Value = read_json("related/deep/results.json");
+    let thresholds = &list(&found["experiments"])[1];
+    let teal = list(&thresholds["rows"]).iter().find(|row| row["name"] == "teal").unwrap();
+    assert_eq!(list(&teal["cells"]).len(), 16, "four shares of four texts");
+    let columns = &list(&thresholds["claims"])[0]["columns"];
+    assert_eq!(list(columns).len(), 8);
+    assert!(list(columns).iter().any(|column| column == "0.50 used on stories"), "{columns}");
+    if let Some((agrees, text)) = check_report(&path("related/deep")) {
+        assert!(agrees, "{text}");
+    }
+}
+
+#[test]
 fn what_cannot_be_done_is_told_before_anything_is() {
     let names = "use hc-smoe, uncurl, seer-moe, thresholds, lesa, factorllm, duo-llm, esacl, memtl";
+    let all = format!("{names}, lesa-deep, thresholds-deep");
     for (change, rest, words) in [
-        (["\"lesa\"", "\"leas\""], "", vec!["experiments has \"leas\"", names]),
+        (["\"lesa\"", "\"leas\""], "", vec!["experiments has \"leas\"", &all]),
         (["\"lesa\"", "\"uncurl\""], "", vec!["experiments has \"uncurl\" twice"]),
         (["seeds = 2", "seeds = 0"], "", vec!["seeds is 0"]),
         (
             ["windows = 2", "window = 2"],
             "",
             vec!["line ", "unknown field `window`", "--print-profile related"],
+        ),
+        (
+            ["seeds = 2", "seeds = 2\nsource = [{ name = \"a\", data = \"a.txt\" }]"],
+            "",
+            vec!["both [[source]] and [[held_out]]"],
         ),
         (["model = {", "#"], "", vec!["with [world] there must be [model] and [pretrain]"]),
         (["", ""], "--methods leas", vec!["--methods leas", "has no such experiment", names]),

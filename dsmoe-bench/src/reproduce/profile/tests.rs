@@ -35,7 +35,7 @@ fn row<'a>(profile: &'a Profile, name: &str) -> &'a MethodSpec {
 
 #[test]
 fn embedded_profiles_are_sound() {
-    for name in names().into_iter().filter(|name| *name != "related") {
+    for name in names().into_iter().filter(|name| !name.starts_with("related")) {
         let profile = Profile::load(name).unwrap();
         assert_eq!(profile.name, name);
         for spec in &profile.method {

@@ -3,10 +3,12 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use dsmoe_datasets::mixture::SourceTable;
 use serde::{Deserialize, Serialize};
 
 use super::super::profile::{
-    self, Calibration, Measure, ModelSpec, PaperModel, Profile, TrainSettings, WorldText, one_line,
+    self, Calibration, Measure, ModelSpec, PaperModel, Profile, TrainSettings, WorldText, check_tables,
+    one_line,
 };
 use super::experiment::Experiment;
 use crate::files;
@@ -28,6 +30,11 @@ pub(crate) struct Definition {
     /// Text of the embedded world; without it the user names text.
     #[serde(skip_serializing_if = "Option::is_none")]
     world: Option<WorldText>,
+    /// Text as in a profile of methods, seen from the folder that the user names.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    source: Vec<SourceTable>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    held_out: Vec<SourceTable>,
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<ModelSpec>,
     /// Training of the dense model from random weights; without it the user names a model.
@@ -93,6 +100,7 @@ impl Definition {
         if self.world.is_some() && (self.model.is_none() || self.pretrain.is_none()) {
             bail!("with [world] there must be [model] and [pretrain], by which the dense model is made");
         }
+        check_tables(self.world.is_some(), &self.source, &self.held_out)?;
         let profile = self.profile(0);
         if let Some(pretrain) = profile.pretrain() {
             pretrain?.resolve().context("pretrain")?;
@@ -114,8 +122,8 @@ impl Definition {
             outputs: Vec::new(),
             paper: PaperModel::One,
             world: self.world.clone(),
-            source: Vec::new(),
-            held_out: Vec::new(),
+            source: self.source.clone(),
+            held_out: self.held_out.clone(),
             model: self.model.clone().unwrap_or(none),
             pretrain: self.pretrain.as_ref().map(|settings| settings.with_seed(seed)),
             train: self.train.clone(),

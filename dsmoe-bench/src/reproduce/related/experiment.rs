@@ -54,7 +54,7 @@ pub(crate) struct Claim {
     pub(crate) row: &'static str,
     /// Rows that could have been better.
     pub(crate) controls: &'static [&'static str],
-    /// The columns in which it should be.
+    /// The columns in which it should be; one of numbers by text stands for all texts.
     pub(crate) columns: &'static [&'static str],
     /// The least difference that counts; below 0 the row may be worse by as much.
     pub(crate) margin: f64,
@@ -102,14 +102,29 @@ impl Numbers<'_> {
         };
         self.0.iter().map(find).collect()
     }
+
+    /// Lists the columns that a claim's column stands for: itself, or where a row has its numbers by text, `COLUMN on TEXT` for
+    /// every text.
+    fn columns(&self, row: &str, column: &str) -> Vec<String> {
+        let of_row = self.0.first().into_iter().flatten().filter(|value| value.row == row);
+        let texts = format!("{column} on ");
+        let found: Vec<String> =
+            of_row.map(|value| value.column.clone()).filter(|name| name.starts_with(&texts)).collect();
+        if found.is_empty() { vec![column.to_owned()] } else { found }
+    }
 }
 
 impl Claim {
+    /// Lists the columns of numbers that decide.
+    pub(crate) fn columns(&self, numbers: &Numbers<'_>) -> Vec<String> {
+        self.columns.iter().flat_map(|column| numbers.columns(self.row, column)).collect()
+    }
+
     /// Decides about the claim by the rule of this module, and words the numbers.
     pub(crate) fn decide(&self, numbers: &Numbers<'_>) -> Result<(Verdict, String)> {
         let (mut all, mut verdict) = (true, Verdict::Undecided);
         let mut words = Vec::new();
-        for column in self.columns {
+        for column in &self.columns(numbers) {
             let own = numbers.of(self.row, column)?;
             let mut nearest: Option<(f64, f64, &str)> = None;
             for control in self.controls {
@@ -194,6 +209,19 @@ mod tests {
         let within = Claim { margin: -0.5, ..CLAIM };
         assert_eq!(verdict(&within, &[[1.4, 1.0, 3.0]]), Verdict::Agrees);
         assert_eq!(verdict(&within, &[[1.6, 1.0, 3.0]]), Verdict::Differs);
+    }
+
+    #[test]
+    fn a_column_stands_for_those_of_all_texts() {
+        let value = |row, text, value| Value::new(row, &format!("x on {text}"), value);
+        let of = |last| {
+            let own = [value("a", "web", 1.0), value("a", "code", 1.0)];
+            let others = ["b", "c"].map(|row| [value(row, "web", 2.0), value(row, "code", last)]);
+            vec![own.into_iter().chain(others.into_iter().flatten()).collect::<Vec<Value>>()]
+        };
+        assert_eq!(CLAIM.columns(&Numbers(&of(2.0))), ["x on web", "x on code"]);
+        assert_eq!(CLAIM.decide(&Numbers(&of(2.0))).unwrap().0, Verdict::Agrees);
+        assert_eq!(CLAIM.decide(&Numbers(&of(0.5))).unwrap().0, Verdict::Differs);
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod hc_smoe;
 mod lab;
 mod lesa;
 mod memtl;
+mod merge;
 mod outcome;
 mod plan;
 mod seer_moe;
@@ -44,12 +45,13 @@ use crate::ui::Ui;
 use definition::Definition;
 use experiment::{Experiment, Value};
 use lab::Lab;
+pub(crate) use merge::{has_experiments, merge};
 pub(crate) use outcome::Outcome;
 use outcome::{Found, Setup};
 use plan::{Row, count};
 
 /// All experiments.
-static ALL: [Experiment; 9] = [
+static ALL: [Experiment; 11] = [
     hc_smoe::EXPERIMENT,
     uncurl::EXPERIMENT,
     seer_moe::EXPERIMENT,
@@ -59,6 +61,8 @@ static ALL: [Experiment; 9] = [
     duo_llm::EXPERIMENT,
     esacl::EXPERIMENT,
     memtl::EXPERIMENT,
+    lesa::OF_A_PRETRAINED_MODEL,
+    thresholds::OF_A_PRETRAINED_MODEL,
 ];
 
 /// The numbers of an experiment and seed, as `runs/` keeps them.
@@ -67,6 +71,13 @@ struct Run {
     experiment: String,
     seed: u64,
     values: Vec<Value>,
+}
+
+impl Run {
+    /// Returns the name of its file.
+    fn file(&self) -> String {
+        format!("{}-s{}.json", self.experiment, self.seed)
+    }
 }
 
 /// The experiments of a profile that were asked for.
@@ -145,7 +156,7 @@ impl Experiments {
                 let mut lab = Lab { stages: &mut stages, base: &base, seed, name: experiment.name };
                 let values = (experiment.measure)(&mut lab)?;
                 let run = Run { experiment: experiment.name.to_owned(), seed, values };
-                write_json(&out.join(RUNS).join(format!("{}-s{seed}.json", run.experiment)), &run)?;
+                write_json(&out.join(RUNS).join(run.file()), &run)?;
                 numbers.push(run.values);
             }
         }
@@ -220,10 +231,10 @@ mod tests {
     }
 
     #[test]
-    fn the_embedded_profile_has_all_experiments() {
-        let definition = Definition::load("related", &ALL).unwrap().unwrap();
+    fn the_embedded_profiles_have_all_experiments() {
+        let of = |name| Definition::load(name, &ALL).unwrap().unwrap().experiments;
         let known: Vec<&str> = ALL.iter().map(|experiment| experiment.name).collect();
-        assert_eq!(definition.experiments, known);
+        assert_eq!([of("related"), of("related-smollm2")].concat(), known);
         assert!(Definition::load("quick", &ALL).unwrap().is_none());
     }
 }

@@ -100,7 +100,7 @@ impl Found {
                 paper: claim.paper.to_owned(),
                 row: claim.row.to_owned(),
                 controls: owned(claim.controls),
-                columns: owned(claim.columns),
+                columns: claim.columns(&numbers),
                 margin: claim.margin,
                 ours,
                 agrees,

@@ -6,14 +6,36 @@ use dsmoe_core::accounting::Accounting;
 
 use super::experiment::{Claim, Experiment, Value};
 use super::lab::{Lab, Pruned};
+use super::sketch::Sketch;
 
-const ROWS: [&str; 4] = ["uniform", "teal", "cats", "search"];
-/// Shares of the weights of linears that a token uses.
-const SHARES: [f64; 2] = [0.8, 0.65];
+/// Ways to choose thresholds, and the shares of the weights of linears that a token uses with them.
+type Rows = &'static [(&'static str, &'static [f64])];
+
+const SHARES: &[f64] = &[0.8, 0.65];
+const ROWS: Rows = &[("uniform", SHARES), ("teal", SHARES), ("cats", SHARES), ("search", SHARES)];
+const SHARES_OF_A_PRETRAINED_MODEL: &[f64] = &[0.9, 0.7, 0.5, 0.4];
+/// A search takes a pass for every site and candidate, which is hours here. Skipped neurons alone leave half of the weights.
+const ROWS_OF_A_PRETRAINED_MODEL: Rows = &[
+    ("uniform", SHARES_OF_A_PRETRAINED_MODEL),
+    ("teal", SHARES_OF_A_PRETRAINED_MODEL),
+    ("cats", &[0.9, 0.7]),
+];
+const DENSE: &str = "dense";
+/// Steps of the greedy shares on the pretrained model, twice as long as by default.
+const COARSE: &str = "step=0.1";
 
 /// Passes over the calibration text that a search takes at several tolerances, about.
 const SEARCH_PASSES: f64 = 350.0;
+/// Passes of parts of the text through single layers, over passes of all through all layers, when shares are chosen.
+const GREEDY_PASSES: f64 = 40.0;
 
+const TEAL: &str = "TEAL: greedy shares beat a uniform one (LLaMA, 7 B and more)";
+const CATS: &str = "CATS: half of the gates can be skipped at 1 to 2 % loss (LLaMA-2-7B), so that skipping neurons alone is the better \
+                    share";
+const WHOLE_GATES: &str =
+    "gates and attention stay whole, so that a share of all linears asks for far fewer neurons";
+
+/// The dense model of the profile of all papers.
 pub(super) const EXPERIMENT: Experiment = Experiment {
     name: "thresholds",
     title: "R-LLM, TEAL, CATS",
@@ -31,7 +53,7 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
             differs: "the search goes from the first site to the last and spends what it may lose on the first ones",
         },
         Claim {
-            paper: "TEAL: greedy shares beat a uniform one (LLaMA, 7 B and more)",
+            paper: TEAL,
             row: "teal",
             controls: &["uniform"],
             columns: &["0.80 used", "0.65 used"],
@@ -40,41 +62,105 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
             differs: "the linears of so small a model differ little in what their inputs are worth",
         },
         Claim {
-            paper: "CATS: half of the gates can be skipped at 1 to 2 % loss (LLaMA-2-7B), so that skipping neurons alone is the \
-                    better share",
+            paper: CATS,
             row: "cats",
             controls: &["uniform"],
             columns: &["0.80 used"],
             margin: 0.0,
             agrees: "neurons with small gates add little",
-            differs: "gates and attention stay whole, so that a share of all linears asks for far fewer neurons",
+            differs: WHOLE_GATES,
         },
     ],
-    plan: |sketch| {
-        sketch.dense_losses();
-        let searches = SHARES.len();
-        sketch.calibration_passes(searches, SEARCH_PASSES);
-        sketch.made(ROWS.len() * SHARES.len() - searches);
-        sketch.losses(ROWS.len() * SHARES.len());
-        Ok(())
-    },
-    measure,
+    plan: |sketch| plan(sketch, ROWS),
+    measure: |lab| measure(lab, ROWS, false),
 };
 
-fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
+/// A pretrained model, on every text alone.
+pub(super) const OF_A_PRETRAINED_MODEL: Experiment = Experiment {
+    name: "thresholds-deep",
+    title: "TEAL, CATS",
+    setting: "Thresholds of the pretrained model are chosen on calibration text for a share of the weights of all linears; no weight \
+              changes. Greedy shares grow in steps of 0.1, twice the default. R-LLM's search is left out: its passes over the whole model \
+              take hours.",
+    claims: &[
+        Claim {
+            paper: TEAL,
+            row: "teal",
+            controls: &["uniform"],
+            columns: &["0.70 used", "0.50 used"],
+            margin: 0.0,
+            agrees: "linears of one layer differ in what their inputs are worth",
+            differs: "shares are chosen by the error of a layer's output on little text, which is not the loss",
+        },
+        Claim {
+            paper: "TEAL: 40 to 50 % can be skipped at little loss (LLaMA, 7 B and more; abstract; 0.1 nats count as little here)",
+            row: "teal",
+            controls: &[DENSE],
+            columns: &["0.50 used"],
+            margin: -0.1,
+            agrees: "half of the inputs of most linears are small",
+            differs: "a model of this size has fewer inputs that do not matter",
+        },
+        Claim {
+            paper: CATS,
+            row: "cats",
+            controls: &["uniform"],
+            columns: &["0.90 used", "0.70 used"],
+            margin: 0.0,
+            agrees: "neurons with small gates add little",
+            differs: WHOLE_GATES,
+        },
+    ],
+    plan: |sketch| plan(sketch, ROWS_OF_A_PRETRAINED_MODEL),
+    measure: |lab| measure(lab, ROWS_OF_A_PRETRAINED_MODEL, true),
+    ..EXPERIMENT
+};
+
+fn plan(sketch: &mut Sketch<'_>, rows: Rows) -> Result<()> {
+    sketch.dense_losses();
+    for (row, shares) in rows {
+        match *row {
+            "search" => sketch.calibration_passes(shares.len(), SEARCH_PASSES),
+            "teal" => sketch.calibration_passes(shares.len(), GREEDY_PASSES),
+            _ => sketch.made(shares.len()),
+        }
+        sketch.losses(shares.len());
+    }
+    Ok(())
+}
+
+/// Measures all rows: the mean over all texts, or every text alone and the dense model as a control.
+fn measure(lab: &mut Lab<'_, '_>, rows: Rows, by_source: bool) -> Result<Vec<Value>> {
     let dense = lab.dense();
     let counts = Accounting::of(&dense.config()?);
     let linears = (counts.attention + counts.ffn) as f64;
-    let whole = lab.losses(&dense)?.mean;
+    let whole = lab.losses(&dense)?;
     let mut values = Vec::new();
-    for row in ROWS {
-        for share in SHARES {
+    if by_source {
+        let columns = SHARES_OF_A_PRETRAINED_MODEL.iter().flat_map(|share| {
+            whole.sources.iter().map(move |(source, _)| format!("{share:.2} used on {source}"))
+        });
+        values.extend(columns.map(|column| Value::new(DENSE, &column, 0.0)));
+    }
+    for (row, shares) in rows {
+        for share in *shares {
             let params = (counts.total as f64 - linears * (1.0 - share)).round();
             let choose = format!("choose={row}");
-            let how = Pruned { method: "thresholds", settings: &[&choose], params, source: None };
+            let mut settings = vec![&choose[..]];
+            if by_source && *row == "teal" {
+                settings.push(COARSE);
+            }
+            let how = Pruned { method: "thresholds", settings: &settings, params, source: None };
             let pruned = lab.prune(&dense, how)?;
-            let loss = lab.losses(&pruned)?.mean;
-            values.push(Value::new(row, &format!("{share:.2} used"), loss - whole));
+            let found = lab.losses(&pruned)?;
+            let column = format!("{share:.2} used");
+            if !by_source {
+                values.push(Value::new(row, &column, found.mean - whole.mean));
+                continue;
+            }
+            for (source, loss) in &found.sources {
+                values.push(Value::new(row, &format!("{column} on {source}"), loss - whole.of(source)?));
+            }
         }
     }
     Ok(values)
