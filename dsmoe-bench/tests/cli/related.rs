@@ -147,8 +147,8 @@ fn experiments_that_ran_apart_are_merged_into_what_one_run_gives() {
         let seeds = if out == "other" { "--seeds 1" } else { "" };
         succeeds(&related(out, ["", ""], &format!("--methods {methods} {seeds} --quiet --stages {stages}")));
     }
-    let merge = |parts: &str, out: &str| format!("reproduce merge {parts} --out related/{out} --quiet");
-    succeeds(&merge("related/part1 related/part2", "merged"));
+    let merge = |parts: &str, out: &str| format!("reproduce merge {parts} --out related/{out}");
+    succeeds(&format!("{} --quiet", merge("related/part1 related/part2", "merged")));
     succeeds(&related(
         "at-once",
         ["", ""],
