@@ -1,7 +1,8 @@
 //! Measures the products of an FFN's active pairs on the first GPU, beside those of all pairs by cuBLASLt. It prints a line of
-//! JSON for each.
+//! JSON for each. With `slots` it measures every variant of the kernels for pairs in slots, beside the same dense products and
+//! the lists' kernels, and checks that all variants give the same bits.
 //!
-//! `cargo bench -p dsmoe-kernels --features cuda --bench gpu`, with `DSMOE_CUDA_LIB_DIR` as for `dsmoe`.
+//! `cargo bench -p dsmoe-kernels --features cuda --bench gpu [-- slots]`, with `DSMOE_CUDA_LIB_DIR` as for `dsmoe`.
 #![expect(clippy::print_stdout, reason = "a program that prints what it measured")]
 
 use std::time::Instant;
@@ -9,7 +10,9 @@ use std::time::Instant;
 use dsmoe_kernels::Activation;
 use dsmoe_kernels::cuda::ops::ffn::{Activate, Dims};
 use dsmoe_kernels::cuda::ops::matmul::{Form, Product};
+use dsmoe_kernels::cuda::ops::products::{self, Variant};
 use dsmoe_kernels::cuda::ops::router::{Lists, Routed, Sort};
+use dsmoe_kernels::cuda::ops::slots::{self, Shape, Slots};
 use dsmoe_kernels::cuda::ops::{experts, linear};
 use dsmoe_kernels::cuda::{Float, Gpu, GpuBuf, Matrix, Result};
 use dsmoe_kernels::rng::Rng;
@@ -56,22 +59,121 @@ fn times(y: &mut Matrix<f32>, x: &Matrix<bf16>, w: &Matrix<bf16>, add: bool) -> 
 
 fn main() -> Result<()> {
     let gpu = &Gpu::open(0)?;
+    let in_slots = std::env::args().any(|arg| arg == "slots");
     for tokens in [1024, 8192] {
         for active in [3.0 / 8.0, 1.0] {
             run(gpu, tokens, active)?;
+            if in_slots {
+                run_slots(gpu, tokens, active)?;
+            }
         }
     }
     Ok(())
 }
 
-fn run(gpu: &Gpu, tokens: usize, share: f32) -> Result<()> {
-    let dims = Dims { tokens, hidden: HIDDEN, intermediate: INTERMEDIATE, num_experts: EXPERTS };
+/// Makes a routing of the share; returns it with the number of active pairs.
+fn routing(gpu: &Gpu, tokens: usize, share: f32) -> Result<(Routed, usize)> {
     let mut rng = Rng::new(1, 0);
     let mask: Vec<u8> = (0..tokens * EXPERTS).map(|_| u8::from(rng.uniform() < share)).collect();
     let coefficients: Vec<f32> = mask.iter().map(|&on| 0.5 * f32::from(on)).collect();
-    let pairs = mask.iter().filter(|&&on| on != 0).count();
     let mut routed = Routed::with_room(gpu, tokens, EXPERTS)?;
     routed.set(&mask, &coefficients)?;
+    Ok((routed, mask.iter().filter(|&&on| on != 0).count()))
+}
+
+/// Measures all variants of the products of pairs in slots. Dense times are those that `run` prints for as many tokens.
+fn run_slots(gpu: &Gpu, tokens: usize, share: f32) -> Result<()> {
+    let width = INTERMEDIATE / EXPERTS;
+    let shape = Shape { tokens, hidden: HIDDEN, width, num_experts: EXPERTS, core: 0 };
+    let (routed, pairs) = routing(gpu, tokens, share)?;
+    let mut slots = Slots::with_room(gpu, shape)?;
+    let part = pairs as f64 / (tokens * EXPERTS) as f64;
+    let flops = 2.0 * (pairs * width * HIDDEN) as f64;
+    let show = |op: &str, name: &str, products: f64, time: f64, equal: bool| {
+        println!(
+            "{{\"work\":\"slots\",\"op\":\"{op}\",\"variant\":\"{name}\",\"tokens\":{tokens},\"hidden\":{HIDDEN},\
+             \"intermediate\":{INTERMEDIATE},\"experts\":{EXPERTS},\"active\":{part:.4},\"gpu\":\"{}\",\
+             \"us\":{:.1},\"tflops\":{:.0},\"same_bits\":{equal}}}",
+            gpu.name(),
+            1e6 * time,
+            products * flops / time / 1e12,
+        );
+    };
+    let sort = seconds(gpu, || slots::Sort { slots: &mut slots, routed: &routed }.run())?;
+    show("sort", "all", 0.0, sort, true);
+    let slots = &slots;
+    let (rows, wide) = (shape.slots(), shape.wide());
+    let [x, dy] = &[halves(gpu, tokens, HIDDEN, 2)?, halves(gpu, tokens, HIDDEN, 3)?];
+    let weights = halves(gpu, 2 * INTERMEDIATE, HIDDEN, 4)?;
+    let (gate, up) = (&weights.part(0..INTERMEDIATE), &weights.part(INTERMEDIATE..2 * INTERMEDIATE));
+    let down = &halves(gpu, INTERMEDIATE, HIDDEN, 6)?;
+    let empty = || gpu.zero_rows::<bf16>(rows, wide);
+    let [mut a, mut b, mut c, mut g] = [empty()?, empty()?, empty()?, empty()?];
+    let [parts, dparts] = &mut [gpu.zero_rows::<bf16>(rows, HIDDEN)?, gpu.zero_rows::<bf16>(rows, HIDDEN)?];
+    let grad = || gpu.zero_rows::<f32>(INTERMEDIATE, HIDDEN);
+    let [dgate, dup, ddown] = &mut [grad()?, grad()?, grad()?];
+    let y = &mut *gpu.zero_rows::<f32>(tokens, HIDDEN)?;
+    let activation = Activation::Silu;
+    let mut first: Option<[Vec<u16>; 4]> = None;
+    let mut grads: Option<Vec<u32>> = None;
+    for (name, variant) in &Variant::ALL {
+        if !products::fits(gpu, variant) {
+            continue;
+        }
+        let with_up = variant.takes(products::Form::Up);
+        let up_time = if with_up {
+            let kept = seconds(gpu, || {
+                let projections = Some([&mut *a, &mut *b]);
+                products::Up { c: &mut c, projections, x, gate, up, slots, activation, variant }.run()
+            })?;
+            let alone = seconds(gpu, || {
+                products::Up { c: &mut c, projections: None, x, gate, up, slots, activation, variant }.run()
+            })?;
+            Some((alone, kept))
+        } else {
+            None
+        };
+        let project = seconds(gpu, || products::Project { g: &mut g, dy, down, slots, variant }.run())?;
+        let down_time = seconds(gpu, || products::Down { parts, c: &c, down, slots, variant }.run())?;
+        let (da, db) = (&a, &b);
+        let input = seconds(gpu, || {
+            products::BackwardInput { parts: dparts, da, db, gate, up, slots, variant }.run()
+        })?;
+        let mut gradients = |set: bool| {
+            seconds(gpu, || {
+                let grads = [&mut **dgate, &mut **dup, &mut **ddown];
+                products::BackwardWeights { grads, values: [da, db, &c], x, dy, set, slots, variant }.run()
+            })
+        };
+        let (added, set) = (gradients(false)?, gradients(true)?);
+        let bits = |values: &Matrix<bf16>| -> Result<Vec<u16>> {
+            Ok(values.download()?.iter().map(|value| value.to_bits()).collect())
+        };
+        let results = [bits(&c)?, bits(&g)?, bits(parts)?, bits(dparts)?];
+        let mut of_grads: Vec<u32> = Vec::new();
+        for grad in [&*dgate, &*dup, &*ddown] {
+            of_grads.extend(grad.download()?.iter().map(|value| value.to_bits()));
+        }
+        let equal = *first.get_or_insert_with(|| results.clone()) == results
+            && *grads.get_or_insert_with(|| of_grads.clone()) == of_grads;
+        if let Some((alone, kept)) = up_time {
+            show("gate, up and activation", name, 2.0, alone, equal);
+            show("gate, up and activation, kept", name, 2.0, kept, equal);
+        }
+        show("down without sums", name, 1.0, down_time, equal);
+        show("gradient of the activation", name, 1.0, project, equal);
+        show("gradient of the input without sums", name, 2.0, input, equal);
+        show("gradients of the weights", name, 3.0, added, equal);
+        show("gradients of the weights, set", name, 3.0, set, equal);
+    }
+    let sum = seconds(gpu, || products::Sum { y: &mut *y, parts, slots, routed: &routed }.run())?;
+    show("sums of parts", "all", 0.0, sum, true);
+    Ok(())
+}
+
+fn run(gpu: &Gpu, tokens: usize, share: f32) -> Result<()> {
+    let dims = Dims { tokens, hidden: HIDDEN, intermediate: INTERMEDIATE, num_experts: EXPERTS };
+    let (routed, pairs) = routing(gpu, tokens, share)?;
     let mut lists = Lists::with_room(gpu, tokens, EXPERTS)?;
     let [row, wide] = [HIDDEN, INTERMEDIATE].map(|cols| move |seed| halves(gpu, tokens, cols, seed));
     let weight = |seed| halves(gpu, INTERMEDIATE, HIDDEN, seed);

@@ -13,7 +13,7 @@ use super::detect::{guarded, libraries};
 use super::error::{CudaError, Result};
 
 /// The text that precedes every kernel's own.
-const PRELUDE: &str = include_str!("prelude.cuh");
+const PRELUDE: &str = concat!(include_str!("prelude.cuh"), include_str!("ptx.cuh"));
 
 /// A definition that a kernel is compiled with.
 pub(crate) type Define = (&'static str, i64);

@@ -73,6 +73,27 @@ impl Grid {
     }
 }
 
+/// A launch that can be queued, or looked at.
+#[derive(Clone, Debug)]
+pub(crate) struct Call {
+    pub(crate) source: &'static Source,
+    pub(crate) entry: &'static str,
+    pub(crate) defines: Vec<Define>,
+    pub(crate) grid: Grid,
+    pub(crate) args: Vec<Arg>,
+}
+
+impl Call {
+    /// Queues the launch.
+    ///
+    /// # Safety
+    /// As for [`Source::launch`].
+    pub(crate) unsafe fn queue(&self, gpu: &Gpu) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.source.launch(gpu, self.entry, &self.defines, self.grid, &self.args) }
+    }
+}
+
 impl Source {
     /// Queues a launch of the kernel `entry` with these definitions; nothing for a grid without blocks.
     ///
@@ -90,6 +111,25 @@ impl Source {
         let kernel = gpu.kernel(self, entry, defines)?;
         // SAFETY: the caller's promise.
         unsafe { kernel.launch(grid, args) }
+    }
+
+    /// Queues a launch of the kernel `entry` whose two parameters are structs.
+    ///
+    /// # Safety
+    /// As for [`Source::launch`]: `one` and `other` are the kernel's parameters.
+    pub(crate) unsafe fn launch_structs<A: Clone, B: Clone>(
+        &'static self,
+        gpu: &Gpu,
+        entry: &'static str,
+        defines: &[Define],
+        grid: Grid,
+        (one, other): (&A, &B),
+    ) -> Result<()> {
+        let kernel = gpu.kernel(self, entry, defines)?;
+        let (mut one, mut other) = (one.clone(), other.clone());
+        let mut pointers = [(&raw mut one).cast(), (&raw mut other).cast()];
+        // SAFETY: the caller's promise; both live until the driver has copied them.
+        unsafe { kernel.start(grid, &mut pointers) }
     }
 }
 
@@ -120,16 +160,6 @@ impl Kernel {
     /// # Safety
     /// As for [`Source::launch`].
     unsafe fn launch(&self, grid: Grid, args: &[Arg]) -> Result<()> {
-        let Grid { blocks: [x, y, z], threads, shared } = grid;
-        if grid.blocks.contains(&0) {
-            return Ok(());
-        }
-        let blocks = (self.int(x)? as u32, self.int(y)? as u32, self.int(z)? as u32);
-        if shared > self.shared.load(Ordering::Relaxed) {
-            let which = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            self.function.set_attribute(which, shared as i32).map_err(driver("asking for shared memory"))?;
-            self.shared.fetch_max(shared, Ordering::Relaxed);
-        }
         let mut args = args.to_vec();
         for arg in &mut args {
             if let Arg::Size(size) = *arg {
@@ -147,6 +177,25 @@ impl Kernel {
                 Arg::F64(value) => (&raw mut *value).cast(),
             })
             .collect();
+        // SAFETY: the caller's promise; the pointers name `args`.
+        unsafe { self.start(grid, &mut pointers) }
+    }
+
+    /// Queues a launch with parameters at `pointers`.
+    ///
+    /// # Safety
+    /// As for [`Source::launch`]; the pointers name values of the parameters' types.
+    unsafe fn start(&self, grid: Grid, pointers: &mut [*mut c_void]) -> Result<()> {
+        let Grid { blocks: [x, y, z], threads, shared } = grid;
+        if grid.blocks.contains(&0) {
+            return Ok(());
+        }
+        let blocks = (self.int(x)? as u32, self.int(y)? as u32, self.int(z)? as u32);
+        if shared > self.shared.load(Ordering::Relaxed) {
+            let which = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            self.function.set_attribute(which, shared as i32).map_err(driver("asking for shared memory"))?;
+            self.shared.fetch_max(shared, Ordering::Relaxed);
+        }
         self.stream.context().bind_to_thread().map_err(driver("using the device"))?;
         // SAFETY: the function is loaded and the stream open. The pointers name values that live until the driver returns,
         // which has copied them then. The caller promises the rest.
@@ -157,7 +206,7 @@ impl Kernel {
                 (threads, 1, 1),
                 shared,
                 self.stream.cu_stream(),
-                &mut pointers,
+                pointers,
             )
         };
         launched.map_err(|error| CudaError::Driver {

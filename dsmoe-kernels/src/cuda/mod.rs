@@ -22,6 +22,7 @@ mod kernel;
 mod nccl;
 pub mod ops;
 mod stream;
+mod tensor_map;
 
 pub use buf::{Element, Float, GpuBuf, Matrix, Part, View, ViewMut};
 pub use compile::{Compiled, compile, nvrtc_version};

@@ -16,11 +16,7 @@ DEV float to_f32(float v) { return v; }
 DEV float lo_f32(u32 pair) { return __uint_as_float(pair << 16); }
 DEV float hi_f32(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 // Two values rounded to nearest even, the first in the low half.
-DEV u32 pack(float lo, float hi) {
-  u32 r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-  return r;
-}
+DEV u32 pack(float lo, float hi);
 DEV bf16 to_bf16(float v) {
   bf16 r;
   r.bits = (u16)(pack(v, 0.0f) & 0xffffu);
@@ -68,25 +64,8 @@ DEV float block_max(float v, float* shared) {
   return s;
 }
 
-DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-// 16 bytes to shared memory, zeros behind the first `bytes` of them.
-DEV void copy_async(u32 to, const void* from, u32 bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-DEV void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> DEV void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-
-DEV void load_matrix_x4(u32& a, u32& b, u32& c, u32& d, u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(address) : "memory");
-}
-DEV void load_matrix_x4_trans(u32& a, u32& b, u32& c, u32& d, u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(address) : "memory");
-}
-// c += a b: a is 16 x 16, b 16 x 8, c 16 x 8. Lane l has of c the rows l/4 and l/4 + 8, columns 2(l%4) and the next.
-DEV void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+// An operand of a warpgroup's products at a place of shared memory, swizzled over 128 bytes: rows of 64 terms, eight of them in
+// 1024 bytes, or blocks of 64 columns with a row for each term, `next` bytes apart.
+DEV u64 matrix(u32 address, u32 next) {
+  return (u64)((address & 0x3ffff) >> 4) | ((u64)(next >> 4) << 16) | ((u64)(1024 >> 4) << 32) | (1ull << 62);
 }

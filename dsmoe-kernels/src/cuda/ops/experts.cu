@@ -173,36 +173,6 @@ template <int FORM> struct Loader {
   }
 };
 
-#if WGMMA
-DEV u64 matrix(u32 address, u32 next) {
-  return (u64)((address & 0x3ffff) >> 4) | ((u64)(next >> 4) << 16) | ((u64)(1024 >> 4) << 32) | (1ull << 62);
-}
-#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
-// d (+)= a b of 64 x 256 x 16; A_COLUMNS and B_COLUMNS say that rows of an operand are terms.
-template <int A_COLUMNS, int B_COLUMNS> DEV void multiply_wide(float (&d)[128], u64 a, u64 b, int add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
-      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
-      "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
-      "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "
-      "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "
-      "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-      "}, %128, %129, p, 1, 1, %131, %132; }\n"
-      : D16(0), D16(16), D16(32), D16(48), D16(64), D16(80), D16(96), D16(112)
-      : "l"(a), "l"(b), "r"(add), "n"(A_COLUMNS), "n"(B_COLUMNS));
-}
-// Keeps the compiler from moving values while the tensor cores add to them.
-DEV void hold(float (&d)[128]) {
-#pragma unroll
-  for (int i = 0; i < 128; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
-template <int N> DEV void wait_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
-#endif
-
 // Adds the products of a step to the sums, or sets the sums to them.
 template <int FORM> DEV void multiply_step(float (&d)[128], u32 stage, bool add) {
   constexpr int A_COLUMNS = FORM == WEIGHTS, B_COLUMNS = FORM != UP && FORM != PROJECT;
@@ -211,11 +181,11 @@ template <int FORM> DEV void multiply_step(float (&d)[128], u32 stage, bool add)
   const u64 a = matrix(stage + (warp >> 2) * 8192, 16);
   const u64 b = matrix(stage + A_BYTES, B_COLUMNS ? 8192 : 16);
   hold(d);
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  products_fence();
 #pragma unroll
   for (int q = 0; q < BK / 16; q++)
-    multiply_wide<A_COLUMNS, B_COLUMNS>(d, a + q * (A_COLUMNS ? 128 : 2), b + q * (B_COLUMNS ? 128 : 2), add || q > 0);
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    Multiply<BN, A_COLUMNS, B_COLUMNS>::run(d, a + q * (A_COLUMNS ? 128 : 2), b + q * (B_COLUMNS ? 128 : 2), add || q > 0);
+  products_commit();
 #else
   if (!add)
 #pragma unroll
@@ -260,16 +230,6 @@ DEV float act(float a) { return a * (1.0f / (1.0f + expf(-a))); }
 #define PITCH 272
 // Loads that one wait is for; fewer where registers are.
 #define BATCH (WGMMA ? 8 : 4)
-
-DEV void put(u32 at, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
-DEV void put(u32 at, float a, float b) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(a), "f"(b) : "memory");
-}
-DEV U4 take(u32 at) {
-  U4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
-  return v;
-}
 
 // Stores rows of 128 values of a warp, of which `value(j, half)` gives pairs: columns 8 j + 2 (lane % 4) and the next, row
 // lane / 4 + 8 half. `row(r)` is where row r starts, 0 for none; columns from `end` on are none.
@@ -371,8 +331,7 @@ template <int FORM> DEV void store(const float (&d)[128], u32 staging, const Til
 }
 
 template <int FORM> DEV void run(const Args& p) {
-  extern __shared__ u8 memory[];
-  const u32 stages = (shared_address(memory) + 1023) & ~1023u;
+  const u32 stages = (shared_address(dynamic_shared()) + 1023) & ~1023u;
   Loader<FORM> loader;
   loader.start(blockIdx.x, p);
   Tile t = loader.t;
@@ -384,20 +343,20 @@ template <int FORM> DEV void run(const Args& p) {
     for (int k = 0; k < t.steps; k++) {
       copy_wait<LOOK - 1>();
 #if WGMMA
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      fence_async();
 #endif
       // All have copied this step, and are through with the one that `next` was used for.
       __syncthreads();
       multiply_step<FORM>(d, stages + slot * STAGE_BYTES, k > 0);
       loader.step(stages + next * STAGE_BYTES, p);
 #if WGMMA
-      wait_products<1>();
+      products_wait<1>();
 #endif
       slot = slot + 1 == STAGES ? 0 : slot + 1;
       next = next + 1 == STAGES ? 0 : next + 1;
     }
 #if WGMMA
-    wait_products<0>();
+    products_wait<0>();
     hold(d);
 #endif
     store<FORM>(d, stages + STAGES * STAGE_BYTES, t, p);

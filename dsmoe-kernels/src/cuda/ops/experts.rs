@@ -9,6 +9,7 @@ use half::bf16;
 use super::ffn::{self, Dims};
 use super::router::Lists;
 use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source};
+use crate::cuda::kernel::Call;
 use crate::swiglu::Activation;
 
 pub(super) static SOURCE: Source = Source { name: "experts", text: include_str!("experts.cu") };
@@ -76,19 +77,33 @@ fn start_with(
     (lists, dims): (&Lists, &Dims),
     activation: Activation,
 ) -> Result<()> {
-    let Dims { hidden, intermediate, num_experts: n, .. } = *dims;
-    let ends = [n, intermediate / n, hidden].map(Arg::Size);
-    let args = [args, &[lists.offsets.arg(), lists.tokens.arg()], &ends].concat();
     let stages = stages(gpu);
     // Tensor cores of Hopper read a step while the one before is still in use.
     let plain = stages < 3;
     #[cfg(test)]
     let plain = plain || PLAIN.get();
-    let shared = stages * STAGE_BYTES + OTHER_BYTES;
-    let grid = Grid { shared, ..Grid::row(gpu.multiprocessors() as usize, 256) };
+    let of_lists = [lists.offsets.arg(), lists.tokens.arg()];
+    let call = call(entry, args, of_lists, dims, &defines(stages, plain, activation), gpu.multiprocessors());
     // SAFETY: the arguments are those of the kernel in experts.cu. The callers checked the sizes, and that rows are groups of
     // 8 values, so that all of them start at 16 bytes, as buffers do; lists name tokens and pairs of these sizes.
-    unsafe { SOURCE.launch(gpu, entry, &defines(stages, plain, activation), grid, &args) }
+    unsafe { call.queue(gpu) }
+}
+
+/// Makes the call of a kernel with `args`, which the arguments common to all kernels but `combine` follow.
+pub(super) fn call(
+    entry: &'static str,
+    args: &[Arg],
+    lists: [Arg; 2],
+    dims: &Dims,
+    defines: &[Define; 3],
+    blocks: u32,
+) -> Call {
+    let Dims { hidden, intermediate, num_experts: n, .. } = *dims;
+    let ends = [n, intermediate / n, hidden].map(Arg::Size);
+    let [(_, stages), ..] = *defines;
+    let shared = stages as u32 * STAGE_BYTES + OTHER_BYTES;
+    let grid = Grid { shared, ..Grid::row(blocks as usize, 256) };
+    Call { source: &SOURCE, entry, defines: defines.to_vec(), grid, args: [args, &lists, &ends].concat() }
 }
 
 pub(super) fn defines(stages: u32, plain: bool, activation: Activation) -> [Define; 3] {

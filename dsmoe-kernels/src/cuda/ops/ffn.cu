@@ -101,3 +101,86 @@ backward(bf16* da, bf16* db, bf16* c, float* dcoefficients, const bf16* g, const
     }
   }
 }
+
+// --- Pairs in slots, as `arrange` of router.cu orders them --------------------------------------------------------------
+
+// As `backward`, for pairs in slots: a warp per row of a tile. a, b and g are of slots [slots, wide], or with `dense` of all
+// pairs [T, dense]. Slots behind a group's last, up to whole groups of 64, become zeros, as do columns behind its neurons.
+extern "C" __global__ void __launch_bounds__(256)
+backward_slots(bf16* da, bf16* db, bf16* c, float* dcoefficients, const bf16* g, const bf16* a, const bf16* b,
+               const float* coefficients, const u32* tiles, const u32* pairs, const u32* tokens, int dense, int n, int wide,
+               int width, int pieces, int core) {
+  const int lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+  const i64 rows = 2 * (i64)*pairs * 128;
+  for (i64 r = (i64)blockIdx.x * warps + (threadIdx.x >> 5); r < rows; r += (i64)gridDim.x * warps) {
+    const u32 what = tiles[2 * (r >> 7) + 1];
+    const int at = (int)(r & 127), count = what & 511, group = what >> 10, e = group - pieces;
+    if (at >= (count + 63) / 64 * 64) continue;
+    const i64 slot = tiles[2 * (r >> 7)] + at;
+    const bool in = at < count;
+    const i64 t = in ? tokens[slot] : 0;
+    const int first = group < pieces ? group * wide : core + e * width;
+    const int neurons = !in ? 0 : group < pieces ? min(wide, core - first) : width;
+    const i64 from = dense ? t * dense + first : slot * wide;
+    const float k = in ? coefficients[slot] : 0.0f;
+    float sum = 0.0f;
+    for (int i = 8 * lane; i < wide; i += 256) {
+      Eight of_a = {}, of_b = {}, of_c = {};
+      if (i < neurons) {
+        const Eight x = load(a + from + i), y = load(b + from + i), d = load(g + from + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += gradients(of_a.v[j], of_b.v[j], of_c.v[j], k, x.v[j], y.v[j], d.v[j]);
+      }
+      store(c + slot * wide + i, of_c);
+      store(da + slot * wide + i, of_a);
+      store(db + slot * wide + i, of_b);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0 && in && e >= 0) dcoefficients[t * n + e] = sum;
+  }
+}
+
+// The gradients of the coefficients of inactive pairs, from the products of all pairs [T, dense]: a warp per pair.
+extern "C" __global__ void __launch_bounds__(256)
+backward_inactive(float* dcoefficients, const bf16* g, const bf16* a, const bf16* b, const u8* mask, i64 all, int dense, int n,
+                  int width, int core) {
+  const i64 pair = (i64)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
+  if (pair >= all || mask[pair]) return;
+  const int lane = threadIdx.x & 31;
+  const i64 from = pair / n * dense + core + pair % n * width;
+  float sum = 0.0f;
+  for (int i = 8 * lane; i < width; i += 256) {
+    const Eight x = load(a + from + i), y = load(b + from + i), d = load(g + from + i);
+    float none[3];
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum += gradients(none[0], none[1], none[2], 0.0f, x.v[j], y.v[j], d.v[j]);
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) dcoefficients[pair] = sum;
+}
+
+// The gradients of the coefficients of inactive pairs where they get none.
+extern "C" __global__ void __launch_bounds__(256) clear_inactive(float* dcoefficients, const u8* mask, i64 all) {
+  const i64 pair = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (pair < all && !mask[pair]) dcoefficients[pair] = 0.0f;
+}
+
+// y [T, hidden] = the sums of the parts [slots, hidden] of tokens, in the order of the groups: a block per token, 8 columns per
+// thread. `slots` is [T, pieces + n].
+extern "C" __global__ void __launch_bounds__(256)
+sum_slots(float* y, const bf16* parts, const u32* slots, const u32* active, int pieces, int n, int hidden) {
+  const i64 t = blockIdx.x;
+  const u32* mine = slots + t * (pieces + n);
+  const int count = pieces + active[t];
+  for (int i = 8 * threadIdx.x; i < hidden; i += 8 * blockDim.x) {
+    float sums[8] = {};
+    for (int s = 0; s < count; s++) {
+      const Eight part = load(parts + (i64)mine[s] * hidden + i);
+#pragma unroll
+      for (int j = 0; j < 8; j++) sums[j] += part.v[j];
+    }
+    F4* to = (F4*)(y + t * hidden + i);
+    to[0] = F4{sums[0], sums[1], sums[2], sums[3]};
+    to[1] = F4{sums[4], sums[5], sums[6], sums[7]};
+  }
+}

@@ -12,9 +12,11 @@ pub mod gemv;
 pub mod linear;
 pub mod matmul;
 pub mod optim;
+pub mod products;
 pub mod rms_norm;
 pub mod rope;
 pub mod router;
+pub mod slots;
 #[cfg(test)]
 mod tests;
 pub mod tree;

@@ -2,7 +2,8 @@
 //! as on the CPU: rounding a router would move tokens between experts.
 
 use super::rms_norm::{offset_args, sum_partials};
-use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source, optional};
+use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source, optional, slots};
+use crate::cuda::kernel::Call;
 use crate::cuda::{GpuBuf, View};
 
 pub(super) static SOURCE: Source = Source { name: "router", text: include_str!("router.cu") };
@@ -16,8 +17,18 @@ const TILE: usize = 8;
 /// Tokens from which on blocks take several at a time: fewer of them would leave most of the device idle.
 const MANY: usize = 512;
 
-pub(super) fn defines(offset: bool) -> [Define; 3] {
-    [("CHUNK", CHUNK as i64), ("TILE_TOKENS", TILE as i64), ("OFFSET", i64::from(offset))]
+pub(super) fn defines(offset: bool) -> [Define; 4] {
+    let tokens = slots::TOKENS as i64;
+    let sizes = [("CHUNK", CHUNK as i64), ("TILE_TOKENS", TILE as i64), ("GROUP_TOKENS", tokens)];
+    let [chunk, tile, group] = sizes;
+    [chunk, tile, group, ("OFFSET", i64::from(offset))]
+}
+
+/// Makes a call of a kernel, with the offset of the norm's weight where it takes one.
+pub(super) fn start_call(entry: &'static str, grid: Grid, mut args: Vec<Arg>, offset: Option<f32>) -> Call {
+    args.extend(offset.map(offset_args).into_iter().flatten());
+    let defines = defines(offset.is_some_and(|offset| offset != 0.0)).to_vec();
+    Call { source: &SOURCE, entry, defines, grid, args }
 }
 
 /// Parts that a weight's gradient is summed in.
@@ -142,6 +153,26 @@ impl Routed {
     /// Returns the number of experts that have a gate.
     pub fn num_experts(&self) -> usize {
         self.num_experts
+    }
+
+    /// Makes room for the routing of a batch.
+    ///
+    /// # Panics
+    /// There is no room for as many tokens or pairs.
+    pub(super) fn resize(&mut self, tokens: usize, num_experts: usize) {
+        let (room, pairs) = (self.room(), self.mask.len());
+        let fit = tokens <= room && tokens * num_experts <= pairs;
+        assert!(fit, "cuda router: {tokens} tokens, {num_experts} experts, room for {room}, {pairs} pairs");
+        (self.tokens, self.num_experts) = (tokens, num_experts);
+    }
+
+    pub(super) fn places(&self) -> slots::Pairs {
+        slots::Pairs {
+            gates: self.gates.ptr(),
+            coefficients: self.coefficients.ptr(),
+            mask: self.mask.ptr(),
+            active: self.active.ptr(),
+        }
     }
 
     /// Returns the coefficients of the tokens that are routed, `[T, n]`.

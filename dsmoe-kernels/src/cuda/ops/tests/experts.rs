@@ -1,8 +1,10 @@
 use half::bf16;
 
+use super::emulated::{Emulator, Program, Step};
 use super::{check_close, gpu_or_skip, to_f32, to_f64, values};
 use crate::Activation;
-use crate::cuda::ops::experts::{BackwardInput, BackwardWeights, Down, PLAIN, Project, Up};
+use crate::cuda::ops::Arg;
+use crate::cuda::ops::experts::{self, BackwardInput, BackwardWeights, Down, PLAIN, Project, Up};
 use crate::cuda::ops::ffn::Dims;
 use crate::cuda::ops::router::{self, Lists, Routed};
 use crate::cuda::{Gpu, GpuBuf};
@@ -158,5 +160,67 @@ fn check(gpu: &Gpu, hidden: usize, w: usize, counts: &[usize]) {
             let what = format!("{what}: gradient of {name}");
             check_close(&what, &got.download().unwrap(), want, |_| 2e-6 * TOKENS as f64);
         }
+    }
+}
+
+/// These kernels have run on an H100: that the model of a device gives their results says that it reads operands as one does.
+#[test]
+fn cuda_experts_run_on_the_processor() {
+    let test = "cuda_experts_run_on_the_processor";
+    let defines = experts::defines(4, false, Activation::Silu);
+    let Some(program) = Program::new(test, &experts::SOURCE, "project down weights", &defines) else {
+        return;
+    };
+    let (hidden, w, counts) = (136, 72, &[131, 0, 65][..]);
+    let (n, width) = (counts.len(), counts.len() * w);
+    let dims = Dims { tokens: TOKENS, hidden, intermediate: width, num_experts: n };
+    let mask = mask(counts);
+    let (mut offsets, mut list) = (vec![0u32], Vec::new());
+    for e in 0..n {
+        list.extend((0..TOKENS).filter(|t| mask[t * n + e] != 0).map(|t| t as u32));
+        offsets.push(list.len() as u32);
+    }
+    let [x, dy] = [1, 2].map(|seed| values(TOKENS * hidden, seed));
+    let weight = values(width * hidden, 3);
+    let of_pairs = [6, 7, 8].map(|seed| values(TOKENS * width, seed));
+    let mut emulator = Emulator::new();
+    let [on_x, on_dy, on_weight] = [&x, &dy, &weight].map(|v| Arg::Ptr(emulator.upload(v).1));
+    let [da, db, c] = of_pairs.each_ref().map(|v| Arg::Ptr(emulator.upload(v).1));
+    let lists = [&offsets, &list].map(|v| Arg::Ptr(emulator.upload(v).1));
+    let g = emulator.upload(&vec![bf16::NAN; TOKENS * width]);
+    let parts = emulator.upload(&vec![bf16::NAN; dims.parts()]);
+    let grads = [(); 3].map(|()| emulator.upload(&vec![1.0f32; width * hidden]));
+    let [dgate, dup, ddown] = grads.map(|grad| Arg::Ptr(grad.1));
+    let call = |entry, args: &[Arg]| experts::call(entry, args, lists, &dims, &defines, 3);
+    let calls = [
+        call("project", &[Arg::Ptr(g.1), on_dy, on_weight]),
+        call("down", &[Arg::Ptr(parts.1), c, on_weight]),
+        call("weights", &[dgate, dup, ddown, da, db, c, on_x, on_dy]),
+    ];
+    emulator.run(&program, 1, &calls.each_ref().map(Step::Call));
+
+    let [x, dy, weight] = [&x, &dy, &weight].map(|v| to_f64(v));
+    let [da, db, c] = of_pairs.each_ref().map(|v| to_f64(v));
+    let on = |t: usize, neuron: usize| mask[t * n + neuron / w] != 0;
+    let want = product(TOKENS, width, hidden, |t, m, i| dy[t * hidden + i] * weight[m * hidden + i]);
+    let got = to_f32(&emulator.download::<bf16>(g));
+    let pairs = (0..got.len()).filter(|at| on(at / width, at % width));
+    let (got, want): (Vec<f32>, Vec<f64>) = pairs.map(|at| (got[at], want[at])).unzip();
+    check_close("g", &got, &want, |i| want[i].abs() / 250.0 + 1e-3);
+    let got = to_f32(&emulator.download::<bf16>(parts));
+    for e in 0..n {
+        for slot in offsets[e]..offsets[e + 1] {
+            let (t, first) = (list[slot as usize] as usize, e * w);
+            let want =
+                product(1, hidden, w, |_, i, m| c[t * width + first + m] * weight[(first + m) * hidden + i]);
+            let got = &got[slot as usize * hidden..(slot as usize + 1) * hidden];
+            check_close("parts", got, &want, |i| want[i].abs() / 250.0 + 1e-3);
+        }
+    }
+    for (grad, (of, with)) in grads.into_iter().zip([(&da, &x), (&db, &x), (&c, &dy)]) {
+        let of = |t: usize, m: usize| if on(t, m) { of[t * width + m] } else { 0.0 };
+        let want = product(width, hidden, TOKENS, |m, i, t| of(t, m) * with[t * hidden + i]);
+        let want: Vec<f64> = want.iter().map(|sum| 1.0 + sum).collect();
+        check_close("gradient", &emulator.download(grad), &want, |_| 2e-6 * TOKENS as f64);
     }
 }

@@ -2,12 +2,15 @@
 
 mod attention;
 mod compiled;
+mod emulated;
 mod experts;
 mod ffn;
 mod gemv;
 mod matmul;
+mod products;
 mod router;
 mod rows;
+mod slots;
 mod tree;
 
 use crate::cuda::Gpu;

@@ -1,7 +1,7 @@
 use super::{check_close, gpu_or_skip, to_f32, values};
 use crate::cuda::ops::router::{self, Gates, Lists, Normed, Over, Routed, Sparsity};
 
-fn gates(num_experts: usize) -> Gates {
+pub(super) fn gates(num_experts: usize) -> Gates {
     Gates { num_experts, binary: false, rescale: false, force_argmax: false, ste: true }
 }
 
@@ -9,14 +9,14 @@ fn gates(num_experts: usize) -> Gates {
 const THRESHOLDS: [f32; 2] = [0.1, 0.0];
 
 /// Logits, gates, mask and coefficients as the router crate defines them.
-struct Want {
-    gates: Vec<f64>,
-    mask: Vec<u8>,
-    coefficients: Vec<f64>,
-    active: Vec<u32>,
+pub(super) struct Want {
+    pub(super) gates: Vec<f64>,
+    pub(super) mask: Vec<u8>,
+    pub(super) coefficients: Vec<f64>,
+    pub(super) active: Vec<u32>,
 }
 
-fn want(z: &[f32], [bar, centre]: [f32; 2], set: Gates) -> Want {
+pub(super) fn want(z: &[f32], [bar, centre]: [f32; 2], set: Gates) -> Want {
     let n = set.num_experts;
     let gates: Vec<f64> = z.iter().map(|&z| 1.0 / (1.0 + f64::from(centre - z).exp())).collect();
     let mut mask: Vec<u8> = z.iter().map(|&z| u8::from(z > bar || bar == f32::NEG_INFINITY)).collect();
