@@ -21,6 +21,19 @@ use crate::kept::LINEARS;
 use crate::masks::Masks;
 
 /// Parameter counts of a model.
+///
+/// ```
+/// use dsmoe_core::accounting::Accounting;
+/// use dsmoe_core::config::MoeConfig;
+/// use dsmoe_core::init::preset;
+/// use dsmoe_router::RouterConfig;
+///
+/// let mut config = preset("tiny")?;
+/// config.moe = Some(MoeConfig::new(RouterConfig::new(8)));
+/// let counted = Accounting::of(&config);
+/// assert!(counted.activated(4.0) < counted.activated(8.0));
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Accounting {
     /// Decoder layers (L).

@@ -9,6 +9,14 @@
 //! layers stop. The curves are convex: units are given one by one to the layer that gains most.
 
 /// The cost of each size of a layer.
+///
+/// ```
+/// use dsmoe_core::allocation::{Costs, choose};
+///
+/// // Losing half of the second layer costs the output nine times as much.
+/// let costs = |half: f64| Costs { known: vec![(4, half), (8, half / 10.0)], size: 8, least: 4 };
+/// assert_eq!(choose(&[costs(0.1), costs(0.9)], 12), [4, 8]);
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Costs {
     /// Known sizes, ascending, and what they cost; without any the layer costs nothing.

@@ -39,6 +39,28 @@ use weights::vector;
 pub use weights::{Down, LayerWeights, Linear};
 
 /// A model's layers in order, and the hidden states of calibration sequences before the next one.
+///
+/// ```
+/// use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights, Linear, Tap};
+/// # let work = tempfile::tempdir()?;
+/// # let dense = work.path().join("dense");
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+///
+/// let mut stream = LayerStream::open(&dense, &[vec![1, 5, 9, 2]])?;
+/// for i in 0..stream.config().num_layers {
+///     let weights: LayerWeights = stream.layer(i)?;
+///     let Linear { inputs, .. } = weights.linears[0];
+///     let mut seen = 0;
+///     stream.forward(&weights, &mut |tap: Tap<'_>| {
+///         if tap.input == Input::Attention {
+///             seen += tap.x.len() / inputs;
+///         }
+///     })?;
+///     assert_eq!(seen, 4);
+///     stream.advance(&weights)?;
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct LayerStream {
     config: Config,
@@ -55,6 +77,8 @@ pub struct LayerStream {
 }
 
 /// Input of some linears of a layer.
+///
+/// [`LayerStream`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
     /// The states, normed where the family does that, read by q, k and v.
@@ -73,6 +97,8 @@ impl Input {
 }
 
 /// Input of linears in one sequence.
+///
+/// [`LayerStream`] has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct Tap<'a> {
     /// Number of the sequence.
@@ -86,6 +112,25 @@ pub struct Tap<'a> {
 }
 
 /// The FFN of a layer in one sequence.
+///
+/// ```
+/// use dsmoe_core::calibrate::{Down, FfnTap, LayerStream};
+/// use dsmoe_kernels::Precision;
+/// # let work = tempfile::tempdir()?;
+/// # let dense = work.path().join("dense");
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+///
+/// let mut stream = LayerStream::open(&dense, &[vec![1, 5, 9, 2]])?;
+/// let weights = stream.layer(0)?;
+/// let down = Down::of(Precision::F32, &weights);
+/// stream.attend(&weights)?;
+/// // The output of the FFN without the smallest neurons of each token.
+/// stream.join_ffn(&weights, &mut |y: &mut [f32], tap: FfnTap<'_>| {
+///     let large: Vec<f32> = tap.neurons.iter().map(|&n| if n.abs() < 1e-3 { 0.0 } else { n }).collect();
+///     down.forward(y, &large);
+/// })?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct FfnTap<'a> {
     /// Number of the sequence.

@@ -30,6 +30,16 @@ const COLUMNS: usize = 64;
 const RIDGES: [f64; 3] = [0.01, 0.1, 1.0];
 
 /// The sums of a least-squares problem, over the tokens seen so far.
+///
+/// ```
+/// use dsmoe_core::compensate::{Correction, LeastSquares, Rows};
+///
+/// // What is missing is twice the input.
+/// let mut squares = LeastSquares::new(1, 1);
+/// squares.add(Rows { inputs: &[1.0, 2.0, 3.0], residuals: &[2.0, 4.0, 6.0], factors: &[1.0; 3] });
+/// let Correction { weight, .. } = squares.solve(1e-6, false).unwrap();
+/// assert!((weight[0] - 2.0).abs() < 1e-3);
+/// ```
 #[derive(Clone, Debug)]
 pub struct LeastSquares {
     outputs: usize,
@@ -48,6 +58,8 @@ pub struct LeastSquares {
 }
 
 /// The solution of a least-squares problem.
+///
+/// [`LeastSquares`] has an example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Correction {
     /// C transposed, `[inputs, outputs]`: to be added to the projection.
@@ -59,6 +71,8 @@ pub struct Correction {
 }
 
 /// Tokens of a least-squares problem.
+///
+/// [`LeastSquares`] has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
     /// h `[tokens, inputs]`.
@@ -177,6 +191,17 @@ impl LeastSquares {
 }
 
 /// The second moments of all inputs of a projection, from which its fit on any choice of them follows.
+///
+/// ```
+/// use dsmoe_core::compensate::Moments;
+///
+/// // The second input is always twice the first: it can take the first one's part.
+/// let mut moments = Moments::new(2);
+/// moments.add(&[1.0, 2.0, 3.0, 6.0, -2.0, -4.0], &[1.0; 3]);
+/// let projection = [1.0, 1.0]; // [inputs, outputs]
+/// let fitted = moments.fit(&projection, &[1], 1e-6, false).unwrap();
+/// assert!((projection[1] + fitted.weight[0] - 1.5).abs() < 1e-3);
+/// ```
 #[derive(Clone, Debug)]
 pub struct Moments {
     gram: Gram,

@@ -6,6 +6,15 @@ use std::str::FromStr;
 use crate::error::{Error, Result};
 
 /// A processor that computes: this machine's cores, or a GPU.
+///
+/// ```
+/// use dsmoe_core::Device;
+///
+/// let device: Device = "cuda:1".parse()?;
+/// assert_eq!(device, Device::Cuda(1));
+/// assert!(device.is_gpu() && !Device::Cpu.is_gpu());
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Device {
     /// The cores of this machine.

@@ -27,9 +27,32 @@ const SEQ: usize = 256;
 const BLOCK: usize = 512;
 
 /// A changed FFN: sets its first argument `[seq, hidden]` to the output.
+///
+/// [`Alone`] has an example.
 pub type Change<'a> = dyn FnMut(&mut [f32], FfnTap<'_>) + Send + 'a;
 
 /// The states of the text and of its copies, each with one layer changed.
+///
+/// ```
+/// use dsmoe_core::calibrate::LayerStream;
+/// use dsmoe_core::divergence::{Alone, Change};
+/// use dsmoe_kernels::Precision;
+/// # let work = tempfile::tempdir()?;
+/// # let dense = work.path();
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, dense, &Default::default(), &mut |_| {})?;
+///
+/// let text = vec![vec![1, 5, 9, 2]];
+/// let stream = LayerStream::open(dense, &text)?;
+/// let mut alone = Alone::open(dense, &text, 4, Precision::F32)?;
+/// for i in 0..stream.config().num_layers {
+///     // The FFN gives nothing.
+///     let nothing: Box<Change<'_>> = Box::new(|y, _| y.fill(0.0));
+///     alone.layer(&stream.layer(i)?, &mut [nothing])?;
+/// }
+/// let costs = alone.divergences()?;
+/// assert!(costs.iter().all(|cost| *cost > 0.0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Alone {
     stream: LayerStream,

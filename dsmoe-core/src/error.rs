@@ -6,6 +6,14 @@ use std::path::{Path, PathBuf};
 use crate::remedy::Remedy;
 
 /// An error about a model directory or a request. Every message is one line that ends with its remedy.
+///
+/// ```
+/// use dsmoe_core::{Config, Error, Result};
+///
+/// let read: Result<Config> = Config::from_json("config.json".as_ref(), r#"{"model_type": "no such"}"#);
+/// let error: Error = read.unwrap_err();
+/// assert!(error.to_string().starts_with("config.json") && !error.to_string().contains('\n'));
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -107,6 +115,8 @@ pub enum Error {
 }
 
 /// Result of this crate.
+///
+/// [`Error`] has an example.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {

@@ -34,6 +34,15 @@ pub(crate) fn remove_dir(dir: &Path) -> Result<()> {
 }
 
 /// A file or directory that a process that no longer runs left beside its output.
+///
+/// ```
+/// use dsmoe_core::files::{Leftover, leftovers};
+///
+/// let work = tempfile::tempdir()?;
+/// let found: Vec<Leftover> = leftovers(work.path())?;
+/// assert!(found.is_empty());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leftover {
     /// Where it is.
@@ -157,6 +166,14 @@ pub(crate) fn check_exists(dir: &Path) -> crate::Result<()> {
 }
 
 /// The name of a model on the Hugging Face Hub, or of a file of it.
+///
+/// ```
+/// use dsmoe_core::files::HubName;
+///
+/// let HubName { id, revision, file } = HubName::of("https://hf.co/org/model/tree/v2").unwrap();
+/// assert_eq!((&id[..], &revision[..], file), ("org/model", "v2", None));
+/// assert!(HubName::of("./model").is_none());
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HubName {
     /// Owner and name of the model.

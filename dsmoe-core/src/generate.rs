@@ -10,6 +10,8 @@ use crate::model::tensors::in_pool;
 use crate::model::{Cache, Inference, Workspace};
 
 /// Options for choosing the next token and for stopping.
+///
+/// [`Generation`] has an example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateOptions {
     /// Tokens to generate at the most.
@@ -64,6 +66,8 @@ impl GenerateOptions {
 }
 
 /// Reason for the end of a generation.
+///
+/// [`Generation`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
     /// `max_tokens` were generated.
@@ -77,6 +81,19 @@ pub enum Finish {
 }
 
 /// Result of a generation.
+///
+/// ```
+/// use dsmoe_core::generate::{Finish, GenerateOptions, Generation, generate};
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::{Inference, Model};
+/// use dsmoe_kernels::Precision;
+///
+/// let model = Inference::new(&Model::new(preset("tiny")?), Precision::F32);
+/// let options = GenerateOptions { max_tokens: 4, ..GenerateOptions::default() };
+/// let Generation { tokens, finish, .. } = generate(&model, &[1, 5, 9], &options, |_| true)?;
+/// assert_eq!((tokens.len(), finish), (4, Finish::MaxTokens));
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Generation {
     /// The new tokens, without the prompt and without a stop token.
@@ -173,6 +190,15 @@ fn run(
 
 /// Chooses the tokens of one text by their logits, in the way [`generate`] does: for programs that decode several texts side by
 /// side with [`Inference::decode_each`].
+///
+/// ```
+/// use dsmoe_core::generate::{GenerateOptions, Sampler};
+///
+/// let options = GenerateOptions { temperature: 0.0, ..GenerateOptions::default() };
+/// let mut sampler = Sampler::new(&options, 3)?;
+/// assert_eq!(sampler.choose(&[0.5, 2.0, 1.0]), 1);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Sampler {
     temperature: f32,

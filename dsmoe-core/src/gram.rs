@@ -22,6 +22,14 @@ const PANEL: usize = 512;
 const LINE: usize = 16;
 
 /// G, `[columns, columns]`.
+///
+/// ```
+/// use dsmoe_core::gram::Gram;
+///
+/// let mut gram = Gram::new(2);
+/// gram.add(&[1.0, 2.0, 3.0, 4.0]); // two rows
+/// assert_eq!(gram.square(1.0), [10.0, 14.0, 14.0, 20.0]);
+/// ```
 #[derive(Clone, Debug)]
 pub struct Gram {
     columns: usize,

@@ -19,6 +19,29 @@ const STREAM: usize = 1 << 16;
 const CHUNK: usize = 32 * STREAM;
 
 /// Options for writing random weights.
+///
+/// ```
+/// use dsmoe_core::Config;
+/// use dsmoe_core::checkpoint::Dtype;
+/// use dsmoe_core::init::{InitOptions, LlamaSizes, init};
+///
+/// let config = LlamaSizes {
+///     vocab: 64,
+///     hidden: 32,
+///     intermediate: 64,
+///     layers: 2,
+///     heads: 4,
+///     kv_heads: 2,
+///     positions: 128,
+///     bos_eos: [1, 2],
+/// }
+/// .config()?;
+/// let work = tempfile::tempdir()?;
+/// let options = InitOptions { dtype: Dtype::BF16, seed: 7, ..InitOptions::default() };
+/// init(&config, &work.path().join("model"), &options, &mut |_| {})?;
+/// assert_eq!(Config::load(&work.path().join("model"))?.hidden, 32);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InitOptions {
     /// Type of the stored weights.
@@ -65,6 +88,8 @@ enum Kind {
 }
 
 /// Sizes of a small LLaMA of one's own.
+///
+/// [`InitOptions`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LlamaSizes {
     /// Tokens of the vocabulary.

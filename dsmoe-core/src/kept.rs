@@ -12,6 +12,25 @@ use serde::{Deserialize, Serialize};
 pub const LINEARS: usize = 7;
 
 /// Thresholds of a layer and what they leave. Entries of lists are those of q, k, v, o, gate, up and down.
+///
+/// ```
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::kept::{KeptScratch, LINEARS, LayerThresholds, UsedWeights};
+/// use dsmoe_core::model::{Cache, Workspace};
+/// use dsmoe_core::{Inference, Model};
+/// use dsmoe_kernels::Precision;
+///
+/// let model = Model::new(preset("tiny")?);
+/// let thresholds = LayerThresholds { inputs: [0.5; LINEARS], ..LayerThresholds::NONE };
+/// let inference =
+///     Inference::with_thresholds(&model, vec![thresholds; model.config().num_layers], Precision::F32);
+/// let (mut cache, mut workspace) = (Cache::new(&inference, 8), Workspace::default());
+/// inference.decode(&[1, 5, 9], &mut cache, None, &mut workspace)?;
+/// let used: UsedWeights = workspace.take_used();
+/// assert!(used.words().iter().any(|&word| word > 0));
+/// let _ = KeptScratch::default(); // what an `FfnScratch` has for such layers
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerThresholds {
@@ -40,6 +59,8 @@ impl LayerThresholds {
 }
 
 /// Memory of layers with thresholds, and the weights that tokens have used.
+///
+/// [`LayerThresholds`] has an example.
 #[derive(Debug, Default)]
 pub struct KeptScratch {
     pub(crate) ops: kept::Scratch,
@@ -50,6 +71,8 @@ pub struct KeptScratch {
 }
 
 /// Sums over tokens of the weights that they used, by layer and linear. Empty without thresholds.
+///
+/// [`LayerThresholds`] has an example.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct UsedWeights {
     tokens: u64,

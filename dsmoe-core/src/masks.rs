@@ -21,6 +21,8 @@ pub const MASKS_FILE: &str = "masks.safetensors";
 const BITS: usize = 8;
 
 /// Mask of the weights of one linear: a bit is 1 where the weight is kept.
+///
+/// [`Masks`] has an example.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Mask {
     rows: usize,
@@ -158,6 +160,15 @@ fn each_pruned(bits: u8, len: usize, mut at: impl FnMut(usize)) {
 }
 
 /// The masks of a model's linears, by the names of their weights; a linear without one keeps all its weights.
+///
+/// ```
+/// use dsmoe_core::masks::{Mask, Masks};
+///
+/// let mut masks = Masks::new();
+/// masks.insert("model.layers.0.mlp.up_proj.weight", 2, 4, |_, column| column % 2 == 0);
+/// let mask: &Mask = masks.get("model.layers.0.mlp.up_proj.weight").unwrap();
+/// assert_eq!((mask.kept(), mask.pruned(), mask.keeps(1, 2)), (4, 4, true));
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Masks(BTreeMap<String, Mask>);
 

@@ -6,6 +6,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 /// Relation of a tensor in memory to the one in a checkpoint.
+///
+/// [`Layout`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stored {
     /// Row-major values as in memory.
@@ -15,6 +17,8 @@ pub enum Stored {
 }
 
 /// Description of a tensor that has no place yet.
+///
+/// [`Layout`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
     /// Name in the checkpoint; for an [`crate::ffn::Ffn`], relative to `model.layers.{i}.mlp.`.
@@ -80,6 +84,8 @@ impl TensorSpec {
 }
 
 /// A tensor with its place in the arena.
+///
+/// [`Layout`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Description, with the full name.
@@ -91,6 +97,18 @@ pub struct Entry {
 }
 
 /// The table of all tensors of a model.
+///
+/// ```
+/// use dsmoe_core::params::{Entry, Layout, Stored, TensorSpec};
+///
+/// let layout = Layout::of(vec![
+///     TensorSpec::matrix("model.layers.0.mlp.up_proj.weight", 4, 8),
+///     TensorSpec::matrix("model.layers.0.mlp.down_proj.weight", 4, 8).transposed(),
+/// ]);
+/// let Entry { spec, range, .. } = layout.get("model.layers.0.mlp.down_proj.weight").unwrap();
+/// assert_eq!((spec.stored, spec.stored_shape()), (Stored::Transposed, vec![8, 4]));
+/// assert_eq!(range.len(), 32);
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Layout {
     entries: Vec<Entry>,

@@ -22,6 +22,18 @@ pub const BLOCK: usize = 1 << 16;
 const BUCKET: usize = 1 << 20;
 
 /// The division of an arena among processes.
+///
+/// ```
+/// use dsmoe_core::params::{Layout, TensorSpec};
+/// use dsmoe_core::shard::{BLOCK, Shards, Staging};
+///
+/// let layout = Layout::of(vec![TensorSpec::matrix("model.embed_tokens.weight", 3, BLOCK)]);
+/// let shards = Shards::new(&layout, 2);
+/// // Whole blocks: two for one process and one for the other.
+/// let owned = [0, 1].map(|rank| shards.owned(rank).iter().map(ExactSizeIterator::len).sum::<usize>());
+/// assert_eq!(owned.iter().sum::<usize>(), 3 * BLOCK);
+/// assert!(Staging::bytes(layout.len() as u64) > 0);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shards {
     units: Vec<Range<usize>>,
@@ -32,6 +44,8 @@ pub struct Shards {
 }
 
 /// Memory of what is sent and received.
+///
+/// [`Shards`] has an example.
 #[derive(Debug, Default)]
 pub struct Staging {
     send: Buf,

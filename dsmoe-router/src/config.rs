@@ -8,6 +8,21 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, Result};
 
 /// Settings of one model's routers; the same for every layer.
+///
+/// ```
+/// use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
+///
+/// let config = RouterConfig {
+///     threshold: 0.7,
+///     gate_value: GateValue::Binary,
+///     rescale: Rescale::Eq8,
+///     zero_active: ZeroActive::ForceArgmax,
+///     ..RouterConfig::new(8)
+/// };
+/// config.validate()?;
+/// assert!((config.threshold_logit() - 0.8473).abs() < 1e-4);
+/// # Ok::<(), dsmoe_router::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RouterConfig {
@@ -26,6 +41,8 @@ pub struct RouterConfig {
 }
 
 /// Value of an active gate.
+///
+/// [`RouterConfig`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GateValue {
@@ -37,6 +54,8 @@ pub enum GateValue {
 }
 
 /// Rescaling of the sum of expert outputs.
+///
+/// [`RouterConfig`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rescale {
@@ -48,6 +67,8 @@ pub enum Rescale {
 }
 
 /// Treatment of a token without an active expert.
+///
+/// [`RouterConfig`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ZeroActive {

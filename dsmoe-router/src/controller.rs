@@ -37,6 +37,16 @@ const SHORTEST_DISTANCE: f64 = 0.05;
 /// The weight multiplies the mean gate over all pairs ([`crate::SparsityOver::All`]). The approach takes about
 /// `ramp_steps` after the first gates cross the threshold; a third of the run is a good choice. It settles on
 /// plants whose logits move by up to about 0.02 per step; far faster ones need a lower router learning rate.
+///
+/// ```
+/// use dsmoe_router::BudgetController;
+///
+/// let mut controller = BudgetController::new(0.5, 100)?;
+/// // More experts are active than wanted: the weight of the sparsity loss grows.
+/// let weight = controller.update(0.9);
+/// assert!(weight > 0.0 && controller.update(0.9) > weight);
+/// # Ok::<(), dsmoe_router::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BudgetController {

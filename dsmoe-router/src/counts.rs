@@ -12,6 +12,19 @@ pub const BINS: usize = (2.0 * LARGEST * PER_UNIT) as usize;
 const HALVINGS: usize = 48;
 
 /// Counts of logits in equal bins, layer by layer, and of the pairs that are open at any threshold.
+///
+/// ```
+/// use dsmoe_router::LogitCounts;
+/// use dsmoe_router::counts::Curves;
+/// use ndarray::array;
+///
+/// let mut counts = LogitCounts::new(1);
+/// counts.add(0, 0, array![[-1.0, 1.0], [2.0, 3.0]].view());
+/// let curves: Curves = counts.curves();
+/// assert_eq!(curves.share(&[0.0]), 0.75);
+/// // Raised by about 2, the threshold opens a quarter of the pairs.
+/// assert!((2.0..3.1).contains(&curves.shift(&[0.0], 0.25)));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogitCounts {
     layers: Vec<LayerCounts>,
@@ -110,6 +123,8 @@ impl LogitCounts {
 }
 
 /// The open share of pairs as a function of the thresholds.
+///
+/// [`LogitCounts`] has an example.
 #[derive(Clone, Debug)]
 pub struct Curves {
     layers: Vec<Curve>,

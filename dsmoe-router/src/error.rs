@@ -1,6 +1,14 @@
 //! The error of this crate.
 
 /// An error in a router's configuration or initialisation.
+///
+/// ```
+/// use dsmoe_router::{Error, Result, RouterConfig};
+///
+/// let checked: Result<()> = RouterConfig { threshold: 2.0, ..RouterConfig::new(8) }.validate();
+/// let error = checked.unwrap_err();
+/// assert!(matches!(error, Error::OutOfRange { field: "threshold", .. }), "{error}");
+/// ```
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -45,4 +53,6 @@ impl Error {
 }
 
 /// Result of this crate.
+///
+/// [`Error`] has an example.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -11,6 +11,20 @@ use ndarray::{Array2, ArrayView2};
 use crate::{Error, Result, Routing};
 
 /// The expert that every gate of a layer runs.
+///
+/// ```
+/// use dsmoe_router::Routing;
+/// use dsmoe_router::expert_map::ExpertMap;
+/// use ndarray::array;
+///
+/// // Gates 0 and 2 run expert 0.
+/// let map = ExpertMap::new(vec![0, 1, 0], 2)?;
+/// let gates = Routing::from_mask(array![[true, false, true]].view(), |_, _| 0.5);
+/// let mut experts = Routing::default();
+/// map.route(&gates, &mut experts);
+/// assert_eq!((experts.num_experts, &experts.coefficients[..]), (2, &[1.0][..]));
+/// # Ok::<(), dsmoe_router::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExpertMap {
     of_gates: Vec<u32>,

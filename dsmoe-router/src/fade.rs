@@ -2,6 +2,13 @@
 
 /// The factor on the coefficients of the experts of a token beyond the first `kept`, by falling logit. Coefficients that add up to
 /// 1 do so with the factor.
+///
+/// ```
+/// use dsmoe_router::Fade;
+///
+/// let fade = Fade { kept: 2, factor: 0.25 };
+/// assert_eq!([0, 1, 2].map(|rank| fade.at(rank)), [1.0, 1.0, 0.25]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Fade {
     /// Experts that stay.

@@ -15,6 +15,15 @@ use ndarray::{Array2, ArrayView1, ArrayView2};
 use crate::{GateValue, Rescale, RouterConfig, Routing, ZeroActive};
 
 /// The routing of one layer; kept for the backward pass.
+///
+/// ```
+/// use dsmoe_router::{Routed, RouterConfig, route};
+/// use ndarray::array;
+///
+/// let routed: Routed = route(&RouterConfig::new(2), array![[1.0, -1.0]].view());
+/// assert_eq!(routed.mask, array![[true, false]]);
+/// assert_eq!(routed.routing.coefficients, [routed.gates[[0, 0]]]);
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Routed {
     /// z, `[T, n]`.

@@ -18,14 +18,28 @@ use faer::prelude::{Reborrow, ReborrowMut};
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 /// A matrix has no Cholesky factor.
+///
+/// [`Eigen`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotPositiveDefinite;
 
 /// A matrix has no eigenvectors: it holds values that are not finite.
+///
+/// [`Eigen`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoEigenvectors;
 
 /// Eigenvalues of a symmetric matrix, descending, and its eigenvectors.
+///
+/// ```
+/// use dsmoe_router::linalg::{Eigen, NoEigenvectors, NotPositiveDefinite, solve_positive, symmetric_eigen};
+///
+/// let Eigen { values, .. } = symmetric_eigen(&[2.0, 1.0, 1.0, 2.0], 2).unwrap();
+/// assert!((values[0] - 3.0).abs() < 1e-12 && (values[1] - 1.0).abs() < 1e-12);
+/// assert!(matches!(symmetric_eigen(&[f64::NAN], 1), Err(NoEigenvectors)));
+/// // A matrix with a negative eigenvalue has no Cholesky factor.
+/// assert_eq!(solve_positive(vec![-1.0], 1, &mut [1.0]), Err(NotPositiveDefinite));
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Eigen {
     /// `[n]`

@@ -19,6 +19,18 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use crate::{Error, Fade, Result, Routing};
 
 /// Settings of the router of a mixture.
+///
+/// ```
+/// use dsmoe_router::Fade;
+/// use dsmoe_router::mixture::{MixtureConfig, MixtureRouted, route};
+/// use ndarray::array;
+///
+/// let config = MixtureConfig::new(4, 2, true)?;
+/// let routed: MixtureRouted = route(&config, array![[3.0, 0.0, 2.0, 1.0]].view(), Fade::NONE);
+/// assert_eq!(routed.routing.offsets, [0, 1, 1, 2, 2]);
+/// assert!((routed.routing.coefficients.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+/// # Ok::<(), dsmoe_router::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MixtureConfig {
     /// Experts that are chosen from (n).
@@ -30,6 +42,8 @@ pub struct MixtureConfig {
 }
 
 /// The routing of one layer; kept for the backward pass.
+///
+/// [`MixtureConfig`] has an example.
 #[derive(Clone, Debug)]
 pub struct MixtureRouted {
     /// p `[T, n]`.

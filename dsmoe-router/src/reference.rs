@@ -6,6 +6,15 @@ use crate::sparsity::SparsityOver;
 use crate::{GateValue, Rescale, RouterConfig, ZeroActive};
 
 /// [`crate::Routed`] in f64, dense.
+///
+/// ```
+/// use dsmoe_router::RouterConfig;
+/// use dsmoe_router::reference::{RoutedF64, route};
+///
+/// let RoutedF64 { mask, coef, .. } = route(&RouterConfig::new(2), &[1.0, -1.0]);
+/// assert_eq!(mask, [true, false]);
+/// assert_eq!(coef, [1.0 / (1.0 + (-1.0f64).exp()), 0.0]);
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct RoutedF64 {
     /// q `[T, n]`.

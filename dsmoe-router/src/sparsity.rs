@@ -13,6 +13,22 @@
 use crate::Routed;
 
 /// Gates that the sparsity loss counts.
+///
+/// ```
+/// use dsmoe_router::sparsity::loss;
+/// use dsmoe_router::{Pull, RouterConfig, SparsityGrad, SparsityOver, route, ste};
+/// use ndarray::{Array2, array};
+///
+/// let config = RouterConfig::new(2);
+/// let routed = route(&config, array![[0.0, 2.0]].view());
+/// // Active gates alone, or all of them.
+/// assert!(loss(&routed, SparsityOver::Active) < loss(&routed, SparsityOver::All));
+/// let mut dlogits = Array2::zeros((1, 2));
+/// let sparsity = SparsityGrad { weight: 0.0, over: SparsityOver::All };
+/// let pull: Pull = ste::backward(&config, &routed, array![[-1.0, -1.0]].view(), sparsity, dlogits.view_mut());
+/// // The rest of the loss opens the gates, and this weight would hold them.
+/// assert!((pull.multiplier().unwrap() - 1.0).abs() < 1e-6);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SparsityOver {
     /// Active ones (eq. 19): a shut gate gets no gradient.
@@ -24,6 +40,8 @@ pub enum SparsityOver {
 }
 
 /// The sparsity term of a gradient.
+///
+/// [`SparsityOver`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SparsityGrad {
     /// Derivative of the total loss by one counted gate: the loss's weight / (layers * tokens * experts).
@@ -33,6 +51,8 @@ pub struct SparsityGrad {
 }
 
 /// What the rest of the loss does to gates that thresholds hold, summed over tokens and gates.
+///
+/// [`SparsityOver`] has an example.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Pull {
     /// The logits' gradients without that of the sparsity loss.

@@ -7,6 +7,19 @@ use crate::Routing;
 use crate::counts::LogitCounts;
 
 /// Counts of active experts per layer; batches are added, partial counts merged.
+///
+/// ```
+/// use dsmoe_router::{RoutingStats, RoutingSummary, TokenRoutes, Routing};
+/// use ndarray::array;
+///
+/// let mut stats = RoutingStats::new(1, 2).with_routes();
+/// let routing = Routing::from_mask(array![[true, true], [false, true]].view(), |_, _| 1.0);
+/// stats.add(0, &routing);
+/// let summary: RoutingSummary = stats.summary();
+/// assert_eq!((summary.active_ratio, summary.active_experts), (0.75, 1.5));
+/// let TokenRoutes { active, .. } = &stats.routes().unwrap()[0];
+/// assert_eq!(active[..], [true, true, false, true]);
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RoutingStats {
     /// The largest of any layer.
@@ -24,6 +37,8 @@ pub struct RoutingStats {
 }
 
 /// The experts of single tokens in one layer, in the order in which the tokens were added.
+///
+/// [`RoutingStats`] has an example.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TokenRoutes {
     /// `[T, n]`: whether a token runs an expert.
@@ -70,6 +85,8 @@ struct LayerStats {
 }
 
 /// Shares that [`RoutingStats`] gives, by layer and overall, in 0..=1; all are 0 without tokens.
+///
+/// [`RoutingStats`] has an example.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RoutingSummary {
     /// Tokens seen by the first layer.

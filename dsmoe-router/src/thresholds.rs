@@ -37,6 +37,8 @@ const LARGEST: f64 = 30.0;
 const MOST: f64 = 0.999;
 
 /// The thresholds of one budget.
+///
+/// [`ThresholdController`] has an example.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Knot {
@@ -47,6 +49,19 @@ pub struct Knot {
 }
 
 /// Controller of the thresholds. Its serialised form resumes bit for bit.
+///
+/// ```
+/// use dsmoe_router::{Knot, LogitCounts, ThresholdController};
+/// use ndarray::Array2;
+///
+/// let knot = Knot { active: 0.25, bars: vec![0.0] };
+/// let mut controller = ThresholdController::new(vec![knot], 1)?;
+/// let mut counts = LogitCounts::new(1);
+/// counts.add(0, 0, Array2::from_shape_fn((100, 4), |(t, i)| (t * 4 + i) as f32 / 100.0).view());
+/// controller.fit(0, &counts);
+/// assert!((counts.curves().share(&controller.knots()[0].bars) - 0.25).abs() < 0.01);
+/// # Ok::<(), dsmoe_router::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ThresholdController {

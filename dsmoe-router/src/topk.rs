@@ -25,6 +25,8 @@ const NOISE_FLOOR: f64 = 0.01;
 const CV2_FLOOR: f64 = 1e-10;
 
 /// Weights of the selected experts of a token.
+///
+/// [`TopKConfig`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Scores {
@@ -35,6 +37,22 @@ pub enum Scores {
 }
 
 /// Settings of a top-k router.
+///
+/// ```
+/// use dsmoe_router::Fade;
+/// use dsmoe_router::topk::{Noise, Scores, TopKConfig, TopKRouted, noise_std, route};
+/// use ndarray::array;
+///
+/// let config = TopKConfig { scores: Scores::One, ..TopKConfig::new(4, 2)? };
+/// let logits = array![[3.0, 0.0, 2.0, 1.0]];
+/// let routed: TopKRouted = route(&config, logits.view(), None, Fade::NONE);
+/// assert_eq!(routed.scores, array![[1.0, 0.0, 1.0, 0.0]]);
+/// // With noise another expert may be among the two.
+/// let (std, draws) = (noise_std(logits.view()), array![[0.0, 0.0, -2.0, 2.0]]);
+/// let noise = Noise { std: std.view(), draws: draws.view() };
+/// assert_eq!(route(&config, logits.view(), Some(noise), Fade::NONE).scores, array![[1.0, 0.0, 0.0, 1.0]]);
+/// # Ok::<(), dsmoe_router::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TopKConfig {
     /// Experts that are chosen from (n).
@@ -64,6 +82,8 @@ impl TopKConfig {
 }
 
 /// Noise on the logits during training; both `[T, n]`.
+///
+/// [`TopKConfig`] has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct Noise<'a> {
     /// s, from [`noise_std`].
@@ -73,6 +93,8 @@ pub struct Noise<'a> {
 }
 
 /// The top-k routing of one layer; kept for the backward pass.
+///
+/// [`TopKConfig`] has an example.
 #[derive(Clone, Debug)]
 pub struct TopKRouted {
     /// p, `[T, n]`.

@@ -35,6 +35,24 @@ const MOST_TOP: usize = 4096;
 
 dsmoe_core::with_defaults! {
     /// The settings of a run, apart from the model and the text. Unknown keys are errors.
+    ///
+    /// ```
+    /// use dsmoe_train::config::{Budget, Hold, NearDuplicates, Part, TrainConfig, Trained};
+    ///
+    /// let mut config = TrainConfig { steps: Some(500), ..TrainConfig::default() };
+    /// config.set("active_target=0.375")?;
+    /// config.set("hold=\"threshold\"")?;
+    /// config.set("train_parts=[\"ffn\", \"routers\"]")?;
+    /// config.set("near_duplicates=\"keep\"")?;
+    /// let config = config.resolve()?;
+    /// assert_eq!(config.budget(), Budget::Target(0.375));
+    /// assert_eq!(config.hold, Some(Hold::Threshold));
+    /// assert_eq!(config.near_duplicates, Some(NearDuplicates::Keep));
+    /// // The same choice for an optimiser that is used without a run.
+    /// let trained = Trained { layers: None, parts: Some(vec![Part::Ffn, Part::Routers]) };
+    /// assert_eq!(trained.parts, config.train_parts);
+    /// # Ok::<(), dsmoe_train::Error>(())
+    /// ```
     #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields, default)]
     pub struct TrainConfig {
@@ -137,6 +155,8 @@ dsmoe_core::with_defaults! {
 }
 
 /// The way a share of active experts is held.
+///
+/// [`TrainConfig`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Hold {
@@ -147,6 +167,8 @@ pub enum Hold {
 }
 
 /// What is trained; all else stays as it is.
+///
+/// [`TrainConfig`] has an example.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Trained {
     /// Decoder layers; none for everything.
@@ -156,6 +178,8 @@ pub struct Trained {
 }
 
 /// A part of a model.
+///
+/// [`TrainConfig`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Part {
@@ -172,6 +196,8 @@ pub enum Part {
 }
 
 /// The treatment of text that is on both sides.
+///
+/// [`TrainConfig`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NearDuplicates {
@@ -221,6 +247,8 @@ mod precision {
 }
 
 /// The pressure on gates to close.
+///
+/// [`TrainConfig`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Budget {
     /// A constant weight of the sparsity loss over active gates.

@@ -24,6 +24,15 @@ static SHARED: Remedy = Remedy::fixed("choose an {out} on a file system that all
 static LR: Remedy = Remedy::fixed("use a smaller {lr} or look at the data");
 
 /// An error of training or evaluation.
+///
+/// ```
+/// use dsmoe_train::{Error, Result, TrainConfig};
+///
+/// let mut config = TrainConfig::default();
+/// let set: Result<()> = config.set("no_such=1");
+/// let error: Error = set.unwrap_err();
+/// assert!(error.to_string().contains("no_such"), "{error}");
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -173,6 +182,8 @@ impl From<dsmoe_core::Error> for Error {
 }
 
 /// Result of this crate.
+///
+/// [`Error`] has an example.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {

@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 use crate::ranks::agree;
 
 /// Options for cutting a stream into windows.
+///
+/// [`EvalReport`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EvalOptions {
     /// Tokens in a window; its first is context only.
@@ -35,6 +37,36 @@ impl EvalOptions {
 
 /// The result of an evaluation. Shares are in 0..=1, and absent for a model without routers. They are means over all
 /// tokens that were run.
+///
+/// ```
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::{Inference, Model};
+/// use dsmoe_kernels::Precision;
+/// use dsmoe_train::eval::{
+///     Agreement, Domain, DomainReport, EvalDetail, UsedShares, WindowLoss, agreement, evaluate_detailed,
+///     evaluate_domains,
+/// };
+/// use dsmoe_train::{EvalOptions, EvalReport};
+///
+/// let model = Inference::new(&Model::new(preset("tiny")?), Precision::F32);
+/// let (ids, options) = ([1, 5, 9, 2, 7, 3, 8, 4], EvalOptions::new(4));
+/// let (report, detail): (EvalReport, EvalDetail) = evaluate_detailed(&model, &ids, options, &mut |_, _| {})?;
+/// let sum: f64 = detail.windows.iter().map(|WindowLoss { nll_sum, .. }| nll_sum).sum();
+/// assert!((sum / report.predicted as f64 - report.nll).abs() < 1e-9);
+/// // Every weight of a model without thresholds is used.
+/// let used: Option<UsedShares> = report.used_weights;
+/// assert_eq!(used, None);
+///
+/// let text = |name| Domain { name, weight: 1.0, ids: &ids };
+/// let both = evaluate_domains(&model, &[text("stories"), text("facts")], options, &mut |_, _| {})?;
+/// let DomainReport { ppl, .. } = both.domains[1];
+/// assert!((ppl / report.ppl - 1.0).abs() < 1e-6);
+///
+/// // A model agrees with itself.
+/// let Agreement { kl, top1, .. } = agreement(&model, &model, &ids, 4, &mut |_, _| {})?;
+/// assert!(kl.abs() < 1e-9 && top1 == 1.0);
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct EvalReport {
@@ -71,6 +103,8 @@ pub struct EvalReport {
 }
 
 /// Mean shares of the weights of all layers' linears that a token used, by what they read.
+///
+/// [`EvalReport`] has an example.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct UsedShares {
     /// q, k and v.
@@ -125,6 +159,8 @@ impl UsedShares {
 }
 
 /// The result of an evaluation on one of several sources.
+///
+/// [`EvalReport`] has an example.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct DomainReport {
     /// The source.
@@ -144,6 +180,8 @@ pub struct DomainReport {
 }
 
 /// The distance of a model's distributions of the next token from those of a reference on the same text.
+///
+/// [`EvalReport`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Agreement {
     /// Tokens compared.
@@ -155,6 +193,8 @@ pub struct Agreement {
 }
 
 /// The results of an evaluation by window and by token. Tokens are in the order of the stream.
+///
+/// [`EvalReport`] has an example.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct EvalDetail {
@@ -169,6 +209,8 @@ pub struct EvalDetail {
 }
 
 /// The loss of one window.
+///
+/// [`EvalReport`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct WindowLoss {
     /// Sum of the negative log-likelihoods of its predicted tokens, nats.
@@ -187,6 +229,8 @@ impl EvalDetail {
 }
 
 /// The text of one source, for an evaluation.
+///
+/// [`EvalReport`] has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct Domain<'a> {
     /// The source.

@@ -12,6 +12,8 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 
 /// The losses and rates of one optimiser step. Shares are in 0..=1; fields about routing are empty for a dense model.
+///
+/// [`Trainer`](crate::Trainer) has an example.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct StepRecord {
@@ -82,6 +84,16 @@ pub(crate) const METRICS_FILE: &str = "metrics.jsonl";
 const TAIL: u64 = 4 << 20;
 
 /// The last evaluation of a run.
+///
+/// ```
+/// use dsmoe_train::metrics::{LastEvaluation, last_evaluation};
+///
+/// let work = tempfile::tempdir()?;
+/// // A directory that is not of a run has none.
+/// let last: Option<LastEvaluation> = last_evaluation(work.path());
+/// assert_eq!(last, None);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LastEvaluation {
     /// Steps done.

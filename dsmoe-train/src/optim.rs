@@ -16,6 +16,8 @@ use crate::config::{Part, TrainConfig, Trained};
 const CLIP_EPS: f64 = 1e-6;
 
 /// Euclidean norms of a gradient.
+///
+/// [`AdamW`] has an example.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GradNorms {
     /// The norm over all tensors.
@@ -166,6 +168,8 @@ pub fn last_non_finite<'l>(layout: &'l Layout, values: &[f32]) -> Option<&'l Ent
 }
 
 /// The settings of one update of the parameters.
+///
+/// [`AdamW`] has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct Update<'a> {
     /// The settings of the run.
@@ -195,6 +199,25 @@ impl Update<'_> {
 }
 
 /// The optimiser's state: the first and second moments of all parameters, or of those that a process owns.
+///
+/// ```
+/// use dsmoe_core::Model;
+/// use dsmoe_core::init::preset;
+/// use dsmoe_train::TrainConfig;
+/// use dsmoe_train::optim::{AdamW, GradNorms, Update, clip_scale, grad_norms};
+///
+/// let mut model = Model::new(preset("tiny")?);
+/// let layout = model.layout().clone();
+/// let grads = vec![1e-3; layout.len()];
+/// let GradNorms { all, .. } = grad_norms(&layout, &grads);
+/// let (config, scale) = (TrainConfig::default(), clip_scale(all, 1.0));
+/// let mut optimizer = AdamW::new(&layout);
+/// let before = model.params()[0];
+/// let update = Update { config: &config, lr: 1e-3, scale, step: 1 };
+/// optimizer.step(Some(model.params_mut()), &grads, &layout, &update);
+/// assert!(model.params()[0] < before);
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct AdamW {
     /// First moments, laid out as the parameters, without those of other owners.

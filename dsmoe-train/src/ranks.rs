@@ -13,6 +13,13 @@ use crate::error::{Error, Result};
 pub(crate) const SEEN_FILE: &str = ".seen-by-all.tmp";
 
 /// Parts of the state of a training that every process holds of its own share alone.
+///
+/// ```
+/// use dsmoe_train::Zero;
+///
+/// assert_eq!(Zero::of(2), Some(Zero::Gradients));
+/// assert_eq!(Zero::Parameters.on(1), Zero::Moments); // a single process owns everything
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Zero {
     /// The moments of the optimiser.

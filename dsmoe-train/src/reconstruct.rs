@@ -56,6 +56,8 @@ const FINAL_TEMPORARY: &str = ".final.tmp";
 const SAME_WEIGHTS: f64 = 0.01;
 
 /// Settings of a reconstruction.
+///
+/// [`LayerReport`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct ReconstructOptions {
     /// Steps of each layer.
@@ -112,6 +114,8 @@ impl ReconstructOptions {
 }
 
 /// The directories of a reconstruction.
+///
+/// [`LayerReport`] has an example.
 #[derive(Clone, Debug)]
 pub struct ReconstructPaths {
     /// The DSMoE model.
@@ -125,6 +129,21 @@ pub struct ReconstructPaths {
 }
 
 /// The outcome of one layer.
+///
+/// ```no_run
+/// use dsmoe_train::reconstruct::{LayerReport, ReconstructOptions, ReconstructPaths, reconstruct};
+///
+/// fn fit(sequences: &[Vec<u32>]) -> dsmoe_train::Result<()> {
+///     let [model, teacher, out] = ["converted", "dense", "fitted"].map(Into::into);
+///     let paths = ReconstructPaths { model, teacher, out, resume: false };
+///     let options = ReconstructOptions { steps: 200, ..ReconstructOptions::default() };
+///     reconstruct(&paths, sequences, &options, &mut |LayerReport { layer, before, after, .. }, _| {
+///         println!("layer {layer}: error {before:.4}, then {after:.4}");
+///         true
+///     })?;
+///     Ok(())
+/// }
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerReport {

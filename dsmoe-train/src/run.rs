@@ -55,6 +55,8 @@ const START: What = What::of("the start of the run");
 /// The share of active experts approaches its target over one part in so many of the run.
 const RAMP_SHARE: u64 = 3;
 /// Receives the events of a run.
+///
+/// [`Trainer`] has an example.
 pub trait Observer: Send {
     /// Receives a finished step.
     fn step(&mut self, _record: &StepRecord) {}
@@ -70,6 +72,8 @@ pub trait Observer: Send {
 impl Observer for () {}
 
 /// The end of a run.
+///
+/// [`Trainer`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// All steps are done and the trained model is in the run directory.
@@ -88,6 +92,46 @@ pub fn lanes_of(out: &Path) -> Option<usize> {
 }
 
 /// A run that is ready to start or resume.
+///
+/// ```
+/// use std::sync::atomic::AtomicBool;
+///
+/// use dsmoe_core::Model;
+/// use dsmoe_core::init::{init, preset};
+/// use dsmoe_datasets::TokenStream;
+/// use dsmoe_train::{
+///     EvalReport, Observer, Outcome, RunOptions, StepRecord, TrainConfig, TrainData, Trainer,
+/// };
+///
+/// /// Keeps the losses.
+/// #[derive(Default)]
+/// struct Losses(Vec<f64>);
+///
+/// impl Observer for Losses {
+///     fn step(&mut self, record: &StepRecord) {
+///         self.0.push(record.loss);
+///     }
+///
+///     fn evaluated(&mut self, _step: u64, report: &EvalReport) {
+///         assert!(report.ppl > 1.0);
+///     }
+/// }
+///
+/// let work = tempfile::tempdir()?;
+/// let (source, out) = (work.path().join("source"), work.path().join("run"));
+/// init(&preset("tiny")?, &source, &Default::default(), &mut |_| {})?;
+/// let mut stream = TokenStream::default();
+/// (0..64).for_each(|i| stream.push(&[1, 5 + i % 3, 9, 2, 7, 3, 8, 4 + i % 5]));
+///
+/// let config = TrainConfig { steps: Some(2), batch: 2, seq: 8, ..TrainConfig::default() };
+/// let data: TrainData = (&stream).into();
+/// let mut trainer = Trainer::new(Model::load(&source)?, data, config, RunOptions::new(&source, &out))?;
+/// let mut losses = Losses::default();
+/// let outcome = trainer.run(&mut losses, &AtomicBool::new(false))?;
+/// assert_eq!((outcome, losses.0.len()), (Outcome::Finished, 2));
+/// assert!(out.join("model.safetensors").exists());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Trainer {
     options: RunOptions,
     model: Model,

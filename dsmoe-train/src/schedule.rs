@@ -11,6 +11,8 @@
 use serde::{Deserialize, Serialize};
 
 /// Shape of the learning rate after the warm-up.
+///
+/// [`Schedule`] has an example.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Decay {
@@ -22,6 +24,14 @@ pub enum Decay {
 }
 
 /// The learning rate of every step.
+///
+/// ```
+/// use dsmoe_train::schedule::{Decay, Schedule};
+///
+/// let schedule = Schedule { lr: 1e-3, min_lr_ratio: 0.1, warmup_steps: 10, steps: 100, decay: Decay::Cosine };
+/// assert!(schedule.lr_at(1) < schedule.lr_at(10));
+/// assert!((schedule.lr_at(100) - 1e-4).abs() < 1e-9);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Schedule {
     /// Peak learning rate.

@@ -38,6 +38,14 @@ pub const LARGEST_CACHE: u64 = 64 << 30;
 type Hash = [u8; HASH];
 
 /// The shape of the rows of a cache.
+///
+/// ```
+/// use dsmoe_train::RowShape;
+///
+/// // 64 tokens of each distribution, 2 bytes for each number and probability.
+/// let shape = RowShape { seq: 256, top: 64, vocab: 32_000 };
+/// assert_eq!(shape.sequence_bytes(), 256 * (64 * 2 + 65 * 2));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RowShape {
     /// Tokens of a sequence.

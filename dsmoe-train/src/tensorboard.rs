@@ -21,6 +21,16 @@ const BYTES: u8 = 2;
 const FIXED32: u8 = 5;
 
 /// One open event file. Every call writes whole records to the operating system.
+///
+/// ```
+/// use dsmoe_train::tensorboard::EventWriter;
+///
+/// let work = tempfile::tempdir()?;
+/// let mut writer = EventWriter::create(work.path(), None)?;
+/// writer.scalars(1, &[("train/loss", 3.5)])?;
+/// assert_eq!(std::fs::read_dir(work.path())?.count(), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct EventWriter {
     file: File,

@@ -1,6 +1,7 @@
 //! The architecture's invariants, read from the manifests and the sources.
 
 mod documents;
+mod examples;
 mod flags;
 mod imports;
 

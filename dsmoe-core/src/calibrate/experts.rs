@@ -28,6 +28,26 @@ use crate::model::tensors::in_pool;
 use crate::params::{Layout, TensorSpec};
 
 /// The experts of one layer, and its router.
+///
+/// ```
+/// use dsmoe_core::calibrate::{ExpertStats, ExpertSums, LayerExperts, LayerStream};
+/// use dsmoe_core::convert::{UpcycleOptions, upcycle};
+/// # let work = tempfile::tempdir()?;
+/// # let (dense, mixture) = (work.path().join("dense"), work.path().join("mixture"));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+/// # let family = "mixtral".to_owned();
+/// # let options = UpcycleOptions { family, num_experts: 4, top_k: 2, seed: 0, force: false };
+/// # upcycle(&dense, &mixture, &options, &mut |_| {})?;
+///
+/// let mut stream = LayerStream::open_experts(&mixture, &[vec![1, 5, 9, 2]])?;
+/// let (weights, experts): (_, LayerExperts) = (stream.layer(0)?, stream.experts(0)?);
+/// stream.attend(&weights)?;
+/// let stats: ExpertStats = stream.expert_stats(&weights, &experts, false);
+/// // Two of the four experts for each of four tokens.
+/// let runs: f64 = stats.experts.iter().map(|ExpertSums { hard, .. }| hard).sum();
+/// assert_eq!((stats.tokens, runs), (4, 8.0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct LayerExperts {
     ffn: Box<dyn Ffn>,
@@ -40,6 +60,8 @@ pub struct LayerExperts {
 
 /// Sums over tokens of what each expert does. m is 1 where a token runs an expert, c the coefficient there, z the logits of
 /// the gates, and o the output of an expert, not multiplied by anything.
+///
+/// [`LayerExperts`] has an example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ExpertStats {
     /// T.
@@ -55,6 +77,8 @@ pub struct ExpertStats {
 }
 
 /// The sums of one expert. Those of outputs are empty or 0 where outputs were not asked for.
+///
+/// [`LayerExperts`] has an example.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ExpertSums {
     /// Tokens that run it: sum of m.

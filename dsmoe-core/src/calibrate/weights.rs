@@ -13,6 +13,8 @@ use crate::kept::LayerThresholds;
 use crate::params::TensorSpec;
 
 /// A linear layer: `y = x W^T + b`.
+///
+/// [`LayerStream`](crate::calibrate::LayerStream) has an example.
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// Name of the weight in the checkpoint.
@@ -30,6 +32,8 @@ pub struct Linear {
 }
 
 /// The weights of one layer, in f32.
+///
+/// [`LayerStream`](crate::calibrate::LayerStream) has an example.
 #[derive(Clone, Debug)]
 pub struct LayerWeights {
     /// Number of the layer.
@@ -125,6 +129,8 @@ pub(super) fn vector(reader: &mut WeightReader<'_>, name: String, len: usize) ->
 }
 
 /// A projection of neurons to outputs, packed.
+///
+/// [`FfnTap`](crate::calibrate::FfnTap) has an example.
 #[derive(Debug)]
 pub struct Down {
     packed: Packed,

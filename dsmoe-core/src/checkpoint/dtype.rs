@@ -15,6 +15,8 @@ const TASK: usize = 1 << 15;
 const BLOCK: usize = 32;
 
 /// Element type of a stored tensor.
+///
+/// [`Checkpoint`](crate::checkpoint::Checkpoint) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "the names are those of the safetensors format")]
 pub enum Dtype {

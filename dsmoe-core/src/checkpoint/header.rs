@@ -21,6 +21,16 @@ const TRUNCATED: &str = "copy the file again";
 const FOREIGN: &str = "write the file again with the safetensors library";
 
 /// A checked header.
+///
+/// ```
+/// use dsmoe_core::checkpoint::{Dtype, Header, HeaderEntry};
+///
+/// let json = br#"{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}"#;
+/// let header = Header::parse("model.safetensors".as_ref(), json, 8 + json.len() as u64 + 8)?;
+/// let HeaderEntry { name, dtype, len, .. } = &header.entries[0];
+/// assert_eq!((&name[..], *dtype, *len), ("a", Dtype::F32, 8));
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Header {
     /// All tensors, in the order of their data.
@@ -30,6 +40,8 @@ pub struct Header {
 }
 
 /// One tensor of a header.
+///
+/// [`Header`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeaderEntry {
     /// Name.

@@ -185,6 +185,20 @@ fn stores_fused(config: &Config) -> bool {
 }
 
 /// A checkpoint that was found to hold the model of a configuration.
+///
+/// ```
+/// use dsmoe_core::checkpoint::{LlamaTensors, check_llama_tensors, open_model};
+/// # let work = tempfile::tempdir()?;
+/// # let dense = work.path();
+/// # let config = dsmoe_core::init::preset("tiny")?;
+/// # dsmoe_core::init::init(&config, dense, &Default::default(), &mut |_| {})?;
+///
+/// let checkpoint = open_model(dense, &config)?;
+/// let tensors: LlamaTensors = check_llama_tensors(&config, &checkpoint)?;
+/// let name = tensors.stored_name("model.norm.weight");
+/// checkpoint.check_shape(name, &[config.hidden])?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LlamaTensors {
     embedding_is_head: bool,

@@ -28,6 +28,8 @@ const CHUNK: usize = 1 << 20;
 const UNDAMAGED: &str = "take an undamaged copy, or make the directory again";
 
 /// The size and the hash of a file.
+///
+/// [`Manifest`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileSum {
     /// Size.
@@ -123,6 +125,8 @@ impl std::fmt::Debug for Summing {
 }
 
 /// Sums of files that were computed while they were written, by name. Clones share them.
+///
+/// [`Manifest`] has an example.
 #[derive(Clone, Debug, Default)]
 pub struct Sums(Arc<Mutex<BTreeMap<String, FileSum>>>);
 
@@ -158,12 +162,30 @@ struct StoredFile {
 }
 
 /// The manifest of a directory.
+///
+/// ```
+/// use dsmoe_core::checkpoint::{FileSum, Manifest, Sums, Verification};
+///
+/// let work = tempfile::tempdir()?;
+/// std::fs::write(work.path().join("notes.txt"), "written")?;
+/// // What was hashed while it was written is not read again.
+/// let sums = Sums::default();
+/// sums.set("notes.txt", FileSum::of(b"written"));
+/// let manifest = Manifest::write(work.path(), &sums)?;
+///
+/// std::fs::write(work.path().join("notes.txt"), "changed")?;
+/// let found: Verification = manifest.verify(work.path(), &mut |_, _| {})?;
+/// assert_eq!(found.changed, ["notes.txt"]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
     files: BTreeMap<String, FileSum>,
 }
 
 /// The comparison of a directory with its manifest.
+///
+/// [`Manifest`] has an example.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Verification {
     /// The number of files that are as the manifest says.

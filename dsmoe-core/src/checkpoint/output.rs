@@ -14,6 +14,19 @@ use crate::files::{parent, recover, remove_dir, sync_dir};
 
 /// A directory being written beside its target, `.NAME.tmp-PID`; [`OutputDir::commit`] renames it. Dropped without
 /// that, it is removed.
+///
+/// ```
+/// use dsmoe_core::checkpoint::OutputDir;
+///
+/// let work = tempfile::tempdir()?;
+/// let target = work.path().join("model");
+/// let out = OutputDir::create(&target, false)?;
+/// std::fs::write(out.path().join("notes.txt"), "all or nothing")?;
+/// assert!(!target.exists());
+/// out.commit()?;
+/// assert!(target.join("notes.txt").exists());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct OutputDir {
     target: PathBuf,

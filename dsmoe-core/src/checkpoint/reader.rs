@@ -21,6 +21,8 @@ use crate::json::{COPY, parse, read_json};
 use crate::remedy::Remedy;
 
 /// A tensor's place in a checkpoint.
+///
+/// [`Checkpoint`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorView {
     /// Element type.
@@ -85,6 +87,24 @@ impl TensorView {
 
 /// The weights of a model directory: one file, or the shards of an index. Headers are read and checked when it is
 /// opened; data is mapped when it is asked for.
+///
+/// ```
+/// use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, TensorView, Writer};
+///
+/// let work = tempfile::tempdir()?;
+/// let mut writer =
+///     Writer::create(work.path(), vec![TensorInfo { name: "a".into(), dtype: Dtype::BF16, shape: vec![2, 2] }])?;
+/// writer.write_f32("a", &[1.0, 2.0, 3.0, 4.0])?;
+/// writer.finish()?;
+///
+/// let checkpoint = Checkpoint::open(work.path())?;
+/// let view: &TensorView = checkpoint.tensor("a").unwrap();
+/// assert_eq!((&view.shape[..], view.dtype), (&[2, 2][..], Dtype::BF16));
+/// let mut second_row = [0.0; 2];
+/// checkpoint.read_f32_at("a", 2, &mut second_row)?;
+/// assert_eq!(second_row, [3.0, 4.0]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Checkpoint {
     /// The directory, or the single file.

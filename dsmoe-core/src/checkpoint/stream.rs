@@ -10,6 +10,8 @@ use crate::error::Result;
 const CHUNK: usize = 8 << 20;
 
 /// Progress of a streamed operation.
+///
+/// [`TensorSource`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     /// Bytes written.
@@ -36,6 +38,8 @@ impl<'a> Meter<'a> {
 }
 
 /// Change of a tensor `[rows, cols]` while it is copied.
+///
+/// [`TensorSource`] has an example.
 #[derive(Clone, Copy, Debug)]
 pub enum Change<'a> {
     /// Nothing.
@@ -47,6 +51,26 @@ pub enum Change<'a> {
 }
 
 /// Reads tensors of a checkpoint in chunks of whole rows; a tensor of one dimension is one row.
+///
+/// ```
+/// use dsmoe_core::checkpoint::{Change, Checkpoint, Progress, TensorSource};
+/// use dsmoe_core::init::{init, preset};
+///
+/// let work = tempfile::tempdir()?;
+/// let config = preset("tiny")?;
+/// init(&config, work.path(), &Default::default(), &mut |Progress { done_bytes, total_bytes }| {
+///     assert!(done_bytes <= total_bytes);
+/// })?;
+/// let checkpoint = Checkpoint::open(work.path())?;
+/// // The rows in the other order.
+/// let (rows, mut bytes) = ((0..config.vocab_size as u32).rev().collect::<Vec<_>>(), 0);
+/// TensorSource::new(&checkpoint).stream("model.embed_tokens.weight", Change::Rows(&rows), |chunk| {
+///     bytes += chunk.len();
+///     Ok(())
+/// })?;
+/// assert!(bytes >= config.vocab_size * config.hidden);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct TensorSource<'a> {
     checkpoint: &'a Checkpoint,

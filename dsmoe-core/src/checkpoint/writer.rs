@@ -19,6 +19,8 @@ pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
 const BUFFER: usize = 1 << 20;
 
 /// A tensor to be written.
+///
+/// [`Checkpoint`](crate::checkpoint::Checkpoint) has an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Name.
@@ -41,6 +43,8 @@ impl TensorInfo {
 }
 
 /// A streaming writer of safetensors: all tensors are declared first, then written in that order.
+///
+/// [`Checkpoint`](crate::checkpoint::Checkpoint) has an example.
 #[derive(Debug)]
 pub struct Writer {
     infos: Vec<TensorInfo>,

@@ -5,6 +5,8 @@ use dsmoe_kernels::Activation;
 use super::rope::Rope;
 
 /// RMSNorm of queries and keys, before they are rotated.
+///
+/// [`Architecture`] has an example.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum QkNorm {
     /// None.
@@ -17,6 +19,8 @@ pub enum QkNorm {
 }
 
 /// Places of the norms of a layer.
+///
+/// [`Architecture`] has an example.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Norms {
     /// Before attention and before the FFN.
@@ -29,6 +33,8 @@ pub enum Norms {
 }
 
 /// Attention of one layer.
+///
+/// [`Architecture`] has an example.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LayerAttention {
     /// A query sees itself and the keys before it, this many together; none for all of them.
@@ -50,6 +56,16 @@ pub struct LayerAttention {
 ///   f = ffn(h) + b_output;  Post, Both: f = rms(f);  x += residual_scale f
 /// z = logit_scale rms(x) W_head^T;  z = final_cap tanh(z / final_cap)
 /// rms(x) = x / sqrt(mean(x^2) + eps) (weight + norm_offset)
+/// ```
+///
+/// ```
+/// use dsmoe_core::config::{Architecture, LayerAttention, Norms, QkNorm, Rope};
+///
+/// let rope = Rope::plain(10_000.0, 64);
+/// let mut like_gemma =
+///     Architecture { qk_norm: QkNorm::Head, norms: Norms::Both, ..Architecture::llama(64, 2, rope) };
+/// like_gemma.layers[0] = LayerAttention { window: Some(512), rope: Some(0) };
+/// assert!(like_gemma.norms_before() && like_gemma.norms_after());
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Architecture {

@@ -8,6 +8,16 @@ use dsmoe_router::mixture::MixtureConfig;
 /// Experts of one width in every layer, of which a router gives every token k, and an expert that all tokens run beside them.
 ///
 /// Layers may hold different numbers of experts, and several gates of a router may share one.
+///
+/// ```
+/// use dsmoe_core::config::MixtureSpec;
+///
+/// let (renormalise, balance_weight, maps) = (true, 0.01, None);
+/// let spec =
+///     MixtureSpec { top_k: 2, renormalise, width: 64, shared: None, balance_weight, experts: vec![8, 4], maps };
+/// assert!(!spec.is_even());
+/// assert_eq!((spec.router(1).num_experts, spec.neurons(1)), (4, 256));
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct MixtureSpec {
     /// Gates that open for each token (k).

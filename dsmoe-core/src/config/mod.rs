@@ -58,6 +58,19 @@ const THRESHOLDS_KEY: &str = "activation_thresholds";
 ///
 /// The fields are what was read; [`Config::to_json`] writes the keys of the source and, of these fields, `moe` and
 /// `ffn`. Where layers differ ([`Config::layer`]), the plain sizes are the largest of any layer.
+///
+/// ```
+/// use dsmoe_core::config::{Config, LayerShape};
+/// use dsmoe_core::init::preset;
+///
+/// let config = preset("tiny")?;
+/// let LayerShape { num_heads, intermediate, .. } = config.layer(0);
+/// assert_eq!((num_heads, intermediate), (config.num_heads, config.intermediate));
+/// // What is written is read.
+/// let read = Config::from_json("config.json".as_ref(), &config.to_json())?;
+/// assert_eq!(read.num_layers, config.num_layers);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// Rows of the embedding.
@@ -106,6 +119,8 @@ pub struct Config {
 }
 
 /// Sizes that may differ from layer to layer.
+///
+/// [`Config`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerShape {

@@ -14,6 +14,8 @@ const FORMAT_WITH_PARTS: u64 = 2;
 const MOST_BUDGETS: usize = 256;
 
 /// Order of the neurons in the stored FFN tensors.
+///
+/// [`MoeConfig`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PartitionKind {
@@ -24,6 +26,22 @@ pub enum PartitionKind {
 }
 
 /// The `dsmoe` object of config.json.
+///
+/// ```
+/// use dsmoe_core::config::{Budget, MoeConfig, MoeParts, PartitionKind};
+/// use dsmoe_router::RouterConfig;
+///
+/// let budgets = vec![
+///     Budget { active: 0.25, thresholds: vec![1.0] },
+///     Budget { active: 0.5, thresholds: vec![0.0] },
+/// ];
+/// let parts = MoeParts { core: vec![1], budgets, ..MoeParts::default() };
+/// let moe =
+///     MoeConfig { partition: PartitionKind::Permuted, parts, ..MoeConfig::new(RouterConfig::new(8)) };
+/// // Thresholds between two stored shares are interpolated.
+/// assert_eq!((moe.core(0), moe.thresholds_for(0.375)?), (1, vec![0.5]));
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct MoeConfig {
     /// Settings of the routers, with the number of all experts of a layer.
@@ -41,6 +59,8 @@ pub struct MoeConfig {
 }
 
 /// The optional parts beside routed experts and their routers. The default has none.
+///
+/// [`MoeConfig`] has an example.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MoeParts {
     /// The leading experts of each layer that every token runs with the factor 1 and that no router knows; empty for
@@ -55,6 +75,8 @@ pub struct MoeParts {
 }
 
 /// Thresholds that leave a share of the experts active.
+///
+/// [`MoeConfig`] has an example.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Budget {

@@ -3,6 +3,14 @@
 use std::f64::consts::PI;
 
 /// One rotation: the frequencies of the pairs of values of a head.
+///
+/// ```
+/// use dsmoe_core::config::{Rope, RopeScaling};
+///
+/// let plain = Rope::plain(10_000.0, 4);
+/// let stretched = Rope { scaling: RopeScaling::Linear { factor: 4.0 }, ..plain.clone() };
+/// assert_eq!(plain.frequencies(16)[0], 4.0 * stretched.frequencies(16)[0]);
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     /// Base of the frequencies.
@@ -14,6 +22,8 @@ pub struct Rope {
 }
 
 /// Scaling of the rotary frequencies.
+///
+/// [`Rope`] has an example.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// None.

@@ -19,6 +19,16 @@ use crate::partition::{Partition, check_divisible, clusters};
 const MOST_INPUTS: usize = 16_384;
 
 /// Text that routers are fitted to.
+///
+/// ```
+/// use dsmoe_core::convert::{Calibration, ConvertOptions, RouterStart};
+///
+/// // Routers that predict which half of the experts gives the largest outputs for these tokens.
+/// let calibration = Calibration { sequences: vec![vec![1, 5, 9, 2]; 512], active: 0.5 };
+/// let options =
+///     ConvertOptions { routers: RouterStart::Calibrated(calibration), ..ConvertOptions::new(8) };
+/// assert_eq!(options.router.num_experts, 8);
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Calibration {
     /// Token ids of sequences of one length.

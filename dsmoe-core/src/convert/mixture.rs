@@ -20,6 +20,19 @@ use crate::family;
 use crate::masks::Masks;
 
 /// Options of an upcycling.
+///
+/// ```
+/// use dsmoe_core::convert::{UpcycleOptions, UpcycleReport, upcycle};
+/// # let work = tempfile::tempdir()?;
+/// # let (dense, mixture) = (work.path().join("dense"), work.path().join("mixture"));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+///
+/// let family = "mixtral".to_owned();
+/// let options = UpcycleOptions { family, num_experts: 4, top_k: 2, seed: 0, force: false };
+/// let report: UpcycleReport = upcycle(&dense, &mixture, &options, &mut |_| {})?;
+/// assert!(report.activated < report.total as f64);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UpcycleOptions {
     /// The family of the mixture, as `model_type` names it.
@@ -35,6 +48,8 @@ pub struct UpcycleOptions {
 }
 
 /// Summary of the result.
+///
+/// [`UpcycleOptions`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct UpcycleReport {
     /// Neurons of an expert.

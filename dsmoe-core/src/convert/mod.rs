@@ -28,6 +28,8 @@ use crate::masks::{MASKS_FILE, Masks};
 use crate::partition::{Partition, check_divisible};
 
 /// Assignment of neurons to experts.
+///
+/// [`ConvertOptions`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PartitionSpec {
     /// Blocks of consecutive neurons, as in the paper (eq. 6).
@@ -69,6 +71,27 @@ impl fmt::Display for PartitionSpec {
 }
 
 /// Options of a conversion.
+///
+/// ```
+/// use dsmoe_core::convert::{
+///     ConvertOptions, ConvertProgress, ConvertReport, PartitionSpec, RouterStart, convert,
+/// };
+/// use dsmoe_router::RouterInit;
+/// # let work = tempfile::tempdir()?;
+/// # let (dense, moe) = (work.path().join("dense"), work.path().join("moe"));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+///
+/// let options = ConvertOptions {
+///     partition: PartitionSpec::Clusters,
+///     routers: RouterStart::Init(RouterInit::Centroid),
+///     ..ConvertOptions::new(8)
+/// };
+/// let report: ConvertReport = convert(&dense, &moe, &options, &mut |progress: ConvertProgress| {
+///     assert!(progress.done <= progress.total);
+/// })?;
+/// assert_eq!(report.num_experts, 8);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConvertOptions {
     /// Settings of the routers, with the number of experts.
@@ -100,6 +123,8 @@ impl ConvertOptions {
 }
 
 /// The first weights of routers.
+///
+/// [`ConvertOptions`] has an example.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RouterStart {
     /// A start that reads no text.
@@ -111,6 +136,8 @@ pub enum RouterStart {
 }
 
 /// The progress of a conversion.
+///
+/// [`ConvertOptions`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConvertProgress {
     /// The current stage.
@@ -122,6 +149,8 @@ pub struct ConvertProgress {
 }
 
 /// Summary of the result.
+///
+/// [`ConvertOptions`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConvertReport {
     /// Decoder layers.

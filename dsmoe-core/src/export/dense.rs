@@ -12,6 +12,8 @@ const KEEP_OR_FOLD: &str =
     "export it {as} hf, which keeps the gates, or approximate them by {fold} mean with {data}";
 
 /// The relation of a dense export to the sparse model.
+///
+/// [`ExportOptions`](crate::export::ExportOptions) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DenseForm {
     /// The sparse model was not trained: the dense model is the one that it was made from.

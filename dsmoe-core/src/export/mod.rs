@@ -23,6 +23,8 @@ use card::Card;
 use dense::{Dense, scale_columns};
 
 /// Form of an export.
+///
+/// [`ExportOptions`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExportAs {
     /// A plain model of its family: neurons in their original order, no routers.
@@ -51,6 +53,23 @@ impl FromStr for ExportAs {
 }
 
 /// Options of an export.
+///
+/// ```
+/// use dsmoe_core::convert::{ConvertOptions, convert};
+/// use dsmoe_core::export::{DenseForm, ExportAs, ExportOptions, ExportReport, Measured, export};
+/// # let work = tempfile::tempdir()?;
+/// # let [dense, moe, back, hf] = ["dense", "moe", "back", "hf"].map(|name| work.path().join(name));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+/// # convert(&dense, &moe, &ConvertOptions::new(8), &mut |_| {})?;
+///
+/// // Without training, a converted model is the dense one in another order.
+/// let report: ExportReport = export(&moe, &back, &ExportOptions::new(ExportAs::Dense), &mut |_| {})?;
+/// assert_eq!(report.dense, Some(DenseForm::Source));
+/// let mut options = ExportOptions::new(ExportAs::Transformers);
+/// options.measured.push(Measured { text: "held-out text".into(), perplexity: 31.5 });
+/// export(&moe, &hf, &options, &mut |_| {})?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct ExportOptions {
     /// The form.
@@ -75,6 +94,8 @@ impl ExportOptions {
 }
 
 /// A measured perplexity.
+///
+/// [`ExportOptions`] has an example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Measured {
     /// The text and the model that it was measured with.
@@ -84,6 +105,8 @@ pub struct Measured {
 }
 
 /// Summary of the result.
+///
+/// [`ExportOptions`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExportReport {
     /// Tensors written.

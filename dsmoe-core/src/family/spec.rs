@@ -11,6 +11,14 @@ use crate::config::rope_keys::{self, RopeRules, RopeSizes};
 use crate::error::{Result, shown};
 
 /// A family of decoders: how its config.json is read, and what its tensors are called.
+///
+/// ```
+/// use dsmoe_core::family::{Family, all, find};
+///
+/// let family: &Family = find("mixtral").unwrap();
+/// assert!(family.has_experts());
+/// assert!(all().any(|family| family.model_type == "qwen3"));
+/// ```
 #[derive(Debug)]
 pub struct Family {
     /// `model_type` in config.json.

@@ -10,6 +10,8 @@ use ndarray::Array2;
 use crate::kept::KeptScratch;
 
 /// The memory an FFN works in. One serves all layers; no value in it but `pull` outlives a call.
+///
+/// [`Ffn`](crate::ffn::Ffn) has an example.
 #[derive(Debug, Default)]
 pub struct FfnScratch {
     /// Memory of the expert kernels.
@@ -35,6 +37,8 @@ pub struct FfnScratch {
 }
 
 /// Statistics to which the routing of one layer is added.
+///
+/// [`Decision`] has an example.
 #[derive(Debug)]
 pub struct Record<'a> {
     /// The model's statistics.
@@ -44,6 +48,29 @@ pub struct Record<'a> {
 }
 
 /// What the gates of a layer decide for a batch of tokens.
+///
+/// ```
+/// use dsmoe_core::Model;
+/// use dsmoe_core::convert::{UpcycleOptions, upcycle};
+/// use dsmoe_core::ffn::{Decision, Record};
+/// use dsmoe_router::RoutingStats;
+/// # let work = tempfile::tempdir()?;
+/// # let (dense, mixture) = (work.path().join("dense"), work.path().join("mixture"));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+/// # let family = "mixtral".to_owned();
+/// # let options = UpcycleOptions { family, num_experts: 4, top_k: 2, seed: 0, force: false };
+/// # upcycle(&dense, &mixture, &options, &mut |_| {})?;
+///
+/// let mut model = Model::load(&mixture)?;
+/// let x = vec![0.5; 3 * model.config().hidden];
+/// let (ffn, params) = model.ffn_mut(0);
+/// let Decision { routing, .. } = ffn.decide(params, &x).unwrap();
+/// let mut stats = RoutingStats::new(1, 4);
+/// let Record { stats, layer } = Record { stats: &mut stats, layer: 0 };
+/// stats.add(layer, &routing);
+/// assert_eq!(stats.summary().active_experts, 2.0);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Decision {
     /// `[tokens, experts]`: the logits of the gates.
@@ -55,6 +82,8 @@ pub struct Decision {
 }
 
 /// Losses that a training forward reports beside its output.
+///
+/// [`Ffn`](crate::ffn::Ffn) has an example.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct FfnReport {
     /// Mean over tokens and experts of the gates of active experts (eq. 17-19 for one layer); 0 without a router.
@@ -72,6 +101,8 @@ pub struct FfnReport {
 }
 
 /// Settings of one layer's gate in one micro-batch of training; the same in the forward and the backward.
+///
+/// [`Ffn`](crate::ffn::Ffn) has an example.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GateTraining {
     /// Seed of the gate's noise.
@@ -94,6 +125,8 @@ impl Default for GateTraining {
 }
 
 /// Arguments of [`Ffn::forward_train`](super::Ffn::forward_train).
+///
+/// [`Ffn`](crate::ffn::Ffn) has an example.
 #[derive(Debug)]
 pub struct FfnForward<'a> {
     /// Output `[tokens, hidden]`; set.
@@ -113,6 +146,8 @@ pub struct FfnForward<'a> {
 }
 
 /// Arguments of [`Ffn::backward`](super::Ffn::backward).
+///
+/// [`Ffn`](crate::ffn::Ffn) has an example.
 #[derive(Debug)]
 pub struct FfnBackward<'a> {
     /// Gradient of the input `[tokens, hidden]`; set.
@@ -136,6 +171,8 @@ pub struct FfnBackward<'a> {
 }
 
 /// Arguments of [`PackedFfn::forward`](super::PackedFfn::forward).
+///
+/// [`Ffn`](crate::ffn::Ffn) has an example.
 #[derive(Debug)]
 pub struct FfnInference<'a> {
     /// Output `[tokens, hidden]`; set.

@@ -8,6 +8,14 @@ use ndarray::Array2;
 use crate::error::{Error, shown};
 
 /// A choice of experts that no router makes. A token opens as many experts as its router would.
+///
+/// ```
+/// use dsmoe_core::ffn::RouterBound;
+///
+/// let bound: RouterBound = "oracle".parse()?;
+/// assert_eq!(bound, RouterBound::Oracle);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RouterBound {
     /// Those whose outputs are largest, computed from all experts: an upper bound.

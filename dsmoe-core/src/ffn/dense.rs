@@ -12,6 +12,16 @@ use super::{
 use crate::params::TensorSpec;
 
 /// [`Gated`] as it is.
+///
+/// ```
+/// use dsmoe_core::ffn::{DenseFfn, Ffn, Gated};
+/// use dsmoe_kernels::Activation;
+///
+/// let gated = Gated { activation: Activation::GeluTanh, ..Gated::silu(16, 32) };
+/// let ffn = DenseFfn::of(gated);
+/// assert_eq!(ffn.num_experts(), None);
+/// assert_eq!(ffn.tensors().len(), gated.tensors().len());
+/// ```
 #[derive(Clone, Debug)]
 pub struct DenseFfn(Gated);
 

@@ -9,6 +9,8 @@ use super::args::{GateTraining, Record};
 use super::{DsmoeForm, Gated};
 
 /// Arguments of [`HostGate::backward`].
+///
+/// [`HostGate`] has an example.
 #[derive(Debug)]
 pub struct GateBackward<'a> {
     /// Gradient of the input `[tokens, hidden]`; added to.
@@ -28,6 +30,8 @@ pub struct GateBackward<'a> {
 }
 
 /// Decision of a [`HostGate`] for a batch of tokens.
+///
+/// [`HostGate`] has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct HostRouted<'a> {
     /// The experts that each token runs, and their coefficients.
@@ -50,6 +54,50 @@ impl HostRouted<'_> {
 /// A gate that the host computes wherever the experts run. Its data is small, `[tokens, experts]`, and its forms are
 /// many. Its parameters follow [`Gated::tensors`] in an FFN's part of the arena, each tensor padded as in
 /// [`split`](super::split); its gradients are laid out alike.
+///
+/// ```
+/// use std::any::Any;
+///
+/// use dsmoe_core::ffn::{GateBackward, GateTraining, HostGate, HostRouted};
+/// use dsmoe_router::Routing;
+/// use ndarray::Array2;
+///
+/// /// Opens the experts in turn, token by token.
+/// #[derive(Debug)]
+/// struct InTurn {
+///     experts: usize,
+///     hidden: usize,
+/// }
+///
+/// impl HostGate for InTurn {
+///     fn new_saved(&self) -> Box<dyn Any + Send> {
+///         Box::new(Routing::default())
+///     }
+///
+///     fn forward<'a>(
+///         &self,
+///         saved: &'a mut (dyn Any + Send),
+///         x: &[f32],
+///         _params: &[f32],
+///         _training: Option<GateTraining>,
+///     ) -> HostRouted<'a> {
+///         let routing = saved.downcast_mut::<Routing>().expect("of this gate");
+///         let tokens = x.len() / self.hidden;
+///         let mask = Array2::from_shape_fn((tokens, self.experts), |(t, i)| t % self.experts == i);
+///         routing.rebuild(mask.view(), |_, _| 1.0);
+///         HostRouted { routing, balance_loss: 0.0, gate_entropy: 0.0 }
+///     }
+///
+///     fn backward(&self, _: GateBackward<'_>) {
+///         // No parameters, and no gradient by the input.
+///     }
+/// }
+///
+/// let gate = InTurn { experts: 2, hidden: 4 };
+/// let mut saved = gate.new_saved();
+/// let routed = gate.forward(&mut *saved, &[0.0; 12], &[], None);
+/// assert_eq!(routed.routing.offsets, [0, 2, 3]);
+/// ```
 pub trait HostGate: std::fmt::Debug + Send + Sync {
     /// Makes room for the values that [`HostGate::backward`] needs; reused every step.
     fn new_saved(&self) -> Box<dyn Any + Send>;
@@ -69,6 +117,15 @@ pub trait HostGate: std::fmt::Debug + Send + Sync {
 }
 
 /// The forms of FFN that devices other than the host run.
+///
+/// ```
+/// use dsmoe_core::ffn::{DeviceFfn, DsmoeFfn, Ffn};
+/// use dsmoe_router::RouterConfig;
+///
+/// let ffn = DsmoeFfn::new(16, 32, RouterConfig::new(4), false);
+/// let form: DeviceFfn = ffn.on_device().unwrap();
+/// assert_eq!((form.num_experts(), form.is_hosted()), (Some(4), false));
+/// ```
 #[derive(Clone, Debug)]
 pub enum DeviceFfn {
     /// The gated FFN as it is.

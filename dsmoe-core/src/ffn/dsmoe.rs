@@ -19,6 +19,17 @@ use crate::params::TensorSpec;
 
 /// `y = sum over active experts i of S_i o_i` (eq. 11), experts being row ranges of the projections (eq. 6), plus the
 /// experts of the core and the correction.
+///
+/// ```
+/// use dsmoe_core::ffn::{DsmoeFfn, DsmoeForm, Ffn, Gated};
+/// use dsmoe_router::RouterConfig;
+///
+/// // One of four experts runs always; a router of rank 2 chooses among the others.
+/// let form = DsmoeForm { core: 1, router_rank: Some(2), ..DsmoeForm::new(RouterConfig::new(4), true) };
+/// assert_eq!(form.routed(), 3);
+/// let ffn = DsmoeFfn::of(Gated::silu(16, 32), form);
+/// assert_eq!(ffn.num_experts(), Some(4));
+/// ```
 #[derive(Clone, Debug)]
 pub struct DsmoeFfn {
     gated: Gated,

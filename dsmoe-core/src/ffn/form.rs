@@ -6,6 +6,8 @@ use super::gating::Gating;
 use crate::config::MoeConfig;
 
 /// The form of a layer's FFN: its gates, and what stands beside the experts that they switch.
+///
+/// [`DsmoeFfn`](crate::ffn::DsmoeFfn) has an example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DsmoeForm {
     /// The gates, with the number of all experts of the layer.

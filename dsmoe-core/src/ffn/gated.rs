@@ -9,6 +9,8 @@ use super::{DOWN_BIAS, OUTPUT_BIAS, projections, split, split_mut};
 use crate::params::{TensorSpec, padded};
 
 /// `y = (act(x W_gate^T + b_gate) * (x W_up^T + b_up)) W_down + b_down`, cut into experts or not.
+///
+/// [`DenseFfn`](crate::ffn::DenseFfn) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gated {
     /// Width of its input.

@@ -51,6 +51,48 @@ use crate::params::TensorSpec;
 
 /// One layer's FFN. It holds settings, not weights: `params` is this FFN's part of the arena, laid out as
 /// [`Ffn::tensors`] says, each tensor padded to whole cache lines (see [`split`]).
+///
+/// ```
+/// use dsmoe_core::ffn::{DenseFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnReport, FfnScratch};
+/// use dsmoe_core::ffn::{GateTraining, PackedFfn, block_len};
+/// use dsmoe_kernels::Precision;
+/// use dsmoe_router::{SparsityGrad, SparsityOver};
+///
+/// let ffn: Box<dyn Ffn> = Box::new(DenseFfn::new(16, 32));
+/// let params: Vec<f32> = (0..block_len(&ffn.tensors())).map(|i| (i as f32).sin() / 4.0).collect();
+/// let x: Vec<f32> = (0..3 * 16).map(|i| (i as f32).cos()).collect();
+/// let (mut y, mut saved, mut scratch) = (vec![0.0; x.len()], ffn.new_saved(3), FfnScratch::default());
+/// let training = GateTraining::default();
+/// let report: FfnReport = ffn.forward_train(FfnForward {
+///     y: &mut y,
+///     saved: &mut *saved,
+///     x: &x,
+///     params: &params,
+///     training,
+///     record: None,
+///     scratch: &mut scratch,
+/// });
+/// assert_eq!(report.sparsity_loss, 0.0);
+///
+/// let (mut dx, mut grads) = (vec![0.0; x.len()], vec![0.0; params.len()]);
+/// ffn.backward(FfnBackward {
+///     dx: &mut dx,
+///     grads: &mut grads,
+///     dy: &y,
+///     saved: &mut *saved,
+///     x: &x,
+///     params: &params,
+///     sparsity: SparsityGrad { weight: 0.0, over: SparsityOver::Active },
+///     training,
+///     scratch: &mut scratch,
+/// });
+/// assert!(dx.iter().any(|&d| d != 0.0));
+///
+/// let packed: Box<dyn PackedFfn> = ffn.pack(&params, Precision::F32);
+/// let mut again = vec![0.0; x.len()];
+/// packed.forward(FfnInference { y: &mut again, x: &x, record: None, scratch: &mut scratch });
+/// assert!(y.iter().zip(&again).all(|(a, b)| (a - b).abs() < 1e-4));
+/// ```
 pub trait Ffn: std::fmt::Debug + Send + Sync {
     /// Returns its tensors, named relative to `model.layers.{i}.mlp.`.
     fn tensors(&self) -> Vec<TensorSpec>;
@@ -116,6 +158,8 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
 }
 
 /// One layer's FFN for inference, with its weights; made by [`Ffn::pack`].
+///
+/// [`Ffn`] has an example.
 pub trait PackedFfn: std::fmt::Debug + Send + Sync {
     /// Lets `bound` choose experts in place of the router, where there are gates; returns whether there are.
     fn set_router_bound(&mut self, _bound: RouterBound) -> bool {
@@ -171,6 +215,49 @@ pub fn routes(routing: &Routing) -> expert_ffn::Routes<'_> {
 }
 
 /// Configuration of the FFNs of a model: the `ffn` object of config.json.
+///
+/// ```no_run
+/// use std::path::Path;
+/// use std::sync::Arc;
+///
+/// use dsmoe_core::ffn::{DenseFfn, Ffn, FfnReader, FfnSpec, ReadSpec, register};
+/// use dsmoe_core::{Config, Result};
+/// use serde_json::{Map, Value};
+///
+/// /// FFNs that are dense, under another name.
+/// #[derive(Debug)]
+/// struct Plain;
+///
+/// impl FfnSpec for Plain {
+///     fn kind(&self) -> &'static str {
+///         "plain"
+///     }
+///
+///     fn settings(&self) -> Map<String, Value> {
+///         Map::new()
+///     }
+///
+///     fn build(&self, config: &Config, layer: usize) -> Box<dyn Ffn> {
+///         Box::new(DenseFfn::new(config.hidden, config.layer(layer).intermediate))
+///     }
+///
+///     fn num_experts(&self, _layer: usize) -> usize {
+///         1
+///     }
+///
+///     fn active_experts(&self) -> Option<f64> {
+///         Some(1.0)
+///     }
+/// }
+///
+/// fn read(_: &Path, _: &Config, _: &Map<String, Value>) -> Result<Arc<dyn FfnSpec>> {
+///     Ok(Arc::new(Plain))
+/// }
+///
+/// static READER: FfnReader = FfnReader { kind: "plain", read: read as ReadSpec };
+/// register(&READER)?; // models with `"ffn": {"type": "plain"}` load from now on
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 pub trait FfnSpec: std::fmt::Debug + Send + Sync {
     /// Returns the object's key `type`.
     fn kind(&self) -> &'static str;
@@ -217,6 +304,14 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
 }
 
 /// The entry of config.json that describes an FFN.
+///
+/// ```
+/// use dsmoe_core::ffn::{DsmoeFfn, Ffn, FfnKind};
+/// use dsmoe_router::RouterConfig;
+///
+/// let ffn = DsmoeFfn::new(16, 32, RouterConfig::new(4), false);
+/// assert!(matches!(ffn.kind(), Some(FfnKind::Dsmoe(form)) if form.routed() == 4));
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub enum FfnKind {
     /// No entry: the FFN of a plain LLaMA.

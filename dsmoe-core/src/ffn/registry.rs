@@ -13,9 +13,13 @@ use crate::error::{Error, Result, shown};
 
 /// Makes a [`FfnSpec`] of the `ffn` object of the config.json at the path, `type` left out; the configuration is the
 /// rest of the file, all of it checked.
+///
+/// [`FfnSpec`](crate::ffn::FfnSpec) has an example.
 pub type ReadSpec = fn(&Path, &Config, &Map<String, Value>) -> Result<Arc<dyn FfnSpec>>;
 
 /// A type of FFN, and what reads it.
+///
+/// [`FfnSpec`](crate::ffn::FfnSpec) has an example.
 #[derive(Debug)]
 pub struct FfnReader {
     /// The key `type` of its `ffn` objects in config.json.

@@ -37,6 +37,18 @@ const COPY: &str = "copy the file again";
 const FOREIGN: &str = "convert the model to GGUF again with a current converter";
 
 /// A checked GGUF header.
+///
+/// ```no_run
+/// use dsmoe_core::gguf::{Container, Layout, TensorPlace, TensorType, Value};
+///
+/// let container = Container::open("model.gguf".as_ref())?;
+/// let name = container.metadata.get("general.name").and_then(Value::as_str);
+/// let TensorPlace { kind, shape, .. } = container.tensor("token_embd.weight").unwrap();
+/// if let (TensorType::Q4_K, Some(Layout { elements, bytes })) = (kind, kind.layout()) {
+///     println!("{name:?}: {shape:?} in blocks of {elements} values, {bytes} bytes each");
+/// }
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Container {
     /// All keys.
@@ -48,6 +60,8 @@ pub struct Container {
 }
 
 /// One tensor of a GGUF file.
+///
+/// [`Container`] has an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorPlace {
     /// Name, in GGUF's spelling.

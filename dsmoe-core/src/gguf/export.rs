@@ -26,6 +26,8 @@ const QUANTIZATION_VERSION: u64 = 2;
 const BLOCK: usize = 32;
 
 /// Encoding of the matrices of an exported file.
+///
+/// [`GgufReport`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GgufType {
     /// F32, F16 or BF16.
@@ -57,6 +59,15 @@ impl GgufType {
 }
 
 /// Summary of an exported file.
+///
+/// ```no_run
+/// use dsmoe_core::gguf::{GgufReport, GgufType, export_gguf};
+///
+/// let (model, out) = ("model".as_ref(), "model.gguf".as_ref());
+/// let GgufReport { tensors, bytes } = export_gguf(model, out, Some(GgufType::Q8_0), false, &mut |_| {})?;
+/// println!("{tensors} tensors, {bytes} bytes");
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GgufReport {
     /// Tensors written.

@@ -3,6 +3,13 @@
 use std::fmt;
 
 /// Encoding of a tensor's elements.
+///
+/// ```
+/// use dsmoe_core::gguf::{Layout, TensorType};
+///
+/// assert_eq!(TensorType::Q8_0.layout(), Some(Layout { elements: 32, bytes: 34 }));
+/// assert_eq!(TensorType::from_id(TensorType::Q4_K.id()), TensorType::Q4_K);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(non_camel_case_types, missing_docs, reason = "the names are those of the format")]
 pub enum TensorType {
@@ -27,6 +34,8 @@ pub enum TensorType {
 }
 
 /// Size of the blocks of an encoding.
+///
+/// [`TensorType`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Elements of a block.

@@ -5,6 +5,14 @@ use std::fmt;
 use crate::error::shown;
 
 /// A value of the metadata. Integers of all widths are one variant each.
+///
+/// ```
+/// use dsmoe_core::gguf::Value;
+///
+/// let value = Value::List(vec![Value::Unsigned(7), Value::Text("seven".into())]);
+/// let list = value.as_list().unwrap();
+/// assert_eq!((list[0].as_u64(), list[1].as_str()), (Some(7), Some("seven")));
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
     /// u8 to u64.

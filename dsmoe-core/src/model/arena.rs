@@ -19,6 +19,23 @@ use crate::masks::Masks;
 use crate::params::{Entry, Layout, Stored};
 
 /// A decoder with its parameters in f32, for training.
+///
+/// ```
+/// use dsmoe_core::Model;
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::model::{Batch, StepArgs, StepOutput, TrainWorkspace};
+/// use dsmoe_kernels::Precision;
+///
+/// let model = Model::new(preset("tiny")?);
+/// let mut workspace = TrainWorkspace::new(&model, 4, Precision::F32);
+/// let mut grads = vec![0.0; model.params().len()];
+/// let batch = Batch { inputs: &[1, 5, 9, 2], targets: &[5, 9, 2, 7], seq: 4 };
+/// let args = StepArgs { loss_scale: 0.25, ..StepArgs::default() };
+/// let StepOutput { loss_sum, predicted, .. } = model.train_step(&mut grads, batch, &args, &mut workspace)?;
+/// assert_eq!(predicted, 4);
+/// assert!(loss_sum > 0.0);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Model {
     pub(crate) config: Config,

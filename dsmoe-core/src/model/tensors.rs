@@ -180,6 +180,8 @@ pub(crate) fn logits_of(config: &Config) -> cross_entropy::Logits {
 }
 
 /// Sequences of one length, one after the other, with the tokens to predict.
+///
+/// [`Teacher`](crate::model::Teacher) has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
     /// Tokens of all sequences.

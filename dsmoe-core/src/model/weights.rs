@@ -6,6 +6,8 @@ use std::ops::Range;
 use crate::error::Result;
 
 /// The parameters of a unit, by their places in the arena.
+///
+/// [`Units`](crate::model::Units) has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct Params<'a> {
     first: usize,
@@ -24,6 +26,8 @@ impl<'a> Params<'a> {
 }
 
 /// The parameters of a pass. The pass works on one unit at a time: what it was lent of another is no longer used.
+///
+/// [`Units`](crate::model::Units) has an example.
 pub trait Weights: Send {
     /// Lends the parameters of unit `unit`.
     ///

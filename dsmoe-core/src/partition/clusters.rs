@@ -19,6 +19,14 @@ const MOST_STARTS: usize = 10;
 const STARTS_WORK: usize = 1 << 26;
 
 /// A clustering of points.
+///
+/// ```
+/// use dsmoe_core::partition::clusters::{Clustering, balanced};
+///
+/// let points = [0.0, 10.0, 0.1, 10.1];
+/// let Clustering { labels, .. } = balanced(&points, 1, 2, 0);
+/// assert!(labels[0] == labels[2] && labels[1] == labels[3] && labels[0] != labels[1]);
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Clustering {
     /// The cluster of each point.

@@ -22,6 +22,15 @@ const MOST_SUGGESTED: usize = 64;
 
 /// Assignment of the neurons of one layer to experts: stored row j is original neuron `order[j]`, and expert i is the
 /// rows `i * width..(i + 1) * width`.
+///
+/// ```
+/// use dsmoe_core::partition::Partition;
+///
+/// let partition = Partition::from_experts(4, &[vec![0, 3], vec![1, 2]])?;
+/// assert_eq!(partition.order(), Some(&[0, 3, 1, 2][..]));
+/// assert_eq!(partition.expert(1), [1, 2]);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Partition {
     num_experts: usize,

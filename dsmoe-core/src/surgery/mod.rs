@@ -30,6 +30,28 @@ use form::{Form, Source};
 use tensors::Experts;
 
 /// The new experts and gates of a layer.
+///
+/// ```
+/// use dsmoe_core::convert::{UpcycleOptions, upcycle};
+/// use dsmoe_core::surgery::{LayerSurgery, NewExpert, Part, RouterRule, SurgeryReport, operate};
+/// # let work = tempfile::tempdir()?;
+/// # let [dense, mixture, out] = ["dense", "mixture", "out"].map(|name| work.path().join(name));
+/// # let config = dsmoe_core::init::preset("tiny")?;
+/// # dsmoe_core::init::init(&config, &dense, &Default::default(), &mut |_| {})?;
+/// # let family = "mixtral".to_owned();
+/// # let options = UpcycleOptions { family, num_experts: 4, top_k: 2, seed: 0, force: false };
+/// # upcycle(&dense, &mixture, &options, &mut |_| {})?;
+///
+/// // Experts 0 and 1 stay, 2 and 3 become one.
+/// let merged = NewExpert::merged([(2, 0.5), (3, 0.5)]);
+/// assert_eq!(merged.parts[0], Part { old: 2, weight: 0.5, neurons: None });
+/// let experts = vec![NewExpert::kept(0), NewExpert::kept(1), merged];
+/// let layer = LayerSurgery { experts, router: RouterRule::Mean };
+/// let report: SurgeryReport =
+///     operate(&mixture, &out, (&vec![layer; config.num_layers], None), false, &mut |_| {})?;
+/// assert!(report.total < report.total_before);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSurgery {
     /// The new experts, in order.
@@ -39,6 +61,8 @@ pub struct LayerSurgery {
 }
 
 /// An expert of the new model.
+///
+/// [`LayerSurgery`] has an example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewExpert {
     /// The experts that it is made of: a kept one has one part.
@@ -46,6 +70,8 @@ pub struct NewExpert {
 }
 
 /// The part of an old expert in a new one.
+///
+/// [`LayerSurgery`] has an example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Part {
     /// Number of the old expert.
@@ -57,6 +83,8 @@ pub struct Part {
 }
 
 /// The rule for the gates of a layer.
+///
+/// [`LayerSurgery`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RouterRule {
     /// A new expert has the gate of its first part; the others go.
@@ -68,6 +96,8 @@ pub enum RouterRule {
 }
 
 /// Summary of the result.
+///
+/// [`LayerSurgery`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SurgeryReport {
     /// Held parameters of the source.

@@ -20,6 +20,16 @@ const RIDGE: f64 = 0.01;
 const SPREAD: f64 = 2.0;
 
 /// The router of a layer.
+///
+/// ```
+/// use dsmoe_router::RouterValues;
+/// use dsmoe_router::init::calibrated;
+///
+/// let x: Vec<f32> = (0..64 * 4).map(|i| (i as f32 * 0.7).sin()).collect();
+/// let scores: Vec<f64> = (0..64 * 2).map(|i| (i as f64 * 1.3).cos()).collect();
+/// let RouterValues { weight, bias } = calibrated(&x, &scores, 2, 0.5).unwrap();
+/// assert_eq!((weight.len(), bias.len()), (2 * 4, 2));
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct RouterValues {
     /// `[num_experts, hidden]`.

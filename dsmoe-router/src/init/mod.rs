@@ -18,6 +18,16 @@ const RANDOM_STD: f32 = 0.02;
 const BIASED_STD: f32 = 0.01;
 
 /// Initial router weights. Parses from and prints as `random`, `open`, `centroid`, `warm(3)`.
+///
+/// ```
+/// use dsmoe_router::{RouterInit, router_weights};
+///
+/// let init: RouterInit = "warm(3)".parse()?;
+/// let (weight, bias) = router_weights(&init, 8, 64, 0, 0, None)?;
+/// assert_eq!(weight.dim(), (8, 64));
+/// assert_eq!(bias.unwrap().iter().filter(|&&b| b > 0.0).count(), 3);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RouterInit {
     /// N(0, 0.02^2), no bias: about half of the experts active (the paper).

@@ -55,6 +55,8 @@ const TASKS: &str = "tasks";
 const ANCHOR_WINDOWS: usize = 32;
 
 /// A text to learn.
+///
+/// [`ContinualOptions`] has an example.
 #[derive(Clone, Debug)]
 pub struct Task {
     /// Its name in reports and directories.
@@ -66,6 +68,43 @@ pub struct Task {
 }
 
 /// What is to be learnt, and where.
+///
+/// ```no_run
+/// use dsmoe_datasets::TokenSource;
+/// use dsmoe_train::TrainConfig;
+/// use dsmoe_train::continual::{
+///     ContinualOptions, ContinualReport, Method, Over, Prune, Task, TaskProgress, TaskReport, When, Window, learn,
+/// };
+///
+/// fn in_turn(first: TokenSource, second: TokenSource) -> dsmoe_train::Result<()> {
+///     let task = |source: TokenSource| Task { name: source.name.clone(), steps: 200, source };
+///     let method = Method {
+///         prune: Prune::Scores,
+///         when: Some(When::During),
+///         over: Some(Over::Row),
+///         replay: 64,
+///         ..Method::default()
+///     };
+///     let options = ContinualOptions {
+///         model: "model".into(),
+///         out: "learnt".into(),
+///         resume: false,
+///         train: TrainConfig { seq: 256, ..TrainConfig::default() },
+///         method,
+///     };
+///     let show = &mut |TaskProgress { name, done, total, .. }: TaskProgress<'_>| {
+///         println!("{name}: {done} of {total}");
+///         true
+///     };
+///     let ContinualReport { learnt, forgetting, .. } = learn(&options, &[task(first), task(second)], show)?;
+///     for TaskReport { name, losses, replay, .. } in learnt {
+///         let replayed: Vec<usize> = replay.iter().map(|Window { window, .. }| *window).collect();
+///         println!("after {name}: losses {losses:?}; windows {replayed:?} are shown again");
+///     }
+///     println!("forgotten: {forgetting:?}");
+///     Ok(())
+/// }
+/// ```
 #[derive(Clone, Debug)]
 pub struct ContinualOptions {
     /// The directory of the model that learns.
@@ -81,6 +120,8 @@ pub struct ContinualOptions {
 }
 
 /// What came of one task.
+///
+/// [`ContinualOptions`] has an example.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TaskReport {
@@ -109,6 +150,8 @@ pub struct TaskReport {
 }
 
 /// What came of all tasks that are done.
+///
+/// [`ContinualOptions`] has an example.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct ContinualReport {
@@ -127,6 +170,8 @@ pub struct ContinualReport {
 }
 
 /// Progress of a task.
+///
+/// [`ContinualOptions`] has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct TaskProgress<'a> {
     /// The task.

@@ -30,6 +30,8 @@ pub const TRAIN_KEYS: [&str; 21] = [
 ];
 
 /// What says which weights go.
+///
+/// [`ContinualOptions`](crate::continual::ContinualOptions) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Prune {
@@ -44,6 +46,8 @@ pub enum Prune {
 }
 
 /// When weights are pruned.
+///
+/// [`ContinualOptions`](crate::continual::ContinualOptions) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum When {
@@ -54,6 +58,8 @@ pub enum When {
 }
 
 /// The weights that are ranked together.
+///
+/// [`ContinualOptions`](crate::continual::ContinualOptions) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Over {
@@ -65,6 +71,8 @@ pub enum Over {
 
 dsmoe_core::with_defaults! {
     /// The method that learns the tasks. Settings that another one does not read are errors.
+    ///
+    /// [`ContinualOptions`](crate::continual::ContinualOptions) has an example.
     #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields, default)]
     pub struct Method {

@@ -15,6 +15,8 @@ const SELECT_STREAM: u64 = 0x7365_6c65_6374;
 const KEEP_STREAM: u64 = 0x6b65_6570;
 
 /// A training window of a task.
+///
+/// [`ContinualOptions`](crate::continual::ContinualOptions) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Window {

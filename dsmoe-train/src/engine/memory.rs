@@ -10,6 +10,18 @@ use crate::error::Result;
 use crate::ranks::{Zero, check_lanes};
 
 /// How processes share a step.
+///
+/// ```
+/// use dsmoe_core::init::preset;
+/// use dsmoe_train::engine::Share;
+/// use dsmoe_train::{TrainConfig, Zero};
+///
+/// let config = TrainConfig { steps: Some(1), lanes: Some(4), ..TrainConfig::default() }.resolve()?;
+/// let share = Share::of(&config, 2, Zero::Gradients)?;
+/// assert_eq!(share.lanes, 2);
+/// assert!(!share.memory(&preset("tiny")?).is_empty());
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {
     /// Processes.

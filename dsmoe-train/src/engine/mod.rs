@@ -36,6 +36,8 @@ use crate::ranks::Zero;
 use crate::teacher::Lessons;
 
 /// The shape of the micro-batches of an engine, and where and how it computes.
+///
+/// [`Engine`] has an example.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineOptions {
     /// Tokens in a micro-batch.
@@ -57,6 +59,8 @@ pub struct EngineOptions {
 }
 
 /// The losses and gradient norms of a step.
+///
+/// [`Engine`] has an example.
 #[derive(Clone, Debug, Default)]
 pub struct StepResult {
     /// Mean negative log-likelihood of the step's tokens, nats.
@@ -85,6 +89,39 @@ pub struct StepResult {
 
 /// The memory of training on one device, with the optimiser's state. Steps allocate next to nothing, except to read and write
 /// a teacher's cache. What takes part in sums over processes is called by all of them.
+///
+/// ```
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::model::{Batch, StepArgs};
+/// use dsmoe_core::{Device, Model};
+/// use dsmoe_kernels::Precision;
+/// use dsmoe_kernels::comm::alone;
+/// use dsmoe_train::engine::{Engine, EngineOptions, StepResult, new};
+/// use dsmoe_train::optim::{AdamW, Update};
+/// use dsmoe_train::{TrainConfig, Zero};
+///
+/// let mut model = Model::new(preset("tiny")?);
+/// let (zero, precision, device) = (Zero::Moments, Precision::F32, Device::Cpu);
+/// let options = EngineOptions {
+///     tokens: 4,
+///     seq: 4,
+///     lanes: 1,
+///     accumulate: 1,
+///     zero,
+///     precision,
+///     device,
+///     recompute: false,
+/// };
+/// let mut engine: Box<dyn Engine> = new(&model, AdamW::new(model.layout()), options, alone().clone())?;
+/// engine.begin(1, 1)?;
+/// let batch = Batch { inputs: &[1, 5, 9, 2], targets: &[5, 9, 2, 7], seq: 4 };
+/// engine.micro_batch(&model, batch, &StepArgs { loss_scale: 0.25, ..StepArgs::default() })?;
+/// let StepResult { lm_loss, non_finite, .. } = engine.end(&model, 1, false)?;
+/// assert!(lm_loss > 0.0 && non_finite.is_none());
+/// let config = TrainConfig::default();
+/// engine.update(&mut model, &Update { config: &config, lr: 1e-3, scale: 1.0, step: 1 })?;
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 pub trait Engine: Debug + Send {
     /// Starts step `step` of so many micro-batches, those of other processes included: sets gradients and sums to zero.
     ///

@@ -40,6 +40,8 @@ use tally::{Level, least_of_all, mean, mean_of, rank_correlation};
 pub const MOST_ROUTES: u64 = 1 << 16;
 
 /// Options of an oracle.
+///
+/// [`Oracle`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OracleOptions {
     /// The options of every layer.
@@ -59,6 +61,8 @@ pub struct OracleOptions {
 }
 
 /// The work of an oracle.
+///
+/// [`Oracle`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct OraclePlan {
     /// Decoder layers.
@@ -76,6 +80,8 @@ pub struct OraclePlan {
 }
 
 /// The results of an oracle. Losses are means over tokens in nats.
+///
+/// [`Oracle`] has an example.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct OracleReport {
     /// The options of every layer.
@@ -104,6 +110,8 @@ pub struct OracleReport {
 }
 
 /// The results of one level.
+///
+/// [`Oracle`] has an example.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LevelReport {
     /// The sum of the options of all layers.
@@ -127,6 +135,8 @@ pub struct LevelReport {
 }
 
 /// The noisy copies beside a level.
+///
+/// [`Oracle`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct ControlReport {
     /// Standard deviation of the noise, relative to each weight.
@@ -138,6 +148,8 @@ pub struct ControlReport {
 }
 
 /// The best of all routes.
+///
+/// [`Oracle`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct AnyReport {
     /// Loss where every token takes its best route.
@@ -153,6 +165,8 @@ pub struct AnyReport {
 }
 
 /// Rank correlations over tokens of the experts that the model's router opens.
+///
+/// [`Oracle`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct OwnChoice {
     /// With the token's loss.
@@ -162,6 +176,8 @@ pub struct OwnChoice {
 }
 
 /// The routes of all tokens.
+///
+/// [`Oracle`] has an example.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TokenRoutes {
     /// The routes that are named below.
@@ -177,6 +193,8 @@ pub struct TokenRoutes {
 }
 
 /// The best routes of a level.
+///
+/// [`Oracle`] has an example.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LevelRoutes {
     /// The level.
@@ -186,6 +204,45 @@ pub struct LevelRoutes {
 }
 
 /// A model, a text and what is asked of them.
+///
+/// ```
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::{Inference, Model};
+/// use dsmoe_kernels::Precision;
+/// use dsmoe_train::oracle::{
+///     AnyReport, LevelReport, LevelRoutes, Oracle, OracleOptions, OraclePlan, OracleProgress, OracleReport,
+///     RouteKind, RouteSpace, TokenRoutes, plan, run,
+/// };
+///
+/// // How well would a model do that skips the right FFNs for each token?
+/// let load = || Ok(Model::new(preset("tiny")?));
+/// let mut model = Inference::new(&load()?, Precision::F32);
+/// let options = OracleOptions {
+///     kind: RouteKind::BigSkip,
+///     seq: 4,
+///     exact_up_to: 1 << 10,
+///     beam: 8,
+///     control: false,
+///     precision: Precision::F32,
+///     seed: 0,
+/// };
+/// let ids = [1, 5, 9, 2, 7, 3, 8, 4];
+/// let OraclePlan { all_routes, exact, .. } = plan(&model, ids.len(), &options)?;
+/// let space = RouteSpace::of(RouteKind::BigSkip, &model)?;
+/// assert_eq!((all_routes, exact), (space.count(1 << 10), true));
+///
+/// let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
+/// let progress: &mut OracleProgress<'_> = &mut |_, _, _| {};
+/// let (report, tokens): (OracleReport, TokenRoutes) = run(oracle, progress)?;
+/// let AnyReport { oracle: best, .. } = report.any;
+/// assert!(best <= report.default);
+/// let LevelReport { level, .. } = &report.levels[0];
+/// let LevelRoutes { best, .. } = tokens.by_level.iter().find(|routes| routes.level == *level).unwrap();
+/// assert_eq!(best.len(), report.predicted);
+/// // There is no control and no router here: `ControlReport` and `OwnChoice` are for models with them.
+/// assert!(report.own_choice.is_none() && report.levels.iter().all(|level| level.control.is_none()));
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 pub struct Oracle<'a> {
     /// The model.
     pub model: &'a mut Inference,
@@ -242,6 +299,8 @@ pub fn plan(model: &Inference, tokens: usize, options: &OracleOptions) -> Result
 }
 
 /// The numbers of parts that are done and of all, of the stage of that name.
+///
+/// [`Oracle`] has an example.
 pub type OracleProgress<'p> = dyn FnMut(&'static str, u64, u64) + 'p;
 
 /// Measures routes and their control. An interrupted run with the same file of its state goes on and gives the same result.

@@ -9,6 +9,8 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 
 /// The options of every layer.
+///
+/// [`Oracle`](crate::oracle::Oracle) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RouteKind {
@@ -37,6 +39,8 @@ impl FromStr for RouteKind {
 pub(crate) type Digits = Vec<u16>;
 
 /// All routes of a model.
+///
+/// [`Oracle`](crate::oracle::Oracle) has an example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RouteSpace {
     options: Vec<Vec<Route>>,

@@ -12,6 +12,8 @@ use dsmoe_kernels::comm::{Alone, Communicator};
 use crate::ranks::Zero;
 
 /// The directories and the device of a run, and how it starts and stops.
+///
+/// [`Trainer`](crate::Trainer) has an example.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
     /// The run directory.
@@ -62,6 +64,8 @@ impl RunOptions {
 }
 
 /// The text of a run.
+///
+/// [`Trainer`](crate::Trainer) has an example.
 #[derive(Clone, Debug)]
 pub struct TrainData {
     /// Its sources.

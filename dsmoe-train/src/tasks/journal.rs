@@ -23,6 +23,8 @@ use crate::files::{self, Hashed};
 const VERSION: u32 = 2;
 
 /// The work of a model for its responses.
+///
+/// [`Responder`](crate::tasks::Responder) has an example.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ran {
     /// Tokens.
@@ -47,6 +49,8 @@ impl Ran {
 }
 
 /// The responses to requests of one model; held by one process at a time.
+///
+/// [`Responder`](crate::tasks::Responder) has an example.
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,

@@ -42,9 +42,36 @@ const LARGE: usize = 256 << 20;
 const SIDE_BY_SIDE: usize = 4;
 
 /// A response, or the reason why the document has none.
+///
+/// [`Responder`] has an example.
 pub type Answer = std::result::Result<Response, String>;
 
 /// Answers requests with a model.
+///
+/// ```no_run
+/// use dsmoe_core::Inference;
+/// use dsmoe_datasets::tasks::{Loaded, Profile, Request};
+/// use dsmoe_datasets::{Bos, Tokenizer};
+/// use dsmoe_train::tasks::{Answer, Answers, Journal, Ran, Responder, RollingReport, model_sha256, rolling};
+///
+/// fn score(model: &Inference, tokenizer: &Tokenizer, task: &Loaded) -> dsmoe_train::Result<()> {
+///     let responder = Responder::new(model, tokenizer, Bos::Auto, Profile::default());
+///     let documents: Vec<&[Request]> = task.documents().iter().map(|d| &d.requests[..]).collect();
+///     // Answers of an interrupted run are found again.
+///     let made_by = model_sha256("model".as_ref())?;
+///     let mut journal = Journal::open("answers.jsonl".as_ref(), &made_by, model.new_stats().as_ref())?;
+///     let answers = responder.answer(&documents, Some(&mut journal), &mut |_, _| {})?;
+///     if let Some(Answers { documents, ran: Ran { tokens, .. } }) = answers {
+///         let first: &Answer = &documents[0][0];
+///         println!("{tokens} tokens; {first:?}; {:?}", task.score(&documents).scores);
+///     }
+///     let text = ["A whole text.".to_owned()].map(Ok);
+///     if let Some((RollingReport { byte_perplexity, .. }, _)) = rolling(&responder, text, &mut |_| {})? {
+///         println!("perplexity per byte {byte_perplexity}");
+///     }
+///     Ok(())
+/// }
+/// ```
 pub struct Responder<'a> {
     model: &'a Inference,
     tokenizer: &'a Tokenizer,
@@ -56,6 +83,8 @@ pub struct Responder<'a> {
 }
 
 /// The answers to documents' requests.
+///
+/// [`Responder`] has an example.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Answers {
     /// One list a document, one answer a request.

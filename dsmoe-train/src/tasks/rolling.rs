@@ -11,6 +11,8 @@ const PIECE_BYTES: usize = 8 << 20;
 
 /// Perplexity by units that do not depend on a tokenizer. Every document is scored by itself from the start token on,
 /// in windows as long as the model that do not overlap, as lm-evaluation-harness does.
+///
+/// [`Responder`](crate::tasks::Responder) has an example.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct RollingReport {

@@ -42,6 +42,21 @@ use dsmoe_kernels::comm::{Communicator, alone};
 use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 
 /// Results of a start.
+///
+/// ```no_run
+/// use dsmoe_core::convert::start::{RouterTarget, Start, StartSettings, Started, Widths, start};
+/// use dsmoe_router::RouterConfig;
+///
+/// fn fit(dense: &std::path::Path, out: &std::path::Path, sequences: Vec<Vec<u32>>) -> dsmoe_core::Result<()> {
+///     let settings =
+///         StartSettings { widths: Widths::Kl, target: RouterTarget::Square, ..StartSettings::default() };
+///     let (router, seed, force) = (RouterConfig::new(16), 0, false);
+///     let options = Start { sequences, active: 0.5, router, settings, seed, force };
+///     let Started { active, errors, .. } = start(dense, out, &options, &mut |_| {})?;
+///     println!("{active} of the experts run; errors by layer: {errors:?}");
+///     Ok(())
+/// }
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Started {
     /// The written model.

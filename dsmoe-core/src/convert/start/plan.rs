@@ -7,6 +7,8 @@ use crate::allocation::{Costs, choose, proportional};
 use crate::error::{Error, Result};
 
 /// A start from calibration text.
+///
+/// [`Started`](crate::convert::start::Started) has an example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Start {
     /// Token ids of sequences of one length.

@@ -12,6 +12,8 @@ pub const BUDGETS: [f64; 5] = [0.25, 0.375, 0.5, 0.75, 1.0];
 pub const RIDGE_TOKENS: usize = 16_384;
 
 /// What is fitted, and how. Every part can be switched off.
+///
+/// [`Started`](crate::convert::start::Started) has an example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StartSettings {
     /// The core's share of the experts that run; 0 for none.
@@ -39,6 +41,8 @@ pub struct StartSettings {
 }
 
 /// How layers share a budget.
+///
+/// [`Started`](crate::convert::start::Started) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Widths {
     /// All layers run the same share of their experts.
@@ -48,6 +52,8 @@ pub enum Widths {
 }
 
 /// What the router of an expert predicts.
+///
+/// [`Started`](crate::convert::start::Started) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RouterTarget {
     /// The logarithm of the norm of the expert's output.

@@ -29,6 +29,19 @@ use router::{MixtureRouter, RouterSaved};
 use shared::{PackedShared, Shared, SharedBackward, SharedSaved};
 
 /// The FFN of a layer of a mixture.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use dsmoe_core::config::MixtureSpec;
+/// use dsmoe_core::ffn::{Ffn, Gated, MixtureFfn};
+///
+/// let (renormalise, balance_weight, maps) = (true, 0.01, None);
+/// let spec =
+///     MixtureSpec { top_k: 2, renormalise, width: 8, shared: None, balance_weight, experts: vec![4], maps };
+/// let ffn = MixtureFfn::new(Gated::silu(16, spec.neurons(0)), Arc::new(spec), 0, balance_weight);
+/// assert_eq!(ffn.num_experts(), Some(4));
+/// ```
 #[derive(Clone, Debug)]
 pub struct MixtureFfn {
     /// All experts that are chosen from.

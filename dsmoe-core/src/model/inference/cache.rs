@@ -3,6 +3,8 @@
 use crate::config::{Config, RopeScaling};
 
 /// Keys and values of all positions so far, per layer.
+///
+/// [`Inference`](crate::Inference) has an example.
 #[derive(Debug)]
 pub struct Cache {
     /// Per layer: keys, values, `[len, kv_heads * head_dim]` each; of a model that runs on the host.

@@ -43,6 +43,8 @@ pub(crate) struct CpuInference {
 }
 
 /// Activations of one forward pass; reused from call to call.
+///
+/// [`Segment`](crate::model::Segment) has an example.
 #[derive(Debug, Default)]
 pub struct Workspace {
     x: Buf,

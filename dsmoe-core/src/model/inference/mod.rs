@@ -35,6 +35,25 @@ use crate::kept::LayerThresholds;
 
 /// A decoder for inference: weight matrices packed in a [`Precision`], norms and routers in f32. With bf16
 /// the operands of matrix products are rounded to it; sums, softmax and the residual stream are f32.
+///
+/// ```
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::model::{Batch, Cache, Workspace};
+/// use dsmoe_core::{Inference, Model};
+/// use dsmoe_kernels::Precision;
+///
+/// let model = Inference::new(&Model::new(preset("tiny")?), Precision::Bf16);
+/// let (mut cache, mut workspace) = (Cache::new(&model, 8), Workspace::default());
+/// model.decode(&[1, 5], &mut cache, None, &mut workspace)?;
+/// let logits = model.decode(&[9], &mut cache, None, &mut workspace)?;
+/// assert_eq!((logits.len(), cache.len()), (model.config().vocab_size, 3));
+///
+/// let mut losses = [0.0; 3];
+/// let batch = Batch { inputs: &[1, 5, 9], targets: &[5, 9, 2], seq: 3 };
+/// model.score(&mut losses, batch, None, &mut workspace)?;
+/// assert!(losses.iter().all(|&loss| loss > 0.0));
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Inference {
     backend: Backend,

@@ -7,6 +7,21 @@ use crate::error::{Error, Result};
 use crate::model::tensors::check_input;
 
 /// What [`Inference::observe`] keeps.
+///
+/// ```
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::model::{Observe, Observed};
+/// use dsmoe_core::{Inference, Model};
+/// use dsmoe_kernels::Precision;
+///
+/// let model = Inference::new(&Model::new(preset("tiny")?), Precision::F32);
+/// let what = Observe { logits: 1, states: true, routes: false };
+/// let Observed { logits, states, .. } = model.observe(&[1, 5, 9], what)?;
+/// let config = model.config();
+/// assert_eq!(logits.len(), config.vocab_size);
+/// assert_eq!(states.len(), (config.num_layers + 1) * 3 * config.hidden);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Observe {
     /// Tokens at the end of the text whose logits are computed.
@@ -18,6 +33,8 @@ pub struct Observe {
 }
 
 /// What a pass over one text has computed.
+///
+/// [`Observe`] has an example.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Observed {
     /// `[logits, vocab]`: the logits after the last tokens.

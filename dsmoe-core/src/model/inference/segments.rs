@@ -5,6 +5,8 @@ use crate::error::Result;
 use crate::model::tensors::check_input;
 
 /// Context of a [`Segment`].
+///
+/// [`Segment`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum After {
     /// Nothing.
@@ -14,6 +16,26 @@ pub enum After {
 }
 
 /// Tokens of one sequence, one after the other in a batch.
+///
+/// ```
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::model::{After, Likelihood, Segment, Workspace};
+/// use dsmoe_core::{Inference, Model};
+/// use dsmoe_kernels::Precision;
+///
+/// let model = Inference::new(&Model::new(preset("tiny")?), Precision::F32);
+/// // Two continuations of one beginning, which runs once.
+/// let segments = [
+///     Segment { tokens: 2, after: After::Nothing },
+///     Segment { tokens: 1, after: After::Segment(0) },
+///     Segment { tokens: 1, after: After::Segment(0) },
+/// ];
+/// let (ids, targets) = ([1, 5, 9, 8], [(1, 9), (1, 8)]);
+/// let found: Vec<Likelihood> =
+///     model.likelihoods(&ids, &segments, &targets, None, &mut Workspace::default())?;
+/// assert!(found.iter().all(|likelihood| likelihood.log_probability < 0.0));
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// Number of tokens.
@@ -23,6 +45,8 @@ pub struct Segment {
 }
 
 /// Likelihood of a token at a place of the text.
+///
+/// [`Segment`] has an example.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Likelihood {
     /// Natural logarithm of its probability.

@@ -19,6 +19,8 @@ use crate::model::inference::{Inference, Workspace};
 use crate::model::tensors::{Batch, in_pool, logits_of};
 
 /// Weights of the losses of one micro-batch.
+///
+/// [`Teacher`] has an example.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepArgs {
     /// Factor of each token's loss: one over the predicted tokens of the whole optimiser step.
@@ -43,6 +45,8 @@ pub struct StepArgs {
 }
 
 /// Losses and checks of a micro-batch.
+///
+/// [`Model`](crate::Model) has an example.
 #[derive(Clone, Debug, Default)]
 pub struct StepOutput {
     /// Sum of the token losses, nats.
@@ -99,6 +103,29 @@ impl StepArgs {
 }
 
 /// A model on the host whose distributions of the next token another model learns.
+///
+/// ```
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::model::{Batch, StepArgs, Teacher, Teaching, TopRows, TrainWorkspace, Whole};
+/// use dsmoe_core::{Inference, Model};
+/// use dsmoe_kernels::Precision;
+///
+/// let student = Model::new(preset("tiny")?);
+/// let mut teacher = Teacher::new(Inference::new(&student, Precision::F32), 1.0, student.config())?;
+/// let mut rows = TopRows::default();
+/// teacher.most_likely(&[1, 5, 9, 2], 4, 8, &mut rows)?;
+/// assert_eq!(rows.ids.len(), 4 * 8);
+///
+/// let mut grads = vec![0.0; student.params().len()];
+/// let mut workspace = TrainWorkspace::new(&student, 4, Precision::F32);
+/// let batch = Batch { inputs: &[1, 5, 9, 2], targets: &[5, 9, 2, 7], seq: 4 };
+/// let mut units = Whole { params: student.params(), grads: &mut grads };
+/// let teaching = Teaching::Of(&mut teacher);
+/// let found = student.step_on(&mut units, (batch, teaching), &StepArgs::default(), &mut workspace)?;
+/// // A model agrees with itself.
+/// assert!(found.divergence_sum.abs() < 1e-3);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Teacher {
     model: Inference,
@@ -167,6 +194,8 @@ impl Teacher {
 }
 
 /// The most likely next tokens of a teacher, for every token of a batch.
+///
+/// [`Teacher`] has an example.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TopRows {
     /// `[tokens, top]`, the most likely first.
@@ -176,6 +205,8 @@ pub struct TopRows {
 }
 
 /// What a micro-batch learns from beside its text.
+///
+/// [`Teacher`] has an example.
 #[derive(Debug)]
 pub enum Teaching<'a> {
     /// Nothing.

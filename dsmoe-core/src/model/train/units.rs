@@ -6,6 +6,8 @@ use crate::error::Result;
 use crate::model::weights::{Params, Weights};
 
 /// The gradients of a unit, by their places in the arena.
+///
+/// [`Units`] has an example.
 #[derive(Debug)]
 pub struct Grads<'a> {
     first: usize,
@@ -24,6 +26,41 @@ impl<'a> Grads<'a> {
 }
 
 /// The parameters and gradients of a training pass.
+///
+/// ```
+/// use dsmoe_core::Result;
+/// use dsmoe_core::model::{Grads, Params, Units, Weights};
+///
+/// /// Arenas that count how often a unit is lent.
+/// struct Counted {
+///     params: Vec<f32>,
+///     grads: Vec<f32>,
+///     lent: usize,
+/// }
+///
+/// impl Weights for Counted {
+///     fn params(&mut self, _unit: usize) -> Result<Params<'_>> {
+///         self.lent += 1;
+///         Ok(Params::new(0, &self.params))
+///     }
+/// }
+///
+/// impl Units for Counted {
+///     fn grads(&mut self, _unit: usize) -> Grads<'_> {
+///         Grads::new(0, &mut self.grads)
+///     }
+///
+///     fn both(&mut self, _unit: usize) -> Result<(Params<'_>, Grads<'_>)> {
+///         self.lent += 1;
+///         Ok((Params::new(0, &self.params), Grads::new(0, &mut self.grads)))
+///     }
+/// }
+///
+/// let mut units = Counted { params: vec![0.0; 8], grads: vec![0.0; 8], lent: 0 };
+/// units.both(0)?;
+/// assert_eq!(units.lent, 1);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 pub trait Units: Weights {
     /// Lends the gradients of unit `unit`, as far as they are.
     fn grads(&mut self, unit: usize) -> Grads<'_>;
@@ -53,6 +90,8 @@ pub trait Units: Weights {
 }
 
 /// Whole arenas.
+///
+/// [`Teacher`](crate::model::Teacher) has an example.
 #[derive(Debug)]
 pub struct Whole<'a> {
     /// All parameters.

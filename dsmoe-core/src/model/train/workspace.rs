@@ -39,6 +39,8 @@ pub(crate) struct NormActs {
 }
 
 /// Activations and scratch of training in one precision, sized for a number of tokens and reused every step.
+///
+/// [`Teacher`](crate::model::Teacher) has an example.
 #[derive(Debug)]
 pub struct TrainWorkspace {
     pub(crate) precision: Precision,

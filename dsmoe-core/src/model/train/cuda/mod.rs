@@ -31,6 +31,23 @@ use crate::model::tensors::{Ranges, check_input, ffns_of, lay_out, set_threshold
 use crate::params::Layout;
 
 /// A model in training on a GPU: parameters, gradients, moments and activations.
+///
+/// ```no_run
+/// use dsmoe_core::Model;
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::model::StepArgs;
+/// use dsmoe_core::model::cuda::{CudaStep, CudaTrainer};
+///
+/// let model = Model::new(preset("tiny")?);
+/// let moments = vec![0.0; model.params().len()];
+/// let mut trainer = CudaTrainer::new(0, &model, &moments, &moments, 4, 4)?;
+/// trainer.begin()?;
+/// let args = StepArgs { loss_scale: 0.25, ..StepArgs::default() };
+/// trainer.micro_batch(&[1, 5, 9, 2], &[5, 9, 2, 7], 4, &args)?;
+/// let CudaStep { loss, .. } = trainer.finish(None)?;
+/// println!("loss {loss}");
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct CudaTrainer {
     gpu: Gpu,
@@ -70,6 +87,8 @@ struct Recording {
 }
 
 /// The results of a step's micro-batches.
+///
+/// [`CudaTrainer`] has an example.
 #[derive(Clone, Debug)]
 pub struct CudaStep {
     /// Sum of the token losses, nats.

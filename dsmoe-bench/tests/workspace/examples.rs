@@ -1,0 +1,99 @@
+//! Every public type of the libraries has an example in its documentation, or leads to one that names it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use regex::Regex;
+
+use crate::source_folder;
+
+/// Public types that no program can name: an argument of a trait's method that only this workspace calls.
+const UNNAMED: [&str; 1] = ["Lessons"];
+
+/// A public type and its documentation.
+struct Documented {
+    place: PathBuf,
+    /// The code of its examples.
+    code: String,
+    /// The type whose example it is part of.
+    leads_to: Option<String>,
+}
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            found.extend(sources(&path));
+        } else if path.extension().is_some_and(|ending| ending == "rs") {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// Returns the code of the examples in the lines of a documentation comment. Blocks of text are none.
+fn code_of(documentation: &[&str]) -> String {
+    let mut code = String::new();
+    let mut block: Option<bool> = None;
+    for line in documentation {
+        block = match (line.trim().strip_prefix("```"), block) {
+            (Some(kind), None) => Some(["", "no_run"].contains(&kind)),
+            (Some(_), Some(_)) => None,
+            (None, Some(true)) => {
+                code.extend([line, "\n"]);
+                block
+            }
+            (None, _) => block,
+        };
+    }
+    code
+}
+
+/// The public types of a crate. A type that is declared public can be reached: the lint `unreachable_pub` sees to that.
+fn types(package: &str) -> BTreeMap<String, Vec<Documented>> {
+    let declared = Regex::new(r"^ {0,4}pub (?:struct|enum|trait|type|union) (\w+)").expect("a pattern");
+    let link = Regex::new(r"^\[`(\w+)`\](?:\(crate::[\w:]+\))? has an example\.$").expect("a pattern");
+    let mut found: BTreeMap<String, Vec<Documented>> = BTreeMap::new();
+    for path in sources(&source_folder(package)) {
+        let text = fs::read_to_string(&path).expect("a source");
+        let text = text.split("#[cfg(test)]\nmod tests {").next().expect("the text before the tests");
+        let mut documentation: Vec<&str> = Vec::new();
+        for line in text.lines() {
+            if let Some(words) = line.trim_start().strip_prefix("///") {
+                documentation.push(words.strip_prefix(' ').unwrap_or(words));
+            } else if let Some(found_in) = declared.captures(line) {
+                let code = code_of(&documentation);
+                let leads_to = documentation.iter().find_map(|line| Some(link.captures(line)?[1].to_owned()));
+                let documented = Documented { place: path.clone(), code, leads_to };
+                found.entry(found_in[1].to_owned()).or_default().push(documented);
+                documentation.clear();
+            } else if !line.trim_start().starts_with(['#', ')']) {
+                documentation.clear();
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn every_public_type_of_the_libraries_has_an_example() {
+    let mut without = Vec::new();
+    let mut count = 0;
+    for package in ["dsmoe-core", "dsmoe-router", "dsmoe-train"] {
+        let types = types(package);
+        for (name, all) in types.iter().filter(|(name, _)| !UNNAMED.contains(&&name[..])) {
+            let word = Regex::new(&format!(r"\b{name}\b")).expect("a pattern");
+            for Documented { place, code, leads_to } in all {
+                count += 1;
+                let others = leads_to.iter().filter_map(|other| types.get(other)).flatten();
+                if code.is_empty() && !others.into_iter().any(|other| word.is_match(&other.code)) {
+                    without.push(format!("{}: {name}", place.display()));
+                }
+            }
+        }
+    }
+    assert!(count > 200, "{count} types");
+    assert!(without.is_empty(), "no example in the documentation of\n{}", without.join("\n"));
+}
