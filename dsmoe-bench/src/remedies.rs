@@ -64,7 +64,7 @@ mod tests {
         }
         let flags = flags(&Cli::command());
         let settings = "accumulate batch bos cache data device doc_separator dtype experts force hold lanes lr out partition \
-            profile resume samples seq shots_file teacher steps stride task_file temperature text_column threads tokens top_p valid_fraction vocab_size zero";
+            profile resume samples seq shots shots_file teacher steps stride task_file temperature text_column threads tokens top_p valid_fraction vocab_size zero";
         for setting in settings.split_whitespace() {
             assert!(flags.contains(&flag(setting)), "{setting}");
         }

@@ -62,6 +62,8 @@ pub(crate) fn task(text: &str, place: &str, file: Option<&Path>) -> Result<Task>
         |name: &String| stored.columns.get(name).map_or_else(|| Ok(Column::plain(name)), |c| column(name, c));
     stored.alike.iter().try_for_each(|name| check_column("alike", name)).map_err(wrong)?;
     let alike = stored.alike.as_ref().map(column).transpose().map_err(wrong)?;
+    stored.group.iter().try_for_each(|name| check_column("group", name)).map_err(wrong)?;
+    let group = stored.group.as_ref().map(column).transpose().map_err(wrong)?;
     let folder = file.and_then(Path::parent).unwrap_or(Path::new(""));
     let seen = |files: &[PathBuf]| files.iter().map(|path| folder.join(path)).collect();
     let wrong_file = match file {
@@ -78,8 +80,10 @@ pub(crate) fn task(text: &str, place: &str, file: Option<&Path>) -> Result<Task>
         version: stored.version,
         shots: stored.shots,
         spare_shot: stored.spare_shot,
+        shot_split: leak(&stored.shot_split),
         sampler: stored.sampler,
         alike,
+        group,
         reads_lines: stored.lines,
         logs_choices: stored.log_choices,
         files: [seen(&stored.files), seen(&stored.shot_files)],
@@ -167,8 +171,22 @@ fn check_keys(stored: &Stored, strict: bool) -> Wrong<()> {
     if stored.shots > 0 && output == LoglikelihoodRolling {
         return Err("shots: texts that are measured as a whole have no examples; remove it".to_owned());
     }
-    if stored.shots == 0 && (stored.spare_shot || stored.alike.is_some() || !stored.shot_files.is_empty()) {
-        return Err("shots: is 0, and other keys describe examples; set it or remove them".to_owned());
+    if output == LoglikelihoodRolling
+        && (stored.spare_shot || stored.alike.is_some() || !stored.shot_files.is_empty())
+    {
+        return Err(
+            "spare_shot, alike, shot_files: describe examples, and texts that are measured as a whole have \
+                    none; remove them"
+                .to_owned(),
+        );
+    }
+    if stored.group.is_some() && output == LoglikelihoodRolling {
+        return Err("group: texts that are measured as a whole have no groups; remove it".to_owned());
+    }
+    if stored.shot_split.is_empty() || !stored.shot_split.chars().all(|c| c.is_ascii_lowercase()) {
+        return Err(
+            "shot_split: is not a word; use one of small letters, as in the names of files".to_owned()
+        );
     }
     if stored.alike.is_some() && stored.sampler != Sampler::First {
         return Err("alike: stands beside a random sampler; add sampler = \"first\"".to_owned());

@@ -110,16 +110,22 @@ fn rate(path: &Path, base: &Path, task: &Task, split: Split) -> Option<(usize, S
     let name = words(&stem(path));
     let folders = words(&folders.join(" "));
     let says = |words: &[String], split: &[&str]| words.iter().any(|word| split.contains(&&word[..]));
+    // The examples of a task may be of a split with a name of its own.
+    let (own_word, usual) = ([task.shot_split], Split::Train.name());
+    let (of_split, stand_ins) = match split {
+        Split::Train if task.shot_split != usual => (&own_word[..], &[][..]),
+        _ => (split.words(), split.stand_ins()),
+    };
     let is_split = |given: &[&str]| says(&name, given) || (!says_split(&name) && says(&folders, given));
-    let stand_in = !is_split(split.words());
-    if stand_in && !is_split(split.stand_ins()) {
+    let stand_in = !is_split(of_split);
+    if stand_in && !is_split(stand_ins) {
         return None;
     }
     let config = words(&task.subset);
     let own = words(&task.folders.join(" "));
     let all: Vec<&String> = folders.iter().chain(&name).filter(|word| !is_shard(word)).collect();
     let known = |word: &str| {
-        let split = [split.words(), split.stand_ins()].concat();
+        let split = [of_split, stand_ins].concat();
         let usual = ["data", "default", "of"];
         split.contains(&word) || usual.contains(&word) || config.iter().chain(&own).any(|own| own == word)
     };

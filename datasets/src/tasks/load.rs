@@ -7,8 +7,9 @@ use std::sync::Arc;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
+use super::column::Column;
 use super::files::{find, task_folder};
-use super::form::Form;
+use super::form::{Form, Question};
 use super::item::{Ask, Item};
 use super::profile::Profile;
 use super::random::Random;
@@ -67,6 +68,28 @@ impl TaskFiles {
         Ok(None)
     }
 
+    /// Finds the files that examples are drawn from, with the name of their split: the training split, or the validation
+    /// split of a task whose test split `scored` is scored.
+    fn examples(
+        &self,
+        task: &Task,
+        scored: (Split, &[PathBuf]),
+    ) -> Result<Option<(&'static str, Vec<PathBuf>)>> {
+        if let Some(files) = self.find(task, Split::Train)? {
+            return Ok(Some((task.shot_split, files)));
+        }
+        let (split, scored) = scored;
+        match &self.folder {
+            Some(folder)
+                if split == Split::Test && !(self.files.contains_key(task.name) || task.has_files()) =>
+            {
+                let files = find(folder, task, Split::Validation)?.filter(|files| files != scored);
+                Ok(files.map(|files| (Split::Validation.name(), files)))
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// Returns the files of a split of a task.
     fn find(&self, task: &Task, split: Split) -> Result<Option<Vec<PathBuf>>> {
         let named = if split == Split::Train { &self.shot_files } else { &self.files };
@@ -98,11 +121,13 @@ pub struct Options {
     pub limit: Option<usize>,
     /// Tokens of a generated answer at the most.
     pub max_new_tokens: usize,
+    /// Examples shown before each question, in place of the task's own number.
+    pub shots: Option<usize>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { profile: Profile::default(), limit: None, max_new_tokens: MAX_NEW_TOKENS }
+        Options { profile: Profile::default(), limit: None, max_new_tokens: MAX_NEW_TOKENS, shots: None }
     }
 }
 
@@ -116,6 +141,8 @@ pub struct Document {
     /// The questions to a model.
     pub requests: Vec<Request>,
     pub(crate) item: Item,
+    /// The part of the task that it belongs to, where the task has parts.
+    pub(crate) group: Option<String>,
 }
 
 /// Serialises paths as text, in which bytes that are not UTF-8 become U+FFFD.
@@ -146,17 +173,19 @@ pub struct Loaded {
     pub(crate) profile: Profile,
     pub(crate) rules: Rules,
     pub(crate) documents: Vec<Document>,
+    pub(crate) shots: usize,
     pub(crate) original: usize,
     pub(crate) origin: Origin,
 }
 
 impl Loaded {
-    /// Reads the rows of `task` and writes its prompts. Without files of a test split the validation split is scored;
-    /// without a training split examples come from the scored split, never the document itself.
+    /// Reads the rows of `task` and writes its prompts. Without files of a test split the validation split is scored.
+    /// Examples come from the training split; without one those of a test split come from the validation split, else they
+    /// come from the scored split, never the document itself.
     ///
     /// # Errors
-    /// No files, files that are not the task's, too few rows to draw examples from, or a profile without the task.
-    /// Each names the file, the row and a remedy.
+    /// No files, files that are not the task's, too few rows to draw examples from, examples of a task that has none, or a
+    /// profile without the task. Each names the file, the row and a remedy.
     pub fn load(task: &'static Task, source: &TaskFiles, options: &Options) -> Result<Loaded> {
         let form = task.form(options.profile)?;
         let Some((split, files)) = source.scored(task)? else {
@@ -166,20 +195,20 @@ impl Loaded {
                 format!("put them into its folder, or name them: {{task_file}} {}=FILE", task.name),
             ));
         };
-        let shot_files = if task.shots > 0 { source.find(task, Split::Train)? } else { None };
-        let mut builder = Builder::new(task, form, options, shot_files.is_none());
+        let shots = shots(task, form, options)?;
+        let examples = if shots > 0 { source.examples(task, (split, &files))? } else { None };
+        let mut builder = Builder::new(task, form, options, (shots, examples.is_none()));
         for file in &files {
             read_rows(file, task.wrong_file, &mut |row| builder.document(row))?;
         }
-        for file in shot_files.iter().flatten() {
+        for file in examples.iter().flat_map(|(_, files)| files) {
             read_rows(file, task.wrong_file, &mut |row| builder.example(&row))?;
         }
         builder.origin = Origin {
             split: split.name(),
             files,
-            shot_split: (task.shots > 0)
-                .then(|| if shot_files.is_some() { Split::Train } else { split }.name()),
-            shot_files: shot_files.unwrap_or_default(),
+            shot_split: (shots > 0).then(|| examples.as_ref().map_or(split.name(), |(split, _)| *split)),
+            shot_files: examples.map(|(_, files)| files).unwrap_or_default(),
         };
         builder.finish(task.name.to_owned())
     }
@@ -196,12 +225,14 @@ impl Loaded {
         examples: impl IntoIterator<Item = Map<String, Value>>,
         options: &Options,
     ) -> Result<Loaded> {
-        let mut builder = Builder::new(task, task.form(options.profile)?, options, false);
+        let form = task.form(options.profile)?;
+        let shots = shots(task, form, options)?;
+        let mut builder = Builder::new(task, form, options, (shots, false));
         let place: Arc<Path> = Path::new(place).into();
         for (number, fields) in (1..).zip(rows) {
             builder.document(Row::new(fields, Arc::clone(&place), number, task.wrong_file))?;
         }
-        if task.shots > 0 {
+        if shots > 0 {
             for (number, fields) in (1..).zip(examples) {
                 builder.example(&Row::new(fields, Arc::clone(&place), number, task.wrong_file))?;
             }
@@ -209,7 +240,7 @@ impl Loaded {
         builder.origin = Origin {
             split: task.split.name(),
             files: vec![place.to_path_buf()],
-            shot_split: (task.shots > 0).then_some(Split::Train.name()),
+            shot_split: (shots > 0).then_some(Split::Train.name()),
             shot_files: Vec::new(),
         };
         builder.finish(name.to_owned())
@@ -235,6 +266,11 @@ impl Loaded {
         &self.documents
     }
 
+    /// Returns how many examples stand before each question.
+    pub fn shots(&self) -> usize {
+        self.shots
+    }
+
     /// Documents there are without a limit.
     pub fn original(&self) -> usize {
         self.original
@@ -246,10 +282,23 @@ impl Loaded {
     }
 }
 
+/// Returns how many examples are shown before each question.
+fn shots(task: &Task, form: &Form, options: &Options) -> Result<usize> {
+    match options.shots {
+        Some(1..) if matches!(form.question, Question::Rolling { .. }) => Err(Error::task(
+            task.name,
+            "texts that are measured as a whole have no examples",
+            "leave the task out, or give no {shots}",
+        )),
+        given => Ok(given.unwrap_or(task.shots)),
+    }
+}
+
 struct Builder {
     task: &'static Task,
     form: &'static Form,
     options: Options,
+    shots: usize,
     /// Examples come from the scored documents.
     own_examples: bool,
     rows: Vec<Asked>,
@@ -266,6 +315,7 @@ struct Asked {
     description: String,
     /// The value that examples of a document share with it.
     alike: Option<String>,
+    group: Option<String>,
 }
 
 /// A document that may be shown before a question.
@@ -275,10 +325,15 @@ struct Example {
 }
 
 impl Builder {
-    fn new(task: &'static Task, form: &'static Form, options: &Options, without_examples: bool) -> Builder {
-        let own_examples = task.shots > 0 && without_examples;
+    fn new(
+        task: &'static Task,
+        form: &'static Form,
+        options: &Options,
+        (shots, without_examples): (usize, bool),
+    ) -> Builder {
+        let own_examples = shots > 0 && without_examples;
         let (rows, examples, origin) = (Vec::new(), Vec::new(), Origin::default());
-        Builder { task, form, options: *options, own_examples, rows, examples, seen: 0, origin }
+        Builder { task, form, options: *options, shots, own_examples, rows, examples, seen: 0, origin }
     }
 
     fn old(&self) -> bool {
@@ -297,16 +352,16 @@ impl Builder {
             self.examples.push(Example { item: item.clone(), alike: alike.clone() });
         }
         if self.seen <= limit || self.old() {
-            let description = self.form.description(&row)?;
-            self.rows.push(Asked { fields: self.logged(row, &item), item, description, alike });
+            let (description, group) =
+                (self.form.description(&row)?, text_of(self.task.group.as_ref(), &row)?);
+            self.rows.push(Asked { fields: self.logged(row, &item), item, description, alike, group });
         }
         Ok(())
     }
 
     /// Returns what the examples of a row are alike in.
     fn alike(&self, row: &Row) -> Result<Option<String>> {
-        let column = self.task.alike.as_ref();
-        column.map(|column| Ok(column.text(row)?.into_owned())).transpose()
+        text_of(self.task.alike.as_ref(), row)
     }
 
     /// Returns the row as samples show it.
@@ -331,7 +386,7 @@ impl Builder {
 
     fn finish(mut self, name: String) -> Result<Loaded> {
         let wrong = |reason: String, help: String| Error::task(&name, reason, help);
-        let shots = self.task.shots;
+        let shots = self.shots;
         if self.rows.is_empty() {
             let files = self.origin.files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>();
             return Err(wrong(format!("no row in {}", files.join(", ")), "give a file with rows".into()));
@@ -350,28 +405,54 @@ impl Builder {
             random.shuffle(&mut self.rows);
             self.rows.truncate(self.options.limit.unwrap_or(usize::MAX));
         }
-        let max_tokens = self.options.max_new_tokens;
+        let (max_tokens, old) = (self.options.max_new_tokens, self.old());
         let Builder { task, form, examples, rows, .. } = self;
         let rules = form.rules.clone();
-        let document = |(id, Asked { fields, item, description, alike }): (usize, Asked)| {
-            let mut before = description;
-            let picked = match task.sampler {
+        let document = |(id, asked): (usize, Asked)| {
+            let Asked { fields, item, description, alike, group } = asked;
+            let fits = |&i: &usize| examples[i].alike == alike && (!spare || examples[i].item != item);
+            let mut picked: Vec<usize> = match task.sampler {
                 Sampler::Random => random.sample(examples.len().max(drawn), drawn),
                 Sampler::First if shots > 0 => (0..examples.len()).collect(),
                 Sampler::First => Vec::new(),
             };
-            let fits = |example: &&Example| example.alike == alike && (!spare || example.item != item);
-            for Example { item, .. } in picked.iter().map(|&i| &examples[i]).filter(fits).take(shots) {
+            picked.retain(fits);
+            // A document that is there several times may have been drawn several times.
+            if picked.len() < shots && task.sampler == Sampler::Random {
+                let others: Vec<usize> = (0..examples.len()).filter(fits).collect();
+                if others.len() >= shots {
+                    picked = random.sample(others.len(), shots).into_iter().map(|i| others[i]).collect();
+                }
+            }
+            if picked.len() < shots && task.sampler == Sampler::First {
+                let of = alike.map(|value| format!(" of {value}")).unwrap_or_default();
+                return Err(Error::task(
+                    &name,
+                    format!("document {id}: {} examples{of}, and {shots} are asked for", picked.len()),
+                    format!("ask for fewer, or name a larger file: {{shots_file}} {}=FILE", task.name),
+                ));
+            }
+            let mut before = description;
+            for Example { item, .. } in picked.iter().take(shots).map(|&i| &examples[i]) {
                 before += &item.prompt;
+                // The space of a last word belongs to it; later releases put one more before it.
+                if matches!(item.ask, Ask::LastWord { .. }) && !old {
+                    before.push(' ');
+                }
                 before += item.shown.as_deref().unwrap_or_default();
                 before += &rules.delimiter;
             }
-            Document { id, requests: requests(&before, &item, &rules, max_tokens), fields, item }
+            Ok(Document { id, requests: requests(&before, &item, &rules, max_tokens), fields, item, group })
         };
-        let documents = rows.into_iter().enumerate().map(document).collect();
+        let documents = rows.into_iter().enumerate().map(document).collect::<Result<_>>()?;
         let (profile, original, origin) = (self.options.profile, self.seen, self.origin);
-        Ok(Loaded { task, name, profile, rules, documents, original, origin })
+        Ok(Loaded { task, name, profile, rules, documents, shots, original, origin })
     }
+}
+
+/// Returns the text of a column, where there is one.
+fn text_of(column: Option<&Column>, row: &Row) -> Result<Option<String>> {
+    column.map(|column| Ok(column.text(row)?.into_owned())).transpose()
 }
 
 /// Returns the questions of a document, with `before` in front of each.

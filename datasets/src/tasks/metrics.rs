@@ -92,6 +92,13 @@ fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
+/// Computes the standard error of the mean over several groups of documents from those of the groups, as the harness does.
+pub(crate) fn pooled(errors: &[f64], sizes: &[usize]) -> f64 {
+    let all: usize = sizes.iter().sum();
+    let squares = errors.iter().zip(sizes).map(|(error, &n)| (n - 1) as f64 * error * error * n as f64);
+    (squares.sum::<f64>() / (all - sizes.len()) as f64 / all as f64).sqrt()
+}
+
 fn perplexity(values: &[f64]) -> f64 {
     (-mean(values)).exp()
 }

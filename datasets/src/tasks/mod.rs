@@ -47,7 +47,7 @@ pub use profile::Profile;
 pub use registry::{add_task, add_task_file, definitions, tasks};
 pub use report::sha256;
 pub use request::{MAX_NEW_TOKENS, Request, Response, cut};
-pub use score::{Score, Scored};
+pub use score::{Group, Score, Scored};
 pub use split::Split;
 pub use task::Task;
 pub use text::strip_end;

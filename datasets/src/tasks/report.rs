@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 use super::item::Ask;
 use super::load::Loaded;
 use super::request::{Request, Response};
-use super::score::{Sample, Scored};
+use super::score::{Sample, Score, Scored};
 use super::text::{float, repr_list};
 use crate::files::hex;
 
@@ -18,16 +18,15 @@ pub fn sha256(text: &str) -> String {
 impl Loaded {
     /// Returns the task's object under `results`: `"acc,none"` and so on.
     pub fn results(&self, scored: &Scored) -> Value {
-        let mut fields = Map::new();
-        fields.insert("name".into(), self.name.clone().into());
-        fields.insert("alias".into(), self.name.clone().into());
-        fields.insert("sample_len".into(), self.documents.len().into());
-        for score in &scored.scores {
-            fields.insert(format!("{},{}", score.metric, score.filter), score.value.into());
-            let stderr = score.stderr.map_or_else(|| "N/A".into(), Value::from);
-            fields.insert(format!("{}_stderr,{}", score.metric, score.filter), stderr);
-        }
-        Value::Object(fields)
+        results((&self.name, &self.name), self.documents.len(), &scored.scores)
+    }
+
+    /// Returns the objects under `results` of the parts of the task, by their names.
+    pub fn group_results<'s>(&'s self, scored: &'s Scored) -> impl Iterator<Item = (&'s str, Value)> {
+        scored.groups.iter().map(|group| {
+            let part = group.name.strip_prefix(&self.name).unwrap_or(&group.name).trim_start_matches('_');
+            (group.name.as_str(), results((&group.name, part), group.documents, &group.scores))
+        })
     }
 
     /// Returns the task's object under `configs`.
@@ -45,7 +44,7 @@ impl Loaded {
             "split": self.origin.split,
             "fewshot_split": self.origin.shot_split,
             "fewshot_files": self.origin.shot_files,
-            "num_fewshot": self.task.shots,
+            "num_fewshot": self.shots,
             "description": self.rules.description.source(),
             "target_delimiter": " ",
             "fewshot_delimiter": self.rules.delimiter,
@@ -130,6 +129,20 @@ impl Loaded {
         }
         row
     }
+}
+
+/// Returns an object under `results`.
+fn results((name, alias): (&str, &str), documents: usize, scores: &[Score]) -> Value {
+    let mut fields = Map::new();
+    fields.insert("name".into(), name.into());
+    fields.insert("alias".into(), alias.into());
+    fields.insert("sample_len".into(), documents.into());
+    for score in scores {
+        fields.insert(format!("{},{}", score.metric, score.filter), score.value.into());
+        let stderr = score.stderr.map_or_else(|| "N/A".into(), Value::from);
+        fields.insert(format!("{}_stderr,{}", score.metric, score.filter), stderr);
+    }
+    Value::Object(fields)
 }
 
 /// Returns a response as samples show it: everything is text.

@@ -1,9 +1,11 @@
 //! From responses to metrics.
 
+use std::collections::BTreeMap;
+
 use super::filter::Filter;
 use super::item::{Ask, Item};
 use super::load::Loaded;
-use super::metrics::{Metric, Part, argmax};
+use super::metrics::{Metric, Part, argmax, pooled};
 use super::request::{Request, Response};
 use super::rules::Rules;
 
@@ -27,9 +29,22 @@ pub struct Score {
 pub struct Scored {
     /// The metrics.
     pub scores: Vec<Score>,
+    /// The parts of a task that consists of several, by name: `mmlu` of its subjects.
+    pub groups: Vec<Group>,
     /// Documents that could not be scored, by id, and why; they count in no metric.
     pub unscored: Vec<(usize, String)>,
     pub(crate) samples: Vec<Sample>,
+}
+
+/// The scores of a part of a task.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Group {
+    /// The name: that of the task, then that of the part, as in `mmlu_anatomy`.
+    pub name: String,
+    /// Documents that were scored.
+    pub documents: usize,
+    /// The metrics.
+    pub scores: Vec<Score>,
 }
 
 /// A document under one filter.
@@ -50,7 +65,8 @@ impl Loaded {
     /// The lists do not fit the documents and their requests.
     pub fn score(&self, responses: &[Vec<Result<Response, String>>]) -> Scored {
         assert_eq!(responses.len(), self.documents.len(), "{}: responses and documents", self.name);
-        let mut scored = Scored { scores: Vec::new(), unscored: Vec::new(), samples: Vec::new() };
+        let mut scored =
+            Scored { scores: Vec::new(), groups: Vec::new(), unscored: Vec::new(), samples: Vec::new() };
         let mut answered = Vec::new();
         for (i, (document, responses)) in self.documents.iter().zip(responses).enumerate() {
             assert_eq!(responses.len(), document.requests.len(), "{}: responses to document {i}", self.name);
@@ -69,16 +85,46 @@ impl Loaded {
             if answered.is_empty() {
                 continue;
             }
+            let samples = &scored.samples[first..];
+            let groups = self.groups(samples);
             for (at, metric) in self.rules.metrics.iter().enumerate() {
-                let parts: Vec<Part> = scored.samples[first..].iter().map(|s| s.parts[at].1).collect();
-                let (value, stderr) = metric.aggregate(&parts);
-                let higher_is_better = metric.higher_is_better();
-                let score =
-                    Score { metric: metric.name(), filter: filter.name, value, stderr, higher_is_better };
-                scored.scores.push(score);
+                let score = |samples: &[&Sample]| {
+                    let parts: Vec<Part> = samples.iter().map(|sample| sample.parts[at].1).collect();
+                    let (value, stderr) = metric.aggregate(&parts);
+                    let higher_is_better = metric.higher_is_better();
+                    Score { metric: metric.name(), filter: filter.name, value, stderr, higher_is_better }
+                };
+                let mut whole = score(&samples.iter().collect::<Vec<_>>());
+                let scores: Vec<Score> = groups.values().map(|samples| score(samples)).collect();
+                if !scores.is_empty() {
+                    let errors: Option<Vec<f64>> = scores.iter().map(|score| score.stderr).collect();
+                    let sizes: Vec<usize> = groups.values().map(Vec::len).collect();
+                    whole.stderr = errors.map(|errors| pooled(&errors, &sizes));
+                }
+                scored.scores.push(whole);
+                for ((name, samples), score) in groups.iter().zip(scores) {
+                    let name = format!("{}_{}", self.name, name.replace(' ', "_"));
+                    match scored.groups.iter_mut().find(|group| group.name == name) {
+                        Some(group) => group.scores.push(score),
+                        None => {
+                            scored.groups.push(Group { name, documents: samples.len(), scores: vec![score] });
+                        }
+                    }
+                }
             }
         }
         scored
+    }
+
+    /// Divides samples by the parts of the task; none where it has no parts.
+    fn groups<'s>(&self, samples: &'s [Sample]) -> BTreeMap<&str, Vec<&'s Sample>> {
+        let mut groups: BTreeMap<&str, Vec<&Sample>> = BTreeMap::new();
+        for sample in samples {
+            if let Some(group) = &self.documents[sample.document].group {
+                groups.entry(group).or_default().push(sample);
+            }
+        }
+        groups
     }
 }
 

@@ -37,10 +37,16 @@ pub(crate) struct Stored {
     pub(crate) shots: usize,
     #[serde(default)]
     pub(crate) spare_shot: bool,
+    /// The split of the examples, as file names say it.
+    #[serde(default = "train")]
+    pub(crate) shot_split: String,
     #[serde(default)]
     pub(crate) sampler: Sampler,
     #[serde(default)]
     pub(crate) alike: Option<String>,
+    /// The column whose values name the tasks that this one consists of.
+    #[serde(default)]
+    pub(crate) group: Option<String>,
     #[serde(default)]
     pub(crate) columns: BTreeMap<String, StoredColumn>,
     #[serde(default)]
@@ -87,6 +93,10 @@ pub(crate) struct Stored {
 
 fn validation() -> Split {
     Split::Validation
+}
+
+fn train() -> String {
+    Split::Train.name().to_owned()
 }
 
 fn blank_line() -> String {

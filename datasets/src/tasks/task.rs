@@ -26,14 +26,18 @@ pub struct Task {
     pub split: Split,
     /// Version of the harness's definition.
     pub version: f64,
-    /// Examples shown before each question.
+    /// Examples shown before each question, unless [`Options::shots`](super::Options::shots) says otherwise.
     pub shots: usize,
     /// True if one example more is drawn, and the document itself left out if it is among them.
     pub(crate) spare_shot: bool,
+    /// The split of the examples, as file names say it.
+    pub(crate) shot_split: &'static str,
     /// How examples are chosen.
     pub(crate) sampler: Sampler,
     /// The column in which examples are like the document.
     pub(crate) alike: Option<Column>,
+    /// The column whose values name the tasks that this one consists of.
+    pub(crate) group: Option<Column>,
     /// True if the lines of a text file are its rows.
     pub(crate) reads_lines: bool,
     /// True if samples show the question and the choices of a row.

@@ -103,6 +103,10 @@ pub(crate) struct Eval {
     /// File with the examples in prompts, in place of those in the folder
     #[arg(long, value_name = "TASK=FILE", conflicts_with = "data", help_heading = BENCHMARKS)]
     pub(crate) shots_file: Vec<TaskFile>,
+    /// Examples before each question, from the training split of the benchmark [default: the benchmark's own number: 5 for
+    /// gsm8k, nq_open, triviaqa and webqs, else 0]
+    #[arg(long, value_name = "N", conflicts_with = "data", requires = "tasks", help_heading = BENCHMARKS)]
+    pub(crate) shots: Option<usize>,
     /// Release of lm-evaluation-harness whose prompts and scores to follow; dsmoe is 0.4.12 with WebQuestions corrected
     #[arg(long, value_name = "NAME", default_value = "dsmoe", conflicts_with = "data", help_heading = BENCHMARKS,
         value_parser = words::<Profile>(&PROFILES))]

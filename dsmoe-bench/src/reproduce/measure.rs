@@ -278,7 +278,7 @@ pub(crate) fn tasks(
         scores.push(TaskScore {
             task: loaded.task().name.to_owned(),
             metric: format!("{},{}", main.metric, main.filter),
-            shots: loaded.task().shots,
+            shots: loaded.shots(),
             items: by_item.len(),
             value: main.value,
             stderr: main.stderr,

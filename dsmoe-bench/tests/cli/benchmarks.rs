@@ -117,6 +117,18 @@ fn limits_files_profiles_and_all() {
         "eval dense --tasks gsm8k --task-data options-data --shots-file gsm8k=options-data/gsm8k/test.jsonl",
         &["3 rows to draw 5 examples from"],
     );
+    let fewer = json_of(
+        "eval dense --tasks gsm8k --task-data options-data --shots-file gsm8k=options-data/gsm8k/test.jsonl --shots 2 \
+         --max-new-tokens 4",
+    );
+    assert_eq!(
+        (&fewer["n-shot"]["gsm8k"], &fewer["configs"]["gsm8k"]["num_fewshot"]),
+        (&json!(2), &json!(2))
+    );
+    fails(
+        "eval dense --tasks wikitext --task-data options-data --shots 1",
+        &["have no examples", "give no --shots"],
+    );
 
     let line = "eval dense --tasks all --task-data options-data --json --max-new-tokens 16";
     let all = run(line);

@@ -231,6 +231,7 @@ def evaluate(
     task_data: Path | None = None,
     task_file: Mapping[str, Path] | None = None,
     shots_file: Mapping[str, Path] | None = None,
+    shots: int | None = None,
     profile: str | None = None,
     strict: bool = False,
     limit: int | None = None,

@@ -112,7 +112,12 @@ fn load(args: &Eval, ui: &Ui) -> Result<(Vec<Loaded>, Vec<LeftOut>)> {
         files: named_files(&args.task_file)?,
         shot_files: named_files(&args.shots_file)?,
     };
-    let options = Options { profile: args.profile, limit: args.limit, max_new_tokens: args.max_new_tokens };
+    let options = Options {
+        profile: args.profile,
+        limit: args.limit,
+        max_new_tokens: args.max_new_tokens,
+        shots: args.shots,
+    };
     let mut tasks: Vec<&'static Task> = Vec::new();
     let mut loaded: Vec<Loaded> = Vec::new();
     let mut left_out = Vec::new();

@@ -88,6 +88,16 @@ impl TaskResults<'_> {
             let entries = self.tasks.iter().map(|task| (task.loaded.name().to_owned(), value(task)));
             Value::Object(entries.collect::<Map<_, _>>())
         };
+        let mut results = Map::new();
+        let mut groups = Map::new();
+        for TaskResult { loaded, scored, .. } in &self.tasks {
+            results.insert(loaded.name().to_owned(), loaded.results(scored));
+            results.extend(loaded.group_results(scored).map(|(name, value)| (name.to_owned(), value)));
+            if !scored.groups.is_empty() {
+                let names: Vec<&str> = scored.groups.iter().map(|group| &group.name[..]).collect();
+                groups.insert(loaded.name().to_owned(), names.into());
+            }
+        }
         let config = self.model.config();
         let token = |id: Option<u32>| -> Result<Value> {
             Ok(match id {
@@ -102,11 +112,11 @@ impl TaskResults<'_> {
         };
         let date = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         Ok(json!({
-            "results": by_task(&|task| task.loaded.results(&task.scored)),
-            "group_subtasks": {},
+            "results": results,
+            "group_subtasks": groups,
             "configs": by_task(&|task| task.loaded.config()),
             "versions": by_task(&|task| task.loaded.task().version.into()),
-            "n-shot": by_task(&|task| task.loaded.task().shots.into()),
+            "n-shot": by_task(&|task| task.loaded.shots().into()),
             "higher_is_better": by_task(&|task| task.loaded.higher_is_better()),
             "n-samples": by_task(&|task| task.loaded.sample_counts(&task.scored)),
             "config": {
@@ -194,18 +204,22 @@ impl TaskResults<'_> {
     pub(super) fn show(&self) -> String {
         let mut table = Table::new(["task", "version", "shots", "filter", "metric", "value", "stderr", "n"]);
         for TaskResult { loaded, scored, .. } in &self.tasks {
-            for score in &scored.scores {
-                let effective = loaded.documents().len() - scored.unscored.len();
-                table.row([
-                    loaded.name().to_owned(),
-                    loaded.task().version.to_string(),
-                    loaded.task().shots.to_string(),
-                    score.filter.to_owned(),
-                    score.metric.to_owned(),
-                    number(score.value),
-                    format::or_dash(score.stderr, number),
-                    format::count(effective as u64),
-                ]);
+            let effective = loaded.documents().len() - scored.unscored.len();
+            let whole = (loaded.name(), effective, &scored.scores);
+            let groups = scored.groups.iter().map(|group| (&group.name[..], group.documents, &group.scores));
+            for (name, documents, scores) in std::iter::once(whole).chain(groups) {
+                for score in scores {
+                    table.row([
+                        name.to_owned(),
+                        loaded.task().version.to_string(),
+                        loaded.shots().to_string(),
+                        score.filter.to_owned(),
+                        score.metric.to_owned(),
+                        number(score.value),
+                        format::or_dash(score.stderr, number),
+                        format::count(documents as u64),
+                    ]);
+                }
             }
         }
         for LeftOut { task, reason, .. } in &self.left_out {
