@@ -15,6 +15,7 @@ fmt:
 lint:
     cargo clippy {{all}} --all-targets -- -D warnings
 
+# The API of all crates; target/doc/dsmoe_bench/index.html leads to them.
 docs:
     RUSTDOCFLAGS="-D warnings" cargo doc {{all}} --no-deps
 
@@ -48,7 +49,7 @@ deny:
 
 # What would be published, built from the packages alone.
 package:
-    cargo package --workspace --locked
+    cargo publish --workspace --dry-run --locked
 
 # The wheel of the Python package, and its tests.
 python:

@@ -1,3 +1,15 @@
+//! The `dsmoe` command as a library, and the way into the crates that it is made of.
+//!
+//! | crate | has |
+//! |---|---|
+//! | [`dsmoe_bench`](crate) | the command: [`Cli`], to which a program adds methods, FFNs, formats and benchmarks, and [`embed`] |
+//! | [`dsmoe_baselines`] | methods that make sparse models of dense ones |
+//! | [`dsmoe_train`] | training, evaluation, answers to benchmarks |
+//! | [`dsmoe_datasets`] | text, tokenizers, windows, benchmark tasks |
+//! | [`dsmoe_core`] | models: directories, conversion, passes for training and inference, generation |
+//! | [`dsmoe_router`] | gates, thresholds, the straight-through rule, sparsity losses |
+//! | [`dsmoe_kernels`] | ops on slices for each instruction set, GPU kernels, processes |
+//!
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
