@@ -2,10 +2,9 @@
 //! dsmoe-bench words it as a flag.
 
 use std::fs;
+use std::path::PathBuf;
 
 use regex::Captures;
-
-use std::path::PathBuf;
 
 use crate::imports::{comments_and_literals, files, without_tests};
 use crate::{LAYERS, source_folder};
