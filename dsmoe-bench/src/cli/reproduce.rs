@@ -109,7 +109,7 @@ impl Reproduce {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Sub {
-    /// Merge the parts of a reproduction, or experiments of one profile that ran apart
+    /// Merge the parts of a reproduction: shards, runs of some methods each, or experiments of one profile that ran apart
     Merge(Merge),
     /// Fill the blocks `<!-- reproduce DIR -->` of Markdown files with the table and figure of the record in DIR
     Splice(Splice),

@@ -20,11 +20,14 @@ pub(crate) struct Collected {
 }
 
 impl Collected {
-    /// Reads the files of one reproduction, or of its parts.
+    /// Reads the files of one reproduction, or of its parts. Parts share everything but their runs, which may be those of
+    /// other methods, so that a table can grow by a row at a time.
     pub(crate) fn read(dirs: &[PathBuf]) -> Result<Collected> {
-        let setup: Setup = read_json(&dirs[0].join(SETUP))?;
+        let mut setup: Setup = read_json(&dirs[0].join(SETUP))?;
         for dir in &dirs[1..] {
-            let other: Setup = read_json(&dir.join(SETUP))?;
+            let mut other: Setup = read_json(&dir.join(SETUP))?;
+            setup.add_runs(std::mem::take(&mut other.runs));
+            other.runs.clone_from(&setup.runs);
             if other != setup {
                 let (first, dir) = (dirs[0].display(), dir.display());
                 bail!("{first} and {dir} are not parts of one reproduction: their {SETUP} differ");

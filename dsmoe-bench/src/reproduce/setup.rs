@@ -56,4 +56,19 @@ impl Setup {
             num_layers: base.config.num_layers,
         })
     }
+
+    /// Adds the runs of another part. The order is that of the tables: by seed, then as the profile lists the methods.
+    pub(crate) fn add_runs(&mut self, runs: Vec<String>) {
+        let new: Vec<String> = runs.into_iter().filter(|id| !self.runs.contains(id)).collect();
+        if new.is_empty() {
+            return;
+        }
+        self.runs.extend(new);
+        let methods = &self.profile.method;
+        let place = |id: &String| {
+            let (name, seed) = id.rsplit_once("-s").unwrap_or((id, ""));
+            (seed.parse::<usize>().ok(), methods.iter().position(|spec| spec.name == name))
+        };
+        self.runs.sort_by_key(place);
+    }
 }

@@ -209,6 +209,30 @@ fn parts_put_together_are_the_whole() {
     fails(&merge, &["is not empty"]);
 }
 
+/// A row computed by itself joins a table.
+#[test]
+fn a_table_grows_by_the_runs_of_other_methods() {
+    let part = |out: &str, methods: &str| {
+        let rest = format!("--methods {methods} --only table1 --stages reproduce/stages --quiet");
+        succeeds(&reproduce(out, &rest));
+    };
+    part("rows-all", "dense,dsmoe");
+    part("row-dsmoe", "dsmoe");
+    part("row-dense", "dense");
+    succeeds("reproduce merge reproduce/row-dsmoe reproduce/row-dense --out reproduce/rows --quiet");
+    let methods = |out: &str| found(out)["methods"].clone();
+    assert_eq!(methods("rows"), methods("rows-all"));
+    // Runs of other settings do not join.
+    let other = profile_with("other-rows", "order = \"taylor\"", "order = \"random\"");
+    succeeds(&format!(
+        "reproduce --profile {other} --out reproduce/row-other --methods dense --only table1 --quiet"
+    ));
+    fails(
+        "reproduce merge reproduce/row-dsmoe reproduce/row-other --out reproduce/mixed",
+        &["not parts of one reproduction"],
+    );
+}
+
 #[test]
 fn changed_settings_redo_only_what_they_touch() {
     let only = "--methods dense,dsmoe --only table1";
