@@ -10,7 +10,7 @@ use std::time::Instant;
 use dsmoe_baselines::sparse::{Hessian, Pattern, SweepOptions, sweep};
 use dsmoe_kernels::testing::{normals, with_threads};
 
-/// What is read, its width, and the rows of the weights that read it.
+/// Each group: the input, its width, and the rows of the weights that read it.
 const GROUPS: [(&str, usize, &[usize]); 4] = [
     ("q, k, v", 2048, &[2048, 512, 512]),
     ("o", 2048, &[2048]),

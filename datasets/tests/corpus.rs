@@ -223,7 +223,7 @@ fn noted(
     let dir = TempDir::new().unwrap();
     let corpus = Corpus::open(&[file(dir.path(), name, content)], options).unwrap();
     let mut read = Vec::new();
-    // What is counted is that of one reading.
+    // The counts are those of one reading.
     for _ in 0..2 {
         read = corpus.documents().map(|document| document.unwrap().text).collect();
     }

@@ -19,7 +19,7 @@ fn documents(world: &World, domain: Domain, bytes: usize) -> Vec<String> {
     world.documents(domain, (bytes * 100).div_ceil(domain.share() as usize) as u64 + 100).collect()
 }
 
-/// What a model sees of an item, its choices or right answers, and the indices of the right ones.
+/// Returns the text that a model sees of an item, its choices or right answers, and the indices of the right ones.
 fn asked_of(item: &Item) -> (String, Vec<String>, Vec<usize>) {
     let row = serde_json::to_value(item).expect("JSON");
     let text = |name: &str| row[name].as_str().unwrap_or_else(|| panic!("no {name} in {row}")).to_owned();
@@ -275,7 +275,7 @@ fn every_sum_is_right() {
     assert!(checked > 4000, "{checked}");
 }
 
-/// What a model is asked in an item: contexts, and the continuations whose likelihood decides.
+/// Returns the requests of an item: contexts, and the continuations whose likelihood decides.
 fn requests(loaded: &Loaded, at: usize) -> Vec<(&str, &str)> {
     let requests = loaded.documents()[at].requests.iter().map(|request| match request {
         Request::LogLikelihood { context, continuation } => (&**context, continuation.as_str()),

@@ -263,7 +263,7 @@ impl Moments {
             let row = |&i: &usize| columns.iter().map(move |&j| (i, j));
             kept.iter().flat_map(row).map(|(i, j)| square[i * inputs + j]).collect()
         };
-        // What goes lost: W over the removed inputs, [removed, outputs].
+        // The lost part of W, over the removed inputs: [removed, outputs].
         let at = |&i: &usize| (0..outputs).map(move |o| weight[o * inputs + i]);
         let lost: Vec<f32> = removed.iter().flat_map(at).collect();
         let across = part(&removed);

@@ -158,7 +158,7 @@ impl Shards {
         let stages = self.stages(comm.rank());
         self.buckets(comm, unit, |cut, part| {
             for (number, stage) in stages.iter().enumerate() {
-                // What was summed up before lies in the order of the owners that it is for.
+                // The earlier sums lie in the order of their owners.
                 let owners = stage.iter().flat_map(|(_, owners)| owners);
                 let Staging { send, recv } = &mut *staging;
                 send.resize(owners.clone().map(|&owner| cut[owner].len()).sum());

@@ -59,7 +59,7 @@ fn allocations(model: &Inference, serial: bool, tokens: usize, temperature: f32)
 
 /// One test, as the allocator counts for the whole process.
 ///
-/// What a token costs is exact on one thread. With several, a worker that comes late to its first task of a kind
+/// The cost of a token is exact on one thread. With several, a worker that comes late to its first task of a kind
 /// makes its scratch then, and with gates so does a token with more active experts than any before it; what every
 /// token costs, or every so many, would be in every window of tokens.
 #[test]

@@ -23,7 +23,7 @@ type Tasks<'a> = &'a (dyn Fn(usize) + Sync);
 #[repr(align(128))]
 struct Apart<T>(T);
 
-/// What the threads share.
+/// The state that the threads share.
 #[derive(Default)]
 struct Crew {
     /// Neighbouring tasks, which read neighbouring memory, for each thread: the end of what is left in the upper half, the
@@ -197,7 +197,7 @@ impl Drop for Running<'_> {
             taken -= end - start;
         }
         let mut looks = 0;
-        // What tasks have written is visible after this.
+        // The writes of the tasks are visible after this.
         while crew.finished.0.load(Ordering::Acquire) != taken {
             if looks < LOOKS {
                 looks += 1;

@@ -12,7 +12,7 @@ use dsmoe_kernels::testing::{MpiLauncher, mpi_launchers};
 const CASE: &str = "DSMOE_TEST_CASE";
 const OF: What = What::of("test data");
 
-/// What a failing case must not take longer than, its deadline included.
+/// The longest time of a failing case, its deadline included.
 const SOON: Duration = Duration::from_secs(20);
 
 #[test]

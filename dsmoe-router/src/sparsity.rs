@@ -50,14 +50,14 @@ pub struct SparsityGrad {
     pub over: SparsityOver,
 }
 
-/// What the rest of the loss does to gates that thresholds hold, summed over tokens and gates.
+/// The gradient of the rest of the loss on gates that thresholds hold, summed over tokens and gates.
 ///
 /// [`SparsityOver`] has an example.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Pull {
     /// The logits' gradients without that of the sparsity loss.
     pub force: f64,
-    /// What the sparsity loss over all gates adds to them, for each unit of its weight.
+    /// The part that the sparsity loss over all gates adds, for each unit of its weight.
     pub slope: f64,
 }
 

@@ -3,7 +3,7 @@
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::BudgetController;
 
-/// What a run showed, in shares.
+/// The course of a run, in shares.
 struct Outcome {
     /// Furthest beyond the target, seen from the start.
     overshoot: f64,

@@ -166,7 +166,7 @@ pub enum Hold {
     Loss,
 }
 
-/// What is trained; all else stays as it is.
+/// The parts that are trained; all else stays as it is.
 ///
 /// [`TrainConfig`] has an example.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -51,7 +51,7 @@ pub enum Error {
     /// Processes of a run that would not compute the same.
     #[error("the processes differ in {name}: {table}; {}", ALIKE)]
     RanksDiffer {
-        /// What differs.
+        /// The name of the value that differs.
         name: String,
         /// Which ranks have which value.
         table: String,

@@ -586,7 +586,7 @@ fn inputs_of(window: &EvalWindow) -> usize {
     window.end - window.start - 1
 }
 
-/// What the batches of one process have summed up.
+/// The sums over the batches of one process.
 struct Sums {
     /// The loss of every batch.
     nll: Vec<f64>,

@@ -318,7 +318,7 @@ fn places(
     owned.iter().filter_map(move |owned| {
         end += owned.len();
         let (first, last) = (owned.start.max(range.start), owned.end.min(range.end));
-        // What is owned of it lies `owned.end - first` values before the end of this part.
+        // The owned part of it lies `owned.end - first` values before the end of this part.
         (first < last).then(|| (first..last, end - (owned.end - first)..end - (owned.end - last)))
     })
 }

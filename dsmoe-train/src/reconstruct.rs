@@ -159,7 +159,7 @@ pub struct LayerReport {
     pub seconds: f64,
 }
 
-/// What identifies a reconstruction that resumes.
+/// The identity of a reconstruction that resumes.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Identity {

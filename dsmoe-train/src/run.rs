@@ -516,7 +516,7 @@ impl Trainer {
     }
 }
 
-/// What a process prepares by itself.
+/// The parts that a process prepares by itself.
 struct Prepared {
     mixture: Mixture,
     order: Interleaving,
@@ -524,7 +524,7 @@ struct Prepared {
     pool: Option<rayon::ThreadPool>,
     /// The state at the start of the run.
     state: State,
-    /// What this process owns, at the start of the run.
+    /// The part that this process owns at the start of the run.
     owned: AdamW,
 }
 
@@ -720,7 +720,7 @@ fn mixture_notes(mixture: &Mixture) -> Vec<String> {
     notes
 }
 
-/// What holds the share of active experts.
+/// The controllers that hold the share of active experts.
 pub(crate) struct Held {
     pub(crate) controller: Option<BudgetController>,
     thresholds: Option<ThresholdController>,

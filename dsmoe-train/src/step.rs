@@ -26,7 +26,7 @@ pub(crate) struct Stepper {
     lanes: Vec<u64>,
     comm: Arc<dyn Communicator>,
     zero: Zero,
-    /// What moves the thresholds of gates after a step of several lanes.
+    /// The controller that moves the thresholds of gates after a step of several lanes.
     gates: StepGates,
     inputs: Vec<u32>,
     targets: Vec<u32>,

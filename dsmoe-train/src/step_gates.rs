@@ -19,7 +19,7 @@ pub(crate) struct Shape {
     pub(crate) zero: Zero,
 }
 
-/// What the micro-batches of this process told in a step.
+/// The statistics of this process's micro-batches in a step.
 #[derive(Debug, Default)]
 pub(crate) struct StepGates {
     /// Logits of the micro-batches that move a knot, by its number.

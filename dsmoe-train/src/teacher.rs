@@ -29,7 +29,7 @@ pub(crate) struct TeacherId {
     pub(crate) sha256: String,
 }
 
-/// What a run learns of its teacher.
+/// The targets that a run takes from its teacher.
 #[derive(Debug)]
 pub struct Lessons {
     pub(crate) teacher: Teacher,

@@ -57,7 +57,7 @@ impl Curves {
         let mean: Vec<f64> =
             (0..width).map(|i| features.iter().map(|row| row[i]).sum::<f64>() / rows).collect();
         let square = |i: usize| features.iter().map(|row| (row[i] - mean[i]).powi(2)).sum::<f64>() / rows;
-        // What does not vary tells nothing.
+        // A feature that does not vary tells nothing.
         let deviation: Vec<f64> = (0..width).map(|i| square(i).sqrt()).collect();
         let network = Ensemble::new(width, HIDDEN, budgets - 1, heads, fit.seed);
         let mut curves = Curves { budgets, mean, deviation, network };

@@ -62,7 +62,7 @@ fn average_linkage_makes_the_trees_of_scipy() {
         let (_, heights) = agglomerate(&distances, Linkage::Average, 1);
         assert_close_f64("heights", &heights, &list::<f64>(&tree["heights"]), 1e-8);
         for clusters in 1..12 {
-            // What SciPy merged up to there, the last merge of every item.
+            // The labels are SciPy's: the last merge of every item up to this point.
             let mut want: Vec<usize> = (0..12).collect();
             for members in &merged[..12 - clusters] {
                 members.iter().for_each(|&item| want[item] = members[0]);

@@ -170,7 +170,7 @@ fn number_length(code: &str) -> usize {
 
 /// Returns the length of the bracketed group that `code` begins with, and whether a comma is directly inside.
 fn group(code: &str) -> Option<(usize, bool)> {
-    // What closes the brackets that are open.
+    // The closing brackets of those that are open.
     let (mut open, mut has_comma) = (Vec::new(), false);
     for (at, c) in unquoted(code) {
         match c {

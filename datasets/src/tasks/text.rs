@@ -59,7 +59,7 @@ pub(crate) fn repr(text: &str) -> String {
             '\r' => out += "\\r",
             '\t' => out += "\\t",
             _ if c == quote => out.extend(['\\', c]),
-            // What Python calls not printable: controls, and spaces other than the space.
+            // Python calls controls not printable, and spaces other than the space.
             _ if (c.is_control() || is_space(c)) && c != ' ' => {
                 let _ = match c as u32 {
                     code @ 0..=0xff => write!(out, "\\x{code:02x}"),

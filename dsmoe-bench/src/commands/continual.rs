@@ -58,7 +58,7 @@ enum Data {
     Many(Vec<PathBuf>),
 }
 
-/// What is to be learnt.
+/// The configuration and the tasks to learn.
 struct Wanted {
     train: TrainConfig,
     method: Method,

@@ -20,7 +20,7 @@ use crate::ui::Ui;
 struct GenerateReport {
     #[serde(flatten)]
     continued: Continuation,
-    /// What a plan has chosen.
+    /// The choice of a plan.
     #[serde(skip_serializing_if = "Option::is_none")]
     planned: Option<Chosen>,
 }

@@ -32,7 +32,7 @@ struct Report<'a> {
     new_layers: Vec<usize>,
     params: u64,
     source_params: u64,
-    /// What lesa's networks have learnt.
+    /// The fits of LESA's networks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     fits: Vec<Fitted>,
     seconds: f64,

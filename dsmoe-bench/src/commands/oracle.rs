@@ -44,7 +44,7 @@ struct Report<'a> {
     found: &'a OracleReport,
 }
 
-/// What is written to a file.
+/// The contents of the file of routes.
 #[derive(Serialize)]
 struct Routes<'a> {
     #[serde(flatten)]

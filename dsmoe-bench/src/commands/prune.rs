@@ -28,7 +28,7 @@ struct Report<'a> {
     #[serde(serialize_with = "lossy", skip_serializing_if = "Option::is_none")]
     out: Option<&'a Path>,
     method: &'static str,
-    /// What the budget counts.
+    /// The parameters that the budget counts.
     counts: Counts,
     /// Parameters asked for.
     budget: f64,

@@ -169,7 +169,7 @@ fn fetch(name: &HubName, settings: &Settings, sha: &str, files: Vec<File>, ui: &
     Ok(())
 }
 
-/// What a download reports.
+/// An event of a download.
 enum Event {
     /// So many bytes of the file at work are there.
     At(u64),

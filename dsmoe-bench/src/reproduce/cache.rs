@@ -32,7 +32,7 @@ pub(crate) struct Interrupted;
 #[error("another process does this stage")]
 pub(crate) struct Busy;
 
-/// What happens at a stage that another process does.
+/// The behaviour at a stage that another process works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum IfBusy {
     /// Its result is waited for.

@@ -31,7 +31,7 @@ const SOURCES: u64 = 4;
 const MOST_THREADS: usize = 1024;
 const MOST_SEEDS: u64 = 1024;
 
-/// What there is for a reproduction.
+/// The memory and disk that a reproduction may use.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Machine {
     /// All memory.

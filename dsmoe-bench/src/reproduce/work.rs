@@ -33,7 +33,7 @@ pub(crate) struct Work<'a> {
     stages: usize,
     /// The stages that are done, by the texts of their keys.
     finished: HashSet<String>,
-    /// What happens at a stage that another process does.
+    /// The behaviour at a stage that another process works on.
     pub(crate) if_busy: IfBusy,
     /// Cost of the stages that this process computed.
     computed: f64,

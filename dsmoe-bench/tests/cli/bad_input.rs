@@ -114,7 +114,7 @@ fn an_index_with_a_missing_shard() {
     shards.sort();
     assert!(shards.len() > 1);
     fs::remove_file(&shards[1]).unwrap();
-    // What `generate` reads first.
+    // `generate` reads these files first.
     write("shards/tokenizer.json", read("tokenizer.json"));
     let name = shards[1].file_name().unwrap().to_str().unwrap();
     inspect_fails("shards", &["model.safetensors.index.json", name, "missing; "]);

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::common::{agrees, fails, has, number, on_text, run, shows, succeeds};
 
-/// What every row says, whatever was measured.
+/// The keys of every row, whatever was measured.
 const KEYS: &str =
     "work impl tokens hidden intermediate experts active dtype seconds dense_seconds peak_share";
 

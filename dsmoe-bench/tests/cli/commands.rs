@@ -60,7 +60,7 @@ fn shells_and_manuals_know_every_command() {
     shows(&std::fs::read_to_string(path("pages/dsmoe-train.1")).unwrap(), &["active\\-target", "Examples"]);
 }
 
-/// What would fail at the end fails before the work.
+/// A fault that would appear at the end appears before the work.
 #[test]
 fn output_folders_are_checked_before_the_work() {
     for line in [

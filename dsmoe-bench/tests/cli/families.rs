@@ -98,7 +98,7 @@ fn the_table_of_the_docs_names_all_families_and_commands() {
                 "inspect" | "eval" | "generate" | "train" | "convert" | "HF export" => cell == "yes",
                 "prune" => cell == "yes" || cell == "all but `llm-pruner-channel`",
                 "GGUF" => cell == "yes" || cell == "without windows",
-                // What a GPU refuses is tested in dsmoe-core/tests/zoo.
+                // The refusals of a GPU are tested in dsmoe-core/tests/zoo.
                 "GPU" => ["yes", "no", "without ", "wired"].iter().any(|start| cell.starts_with(start)),
                 _ => false,
             };

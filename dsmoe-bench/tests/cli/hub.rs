@@ -29,7 +29,7 @@ mod with_the_feature {
     const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
     const MODEL: &str = "org/name";
 
-    /// What a server does in place of the right answer.
+    /// A fault of the server in place of the right answer.
     #[derive(Clone, Debug)]
     enum Fault {
         Status(u16),

@@ -27,7 +27,7 @@ fn a_plan_is_profiled_trained_and_chooses() {
     let profile = read_json("plan/made/profile.json");
     let shares = list(&profile["shares"]);
     assert!(shares.len() > 1 && list(&profile["requests"]).len() == 24);
-    // What is profiled is what `dsmoe eval` measures: the whole windows of a source at one budget.
+    // The profile has the losses of `dsmoe eval`: the whole windows of a source at one budget.
     fails(&format!("{PROFILE} --out {plan}"), &["is not empty", "--resume"]);
     let before = read("plan/made/points/features.json");
     std::fs::remove_file(path("plan/made/points/features.json")).unwrap();

@@ -311,7 +311,7 @@ fn a_process_that_is_killed_or_hangs_ends_all() {
             // A stopped process does not end by itself.
             let _ = Command::new("kill").args(["-KILL", &process]).stderr(Stdio::null()).status();
             shows(&told, &[message]);
-            // What is there resumes, on one process.
+            // The checkpoint resumes on one process.
             succeeds(&training(
                 "wide-moe",
                 out,
@@ -402,7 +402,7 @@ fn a_process_that_exits_or_is_asked_to_end_ends_all() {
         let checkpoints: Vec<String> = checkpoints(out);
         let [checkpoint] = &checkpoints[..] else { panic!("{}: {checkpoints:?}", launcher.name) };
         let step: u64 = checkpoint.trim_start_matches(|c: char| !c.is_ascii_digit()).parse().unwrap();
-        // What was left resumes, and the result is that of a run of as many steps.
+        // The checkpoint resumes, and the result is that of a run of as many steps.
         let line = |out: &str, more: &str| {
             training("wide-moe", out, &format!("--active-target 0.5 --steps 100000 --quiet {more}"))
         };

@@ -36,7 +36,7 @@ fn a_sweep_measures_every_budget_and_resumes() {
             "{point}"
         );
     }
-    // What `dsmoe eval` measures is the same.
+    // `dsmoe eval` measures the same.
     let eval = format!("eval {model} --data text.txt --limit-tokens 600 --seq 64 --dtype f32");
     let of_eval = json_of(&format!("{eval} --active 0.5 --against dense"));
     assert_eq!(of_eval["nll"], points[1]["nll"]);

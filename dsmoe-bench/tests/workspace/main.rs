@@ -70,7 +70,7 @@ fn the_default_tree_builds_with_cargo_and_a_c_compiler_alone() {
     let metadata = metadata();
     let packages = metadata["packages"].as_array().expect("packages");
     let nodes = metadata["resolve"]["nodes"].as_array().expect("nodes");
-    // What a build of the members takes: normal and build dependencies, not those of tests.
+    // A build of the members takes normal and build dependencies, not those of tests.
     let mut reached: BTreeSet<&str> = BTreeSet::new();
     let mut queue: Vec<&str> =
         metadata["workspace_members"].as_array().expect("members").iter().filter_map(Value::as_str).collect();

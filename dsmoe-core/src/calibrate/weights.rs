@@ -45,7 +45,7 @@ pub struct LayerWeights {
     pub qk_norms: Option<[Buf; 2]>,
     /// q, k, v, o, gate, up, down.
     pub linears: [Linear; 7],
-    /// What the inputs of the linears have to exceed; none multiplies all.
+    /// The thresholds that inputs of the linears have to exceed; none multiplies all.
     pub thresholds: Option<LayerThresholds>,
 }
 

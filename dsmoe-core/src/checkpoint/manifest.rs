@@ -413,7 +413,7 @@ mod tests {
         known.set("big", summing.finish());
         assert_eq!(known.get("big"), Some(FileSum::of(&big)), "parts have the hash of the whole");
         assert_eq!(FileSum::from_bytes(&FileSum::of(&big).to_bytes()), known.get("big"));
-        // What `xxh128sum` prints of a file with these three bytes.
+        // `xxh128sum` prints this hash of a file with these three bytes.
         assert_eq!(FileSum::of(b"abc").hex(), "06b05ab6733a618578af5f94892f3950");
         let written = Manifest::write(dir.path(), &known).unwrap();
         assert_eq!(Manifest::read(dir.path()).unwrap(), Some(written.clone()));

@@ -105,7 +105,7 @@ pub struct Config {
     pub moe: Option<MoeConfig>,
     /// An FFN of another kind; none for a dense model and for DSMoE.
     pub ffn: Option<Arc<dyn FfnSpec>>,
-    /// What the inputs of every layer's linears have to exceed, in a model without experts; none skips nothing.
+    /// The thresholds that inputs of every layer's linears have to exceed, in a model without experts; none skips nothing.
     pub thresholds: Option<Vec<LayerThresholds>>,
     /// The family of the dense model.
     family: &'static Family,

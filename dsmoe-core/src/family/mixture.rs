@@ -1,4 +1,4 @@
-//! What config.json says of the experts of a family of mixtures.
+//! The keys of config.json that describe the experts of a family of mixtures.
 
 use dsmoe_router::mixture::MixtureConfig;
 use serde_json::{Map, Value, json};

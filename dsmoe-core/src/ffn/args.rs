@@ -47,7 +47,7 @@ pub struct Record<'a> {
     pub layer: usize,
 }
 
-/// What the gates of a layer decide for a batch of tokens.
+/// The decisions of a layer's gates for a batch of tokens.
 ///
 /// ```
 /// use dsmoe_core::Model;

@@ -136,7 +136,7 @@ pub enum DeviceFfn {
         gated: Gated,
         /// Its gates, the core, and the form of the router.
         form: DsmoeForm,
-        /// What a logit has to exceed; none where every gate is open.
+        /// The threshold that a logit has to exceed; none where every gate is open.
         bar: Option<f32>,
         /// The logit at which a gate that switches its expert is a half in the straight-through rule.
         centre: f32,

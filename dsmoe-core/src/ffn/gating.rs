@@ -1,4 +1,4 @@
-//! What stands beside the experts of a DSMoE FFN: the router, of full or of low rank, and the linear term that makes up for
+//! The parts beside the experts of a DSMoE FFN: the router, of full or of low rank, and the linear term that makes up for
 //! closed experts.
 //!
 //! ```text

@@ -1,4 +1,4 @@
-//! What the FFN of a layer is made to do in place of its own choice.
+//! Routes that a caller imposes on the FFN of a layer in place of its own choice.
 
 /// The route of a layer for all tokens.
 ///
@@ -16,7 +16,7 @@
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Route {
-    /// What the FFN does by itself.
+    /// The FFN's own choice.
     #[default]
     Own,
     /// Nothing: the output is 0.

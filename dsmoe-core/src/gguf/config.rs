@@ -1,6 +1,6 @@
 //! The config.json that the metadata of a GGUF file stands for.
 //!
-//! What a file does not say, such as the activation or which layers have a window, follows from the architecture.
+//! A value that a file does not state, such as the activation or the layers with a window, follows from the architecture.
 
 use std::path::Path;
 

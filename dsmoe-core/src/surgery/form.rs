@@ -176,7 +176,7 @@ impl Form {
         }
         let mut after = config.clone();
         after.set_mixture(spec);
-        // What is written is read back the same.
+        // The written map is read back unchanged.
         Config::from_json(path, &after.to_json())
     }
 }

@@ -19,7 +19,7 @@ fn converted(name: &str, bias: bool) -> Accounting {
     Accounting::of(&Config::from_json(Path::new("config.json"), &text).unwrap())
 }
 
-/// What the table of the paper counts: no routers.
+/// The count of the paper's table: no routers.
 fn without_routers(accounting: &Accounting, mean_active: f64) -> f64 {
     accounting.activated(mean_active) - accounting.router as f64
 }

@@ -133,7 +133,7 @@ fn the_rope_object_inside_wins_and_says_so() {
         assert_eq!((rope.theta, &rope.scaling), (theta, &scaling), "{keys}");
         let notices = if notice.is_empty() { vec![] } else { vec![notice.to_owned()] };
         assert_eq!(config.notices(), notices, "{keys}");
-        // What is written has nothing to be noticed.
+        // A written configuration causes no notice.
         let again = Config::from_json(Path::new("c"), &config.to_json()).unwrap();
         assert_eq!(again.architecture, config.architecture);
     }
@@ -328,7 +328,7 @@ fn what_families_leave_unsaid() {
     assert_eq!(phi.ropes[0].width, 2);
 }
 
-/// What a writer states is what it read: rotation, windows and everything else.
+/// A configuration is written as it was read: rotation, windows and everything else.
 #[test]
 fn a_rotation_of_parts_of_heads_is_written_as_it_was_read() {
     let linear = r#"{"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}"#;
@@ -427,7 +427,7 @@ fn config_with_a_wrong_dsmoe_object() {
     }
 }
 
-/// What may stand beside experts: each key on its own, wrong and right, in a model of two layers.
+/// Each key of a part beside the experts, wrong and right, in a model of two layers.
 #[test]
 fn config_with_parts_beside_experts() {
     let good = json!({"format_version": 2, "num_experts": 4, "threshold": 0.5, "partition": "contiguous",

@@ -72,7 +72,7 @@ fn made(model: &Path, options: &Start) -> (PathBuf, Started) {
     (out, started)
 }
 
-/// What the first layer's FFN reads and makes of the text, in f64, one row per token.
+/// The inputs and outputs of the first layer's FFN in f64, one row per token.
 struct Seen {
     x: Vec<Vec<f64>>,
     neurons: Vec<Vec<f64>>,

@@ -102,7 +102,7 @@ fn decide_gates(dir: &Path) {
         let (embeds, decides) = (name.contains("embed_tokens"), name.contains("router."));
         let values = &mut model.params_mut()[entry.range.clone()];
         if name.ends_with("router.b.weight") {
-            // What the first product gives of the bits.
+            // The result of the first product from these bits.
             for (row, values) in values.chunks_exact_mut(entry.spec.shape[1]).enumerate() {
                 values.iter_mut().for_each(|w| *w *= 0.05);
                 values[row % 3] = 0.4 + 0.05 * row as f32;

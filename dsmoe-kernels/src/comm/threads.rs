@@ -12,7 +12,7 @@ use super::what::What;
 /// How long a call waits for another member: longer than any work between calls of a test.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// What one member sends to another.
+/// A message of one member to another.
 struct Message {
     call: &'static str,
     of: What,

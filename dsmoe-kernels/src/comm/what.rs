@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// What a call moves: "step 12, gradients, unit 7". All processes pass the same.
+/// A description of the data that a call moves, as in "step 12, gradients, unit 7". All processes pass the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct What {
     /// The step of a training run; none outside of steps.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::rng::Rng;
 
-/// What a reader may take for a small file, in a search of as many copies as `DSMOE_FUZZ_CASES` asks for.
+/// The time that a reader may take for a small file, in a search of as many copies as `DSMOE_FUZZ_CASES` asks for.
 const LONGEST: Duration = Duration::from_secs(2);
 /// Bytes that edits may add.
 const MOST_ADDED: usize = 1 << 20;

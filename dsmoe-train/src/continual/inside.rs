@@ -25,7 +25,7 @@ use crate::optim::AdamW;
 const CHECKPOINTS: &str = "checkpoints";
 const STATE_FILE: &str = "inside.json";
 
-/// What the steps of a task have come to, beside the model and the moments.
+/// The state of a task's steps beside the model and the moments.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Inside {

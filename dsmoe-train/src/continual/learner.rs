@@ -20,7 +20,7 @@ use crate::run::held;
 /// Windows whose gradients make up the Fisher information of scores.
 const FISHER_WINDOWS: usize = 8;
 
-/// What a task does not change.
+/// The inputs that a task does not change.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Given<'a> {
     /// The number of the task.
@@ -30,7 +30,7 @@ pub(super) struct Given<'a> {
     pub(super) method: &'a Method,
     /// The texts of all tasks.
     pub(super) texts: &'a [Mixture],
-    /// What is kept of earlier tasks.
+    /// The windows kept of earlier tasks.
     pub(super) replay: &'a [Window],
     /// The weights after the last task, and how firmly they are held.
     pub(super) anchor: Option<&'a Anchor>,
@@ -43,12 +43,12 @@ pub(super) struct Anchor {
     pub(super) fisher: Vec<f32>,
 }
 
-/// What a task's steps have come to.
+/// The results of a task's steps.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Learnt {
     /// Loss of the last step.
     pub(super) loss: f64,
-    /// What pruning at the end added to the held-out loss.
+    /// The increase of the held-out loss by pruning at the end.
     pub(super) jump: Option<f64>,
     /// Mean share of active experts in all steps.
     pub(super) active: Option<f64>,
@@ -56,7 +56,7 @@ pub(super) struct Learnt {
     pub(super) tokens: u64,
     /// Tokens of all passes forward alone.
     pub(super) scored_tokens: u64,
-    /// What this task keeps for replay, the most important first.
+    /// The windows that this task keeps for replay, the most important first.
     pub(super) keep: Vec<Window>,
 }
 

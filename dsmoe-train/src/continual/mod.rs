@@ -67,7 +67,7 @@ pub struct Task {
     pub source: TokenSource,
 }
 
-/// What is to be learnt, and where.
+/// The tasks, the configuration and the output folder.
 ///
 /// ```no_run
 /// use dsmoe_datasets::TokenSource;
@@ -119,7 +119,7 @@ pub struct ContinualOptions {
     pub method: Method,
 }
 
-/// What came of one task.
+/// The results of one task.
 ///
 /// [`ContinualOptions`] has an example.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -133,7 +133,7 @@ pub struct TaskReport {
     pub losses: Vec<f64>,
     /// Share of the weights of the layers' linears that is left.
     pub density: f64,
-    /// What pruning at the end of the task added to its held-out loss.
+    /// The increase of the task's held-out loss by pruning at its end.
     pub jump: Option<f64>,
     /// Loss of the last step.
     pub train_loss: f64,
@@ -149,7 +149,7 @@ pub struct TaskReport {
     pub replay: Vec<Window>,
 }
 
-/// What came of all tasks that are done.
+/// The results of all finished tasks.
 ///
 /// [`ContinualOptions`] has an example.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -329,7 +329,7 @@ fn begin(
     Ok((Inside { start_density, ..Inside::default() }, None))
 }
 
-/// What the tasks that are done leave for the next ones.
+/// The state that finished tasks leave for the next ones.
 #[derive(Debug, Default)]
 struct State {
     /// The tasks' numbers and reports.

@@ -47,7 +47,7 @@ impl Schedule {
 }
 
 /// Returns masks that keep a share `density` of every group of weights, those of the highest scores; among equal ones the first.
-/// What `model` has pruned stays pruned.
+/// Weights that are already pruned in `model` stay pruned.
 pub(crate) fn masks_of(model: &Model, scores: &[f32], density: f64, over: Over) -> Masks {
     let mut masks = Masks::new();
     for entry in model.layout().entries().iter().filter(|entry| is_prunable(entry)) {

@@ -29,7 +29,7 @@ pub const TRAIN_KEYS: [&str; 21] = [
     "bos",
 ];
 
-/// What says which weights go.
+/// The rule that chooses the pruned weights.
 ///
 /// [`ContinualOptions`](crate::continual::ContinualOptions) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,7 +76,7 @@ dsmoe_core::with_defaults! {
     #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields, default)]
     pub struct Method {
-        /// What says which weights go: `none` (default), `magnitude`, `scores` or `dual-averaging`.
+        /// The rule that chooses the pruned weights: `none` (default), `magnitude`, `scores` or `dual-averaging`.
         pub prune: Prune = Prune::None,
         /// Share of the weights of the layers' linears that is kept, with `magnitude` and `scores`; default 0.5.
         pub density: Option<f64> = None,

@@ -25,7 +25,7 @@ pub(crate) fn ascend(params: &mut [f32], grads: &[f32], scale: f32) {
     pieces.for_each(|(params, grads)| params.iter_mut().zip(grads).for_each(|(w, g)| *w += scale * g));
 }
 
-/// What the gradients at two points tell of every weight.
+/// The gradients of every weight at two points.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slopes<'a> {
     /// The gradient at the weights.

@@ -244,7 +244,7 @@ impl Engine for CpuEngine {
     fn update(&mut self, model: &mut Model, update: &Update<'_>) -> Result<()> {
         let grads = if self.zero > Zero::Moments { &self.parts.own } else { &self.grads };
         if model.is_outline() {
-            // What masks prune stays 0: its gradient is 0.
+            // A masked weight stays 0: its gradient is 0.
             self.optimizer.step(None, grads, &self.layout, update);
             return Ok(());
         }

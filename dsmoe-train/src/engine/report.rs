@@ -1,4 +1,4 @@
-//! What processes tell each other at the end of a step, in one all-gather.
+//! The report that processes exchange at the end of a step, in one all-gather.
 
 use dsmoe_kernels::comm::{Communicator, What};
 

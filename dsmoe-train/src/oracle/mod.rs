@@ -88,7 +88,7 @@ pub struct OracleReport {
     pub routes: RouteKind,
     /// Tokens of a window.
     pub seq: usize,
-    /// What earlier tokens of a window do: they take the route that is tried.
+    /// The rule for earlier tokens of a window: they take the route that is tried.
     pub context: &'static str,
     /// Decoder layers.
     pub layers: usize,
@@ -104,7 +104,7 @@ pub struct OracleReport {
     pub levels: Vec<LevelReport>,
     /// The best of all routes that were measured.
     pub any: AnyReport,
-    /// What the model's own choice of experts follows; none without a router.
+    /// The rule of the model's own choice of experts; none without a router.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub own_choice: Option<OwnChoice>,
 }

@@ -1,4 +1,4 @@
-//! What an oracle has done, on disk, so that an interrupted one goes on.
+//! The progress of an oracle on disk, from which an interrupted one goes on.
 
 use std::fs;
 use std::io;
@@ -60,7 +60,7 @@ impl Store {
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok((store, begin)),
             read => read.map_err(Error::io(path))?,
         };
-        // What is of other work, or damaged, is made again.
+        // State of other work, or damaged, is made again.
         let state: Option<State> = serde_json::from_slice(&bytes).ok().and_then(Hashed::checked);
         let state = state.filter(|state| state.made_by == made_by);
         Ok((store, state.unwrap_or(begin)))

@@ -1,4 +1,4 @@
-//! What an oracle has found among the routes, or among noisy copies, of one level.
+//! The results of an oracle among the routes, or among noisy copies, of one level.
 
 use serde::{Deserialize, Serialize};
 
@@ -124,7 +124,7 @@ mod tests {
         assert_eq!(one.which(), [3, 5, 3]);
         let all = least_of_all([&one, &Level::default(), &two].into_iter());
         assert_eq!(all, [(1.0, 3), (2.0, 5), (0.5, 7)]);
-        // What is stored gives the same numbers.
+        // The stored state gives the same numbers.
         let stored: Level = serde_json::from_str(&serde_json::to_string(&one).unwrap()).unwrap();
         assert_eq!(stored, one);
     }

@@ -241,7 +241,7 @@ fn what_cannot_be_is_one_line_with_the_help() {
         plan(&dense, 40, &OracleOptions { kind: RouteKind::Experts, ..good }).unwrap_err().to_string();
     assert!(error.contains("a model of experts"), "{error}");
     assert!("skip".parse::<RouteKind>().unwrap_err().to_string().contains("big-skip, big-small or experts"));
-    // What a plan says is what is done at the most.
+    // The plan is an upper bound of the work.
     let planned = plan(&model, 40, &OracleOptions { kind: RouteKind::Experts, ..good }).unwrap();
     assert_eq!(
         (planned.all_routes, planned.exact, planned.predicted, planned.passes),

@@ -34,9 +34,9 @@ pub struct RunOptions {
     pub device: Device,
     /// Keep the inputs of layers alone, and run their forward pass again in the backward pass. No number depends on it.
     pub recompute: bool,
-    /// What every process holds of its share alone. No number depends on it, and a run may resume with another. In the last stage
-    /// the model is given without its parameters ([`Model::load_outline`](dsmoe_core::Model::load_outline)), which are read from
-    /// `source`.
+    /// The state of which every process holds its share alone. No number depends on it, and a run may resume with another. In
+    /// the last stage the model is given without its parameters ([`Model::load_outline`](dsmoe_core::Model::load_outline)), which
+    /// are read from `source`.
     pub zero: Zero,
     /// The processes that share the steps. Results do not depend on their number, and a run may resume with another.
     pub comm: Arc<dyn Communicator>,

@@ -40,8 +40,8 @@ fn hashes(more: &[&str], recompute: bool) -> Vec<u64> {
     KNOWN.iter().enumerate().map(run).collect()
 }
 
-/// What the runs of [`KNOWN`] ended with before steps had lanes, by instruction set. Those of DSMoE are from a build in which the
-/// kernels alone have since got another order of sums.
+/// The final hashes of the runs of [`KNOWN`] before steps had lanes, by instruction set. Those of DSMoE are from a build in which
+/// the kernels alone have since got another order of sums.
 const BEFORE_LANES: [(&str, [u64; 4]); 4] = [
     ("scalar", [0xf371_922d_cb7a_654e, 0x4bad_6d98_7075_339c, 0x337a_5a16_ee60_19e7, 0x6349_842e_43c3_f0c0]),
     ("avx2", [0x82c2_3e85_59ba_7c96, 0xa5a3_7bb2_77ad_1c64, 0x4be6_be0b_df3d_d309, 0x22be_f49b_256e_b6ec]),

@@ -460,7 +460,7 @@ fn processes_must_agree_and_fit() {
     }));
     assert!(of_lr[0].contains("the processes differ in lr: 0.2 on rank 0; 0.1 on rank 1"), "{of_lr:?}");
     assert_eq!(of_lr[1], format!("rank 0: {}", of_lr[0]));
-    // What one process alone finds wrong.
+    // A fault that one process alone finds.
     let of_seq = told(run(2).run_with(|member| {
         let seq = if member.rank() == 1 { "seq=100" } else { "seq=16" };
         (Arc::new(member), shared(&["sparsity=1", "lanes=2", seq]))

@@ -68,7 +68,7 @@ fn calibration_text() {
         ] {
             fails(run(method, calibration), &source, parts);
         }
-        // What reads no text needs none.
+        // An importance that reads no text needs none.
         let run = Run { set: &["importance=magnitude-l1"], ..run(method, &[]) };
         run.run(&source, &work.path().join("none")).unwrap();
         fs::remove_dir_all(work.path().join("none")).unwrap();

@@ -39,7 +39,7 @@ fn one() -> f64 {
     1.0
 }
 
-/// What was chosen for one request.
+/// The budget chosen for one request.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Chosen {
     pub(crate) device: &'static str,

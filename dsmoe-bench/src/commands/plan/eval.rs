@@ -19,7 +19,7 @@ const HELD_OUT: usize = 4;
 const SHUFFLES: u64 = 50;
 const SHUFFLE_STREAM: u64 = 0x7368_7566;
 
-/// What budgets by request cost on text of one split, mean over requests, nats over the largest budget.
+/// The cost of budgets by request on one split, mean over requests, in nats over the largest budget.
 #[derive(Clone, Debug, Serialize)]
 struct Split {
     /// The text that was not learnt.

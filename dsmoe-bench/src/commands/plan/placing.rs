@@ -14,7 +14,7 @@ const FEW: usize = 5;
 const MANY: usize = 24;
 const SCENE_STREAM: u64 = 0x7363_656e_6573;
 
-/// What a way of placing comes to, mean over all scenes.
+/// The result of a placing rule, mean over all scenes.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Placing {
     pub(super) requests: usize,

@@ -76,7 +76,7 @@ impl Profiled {
     }
 }
 
-/// What one budget came to.
+/// The measurements of one budget.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Point {

@@ -46,7 +46,7 @@ pub(crate) struct Definition {
     measure: Windows,
 }
 
-/// What losses are measured on.
+/// The text on which losses are measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Windows {

@@ -93,7 +93,7 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
     measure,
 };
 
-/// What the oracle has at the middle level.
+/// The oracle's results at the middle level.
 #[derive(Debug, Serialize, Deserialize)]
 struct Half {
     all_big: f64,

@@ -21,9 +21,9 @@ pub(crate) struct Experiment {
     pub(crate) name: &'static str,
     /// The system's name.
     pub(crate) title: &'static str,
-    /// What was done here, in whole sentences.
+    /// The procedure, in whole sentences.
     pub(crate) setting: &'static str,
-    /// What the numbers are, with their unit; less is better.
+    /// The meaning of the numbers, with their unit; less is better.
     pub(crate) numbers: &'static str,
     pub(crate) claims: &'static [Claim],
     /// Lists the stages of one seed.
@@ -48,7 +48,7 @@ impl Value {
 
 /// A statement of a paper as a comparison of rows.
 pub(crate) struct Claim {
-    /// What the paper says, and where it was read.
+    /// The paper's claim, and where it was read.
     pub(crate) paper: &'static str,
     /// The row that should be better than all controls.
     pub(crate) row: &'static str,
@@ -64,7 +64,7 @@ pub(crate) struct Claim {
     pub(crate) differs: &'static str,
 }
 
-/// What the numbers say about a claim.
+/// The verdict of the numbers on a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Verdict {

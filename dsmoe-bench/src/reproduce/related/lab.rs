@@ -1,4 +1,5 @@
-//! What experiments share: the dense model of a seed, a mixture made of it, and stages that change, train and measure models.
+//! The common parts of the experiments: the dense model of a seed, a mixture made of it, and the stages that change, train and
+//! measure models.
 
 use std::path::{Path, PathBuf};
 

@@ -21,7 +21,7 @@ const SOURCE: &str = "no new layers";
 const OLD: &str = "no new layers, as many old ones trained";
 const MADE: &str = "as made";
 
-/// What is measured, how much is added, and how long it is trained.
+/// The measured text, the number of added layers, and the length of the training.
 struct Size {
     rows: Rows,
     /// The source after the same steps.

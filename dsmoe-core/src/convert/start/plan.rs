@@ -176,7 +176,7 @@ fn allotted(costs: &[Vec<(usize, f64)>], least: &[usize], size: usize, budget: f
     let layers: Vec<Costs> = costs.iter().zip(least).map(of_layer).collect();
     let whole = choose(&layers, (total + 1e-9) as usize);
     let mut open: Vec<f64> = whole.iter().map(|&open| open as f64).collect();
-    // What is left of an expert goes to the first layer with room.
+    // The remaining fraction of an expert goes to the first layer with room.
     let left = (total - open.iter().sum::<f64>()).max(0.0);
     if let Some(first) = open.iter_mut().find(|open| **open + left <= size as f64) {
         *first += left;

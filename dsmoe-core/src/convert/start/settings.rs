@@ -11,7 +11,7 @@ pub const BUDGETS: [f64; 5] = [0.25, 0.375, 0.5, 0.75, 1.0];
 /// The tokens at which a ridge is the share that it says: it weighs as much as this text, whatever the text is.
 pub const RIDGE_TOKENS: usize = 16_384;
 
-/// What is fitted, and how. Every part can be switched off.
+/// The settings of the start that is fitted to calibration text. Every part can be switched off.
 ///
 /// [`Started`](crate::convert::start::Started) has an example.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,7 +24,7 @@ pub struct StartSettings {
     pub widths: Widths,
     /// Neurons with the largest output at first positions that join the core, whatever they give elsewhere.
     pub massive: usize,
-    /// What routers predict.
+    /// The target of the routers.
     pub target: RouterTarget,
     /// Ridge of the least squares of the down projection, as a share of the mean of the diagonal over
     /// [`RIDGE_TOKENS`] tokens: of twice the text it is half of that. None keeps the projection.
@@ -51,7 +51,7 @@ pub enum Widths {
     Kl,
 }
 
-/// What the router of an expert predicts.
+/// The quantity that the router of an expert predicts.
 ///
 /// [`Started`](crate::convert::start::Started) has an example.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

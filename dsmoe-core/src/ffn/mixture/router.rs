@@ -31,7 +31,7 @@ pub(super) struct MixtureRouter {
 #[derive(Debug, Default)]
 pub(super) struct RouterSaved {
     gates: Option<MixtureRouted>,
-    /// What the experts run, where gates share them.
+    /// The routing of the experts, where gates share them.
     mapped: Option<Routing>,
 }
 

@@ -20,7 +20,7 @@ pub(crate) struct Block {
 pub(crate) struct Join<'a> {
     /// The stream after it; set.
     pub(crate) out: &'a mut Matrix<f32>,
-    /// What the next block reads, rounded; set.
+    /// The rounded input of the next block; set.
     pub(crate) h: &'a mut Matrix<bf16>,
     /// The reciprocal deviations of the norm that the next block reads; set if there is one.
     pub(crate) rstd: &'a mut Matrix<f32>,

@@ -1,7 +1,8 @@
 //! Routers of the device, of full or of low rank, and the linear term that makes up for closed experts; see
 //! [`crate::ffn::Gating`] for the formulas.
 //!
-//! What decides gates is f32, as on the CPU. Products of the linear term round their operands to bf16, as those of experts do.
+//! The values that decide gates are f32, as on the CPU. Products of the linear term round their operands to bf16, as those of
+//! experts do.
 
 use dsmoe_kernels::cuda::Matrix;
 use dsmoe_kernels::cuda::ops::elementwise::Cast;

@@ -1,4 +1,4 @@
-//! What a pass over a text computes on its way: states, routes and logits of single tokens.
+//! The intermediate values of a pass over a text: states, routes and logits of single tokens.
 
 use dsmoe_router::RoutingStats;
 
@@ -6,7 +6,7 @@ use super::{Cache, Inference, Workspace};
 use crate::error::{Error, Result};
 use crate::model::tensors::check_input;
 
-/// What [`Inference::observe`] keeps.
+/// The values that [`Inference::observe`] keeps.
 ///
 /// ```
 /// use dsmoe_core::init::preset;
@@ -32,7 +32,7 @@ pub struct Observe {
     pub routes: bool,
 }
 
-/// What a pass over one text has computed.
+/// The values that a pass over one text has computed.
 ///
 /// [`Observe`] has an example.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -243,7 +243,7 @@ impl Pass<'_> {
             let (acts, stats) = (&mut kept[of_layer[i]], stats.as_mut());
             let work = LayerWork { x: &before[i], next: Some(&mut after[0]), acts, h, y, scratch, stats };
             let report = self.layer(i, units.params(i + 1)?, work);
-            // What is not kept is looked at here.
+            // Values that are not kept are looked at here.
             if not_finite.is_none() && of_layer[i + 1..].contains(&of_layer[i]) {
                 not_finite = is_not_finite(&kept[of_layer[i]].x_mid).then_some(i);
             }

@@ -65,7 +65,7 @@ pub struct StepOutput {
     pub separability: f64,
     /// Mean of the entropy of gates over layers, tokens and, of sigmoids, gates; 0 unless it has a weight.
     pub gate_entropy: f64,
-    /// What the backward pass does to all gates as a whole, by the weight of the sparsity loss; 0 where the device does not tell.
+    /// The gradient of all gates as a whole, by the weight of the sparsity loss; 0 where the device does not report it.
     pub pull: Pull,
     /// The first place with a NaN or infinity in the forward pass, e.g. `layer 3 ffn`, when the loss has one.
     pub non_finite: Option<String>,
@@ -204,7 +204,7 @@ pub struct TopRows {
     pub log_p: Vec<f32>,
 }
 
-/// What a micro-batch learns from beside its text.
+/// The targets of a micro-batch beside its text.
 ///
 /// [`Teacher`] has an example.
 #[derive(Debug)]

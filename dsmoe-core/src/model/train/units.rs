@@ -1,4 +1,4 @@
-//! What a training pass reads and adds to, unit by unit.
+//! The parameters and gradients of a training pass, unit by unit.
 
 use std::ops::Range;
 

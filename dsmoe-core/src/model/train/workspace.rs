@@ -47,7 +47,7 @@ pub struct TrainWorkspace {
     tokens: usize,
     /// The residual stream before every layer and after the last.
     pub(crate) streams: Vec<Buf>,
-    /// What layers keep: one of each layer, or of each kind of layer.
+    /// The values that layers keep: one of each layer, or of each kind of layer.
     pub(crate) kept: Vec<LayerActs>,
     /// The one that a layer has.
     pub(crate) of_layer: Vec<usize>,

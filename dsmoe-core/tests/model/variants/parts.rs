@@ -1,4 +1,4 @@
-//! What may stand beside experts: a core, routers of low rank, a correction, thresholds by budget.
+//! Parts beside the experts: a core, routers of low rank, a correction, thresholds by budget.
 
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::export::{ExportAs, ExportOptions, export};

@@ -36,7 +36,7 @@ gemv_f32(float* y, const bf16* x, const bf16* w, int inputs, int outputs) { gemv
 extern "C" __global__ void __launch_bounds__(256)
 gemv_bf16(bf16* y, const bf16* x, const bf16* w, int inputs, int outputs) { gemv(y, x, w, inputs, outputs); }
 
-// What a gate p is divided by: silu's 1 + e^-p, or with GELU that of the tanh form of GELU.
+// The divisor of a gate p: silu's 1 + e^-p, or with GELU that of the tanh form of GELU.
 #if GELU
 #define DIVISOR(p) (1.0f + expf(-(p) * (1.5957692f + 0.07135482f * (p) * (p))))
 #else

@@ -26,7 +26,7 @@ template <int FORM> struct Kind {
   static constexpr int TA = FORM == WEIGHTS, TB = FORM == DOWN || FORM == INPUT || FORM == WEIGHTS;
 };
 
-// What a block does next: rows of a group, or of WEIGHTS a product, its terms and columns of x.
+// The next work of a block: rows of a group, or of WEIGHTS a product, its terms and columns of x.
 struct Tile {
   int slot, rows, group, column, product, of_x, steps;
   bool shared;

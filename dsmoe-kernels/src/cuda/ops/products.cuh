@@ -1,4 +1,5 @@
-// What the products of pairs in slots share: parameters, groups, activations and boxes on their way out. `BK` terms are a step.
+// The common parts of the products of pairs in slots: parameters, groups, activations and boxes on their way out.
+// `BK` terms are a step.
 #define BK 64
 #define CONSUMERS 2
 #define BOX 8192   // 64 rows of 128 bytes

@@ -65,8 +65,8 @@ logits_of_many(float* z, const float* x, const float* rstd, const float* norm, c
 
 DEV float sigmoid(float z) { return z >= 0.0f ? 1.0f / (1.0f + expf(-z)) : expf(z) / (1.0f + expf(z)); }
 
-// What gates of a batch are told. `thresholds` are what a logit has to exceed, all open at -inf, and the logit at which a gate
-// is a half.
+// The settings of the gates of a batch. `thresholds` has two values: the threshold of the logits (at -inf all gates are open),
+// and the logit at which a gate is a half.
 struct Rules {
   const float* thresholds;
   int binary, rescale, force;

@@ -274,7 +274,7 @@ pub struct Route<'a> {
     pub routed: &'a mut Routed,
     /// Logits, `[T, n]`.
     pub z: &'a Matrix<f32>,
-    /// What the logit of an open gate exceeds, all being open at -inf, and the logit at which a gate is a half: two values.
+    /// Two values: the threshold of the logit (at -inf all gates are open), and the logit at which a gate is a half.
     /// They are on the device, as they change from step to step.
     pub thresholds: &'a Matrix<f32>,
     /// The settings.

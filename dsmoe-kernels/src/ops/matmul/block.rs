@@ -310,7 +310,7 @@ impl<S: Product, K: Sink> Passes<'_, '_, S, K> {
                 let b = &b[panel_at(0, start) / 2..panel_at(0, end) / 2];
                 widen(s, self.widened, b);
             }
-            // What the next pass reads of B: the first tiles ask for it.
+            // The part of B that the next pass reads: the first tiles prefetch it.
             let from = |p, k| -> &[f32] {
                 match block.panels {
                     Panels::F32(b) => &b[panel_at(p, k)..],

@@ -195,7 +195,7 @@ pub(crate) struct Products<'a, M, const R: usize> {
     pub(crate) a: [&'a [f32]; R],
     pub(crate) b: &'a [f32],
     pub(crate) sums: &'a mut [[f32; PANEL]],
-    /// What is read after `b`. Both are prefetched, unless this is empty.
+    /// The values that are read after `b`. Both are prefetched, unless this is empty.
     pub(crate) next: &'a [f32],
     pub(crate) step: PhantomData<M>,
 }
@@ -294,7 +294,7 @@ pub(crate) struct AddToStrips<'a, M, const R: usize> {
     /// The weights of the first panel, and of the panels after it, for some groups.
     pub(crate) b: Strided<'a>,
     pub(crate) groups: Range<usize>,
-    /// What is read after this: its first words are prefetched. Nothing is, if this is empty.
+    /// The values that are read next: the first words are prefetched, unless this is empty.
     pub(crate) next: &'a [f32],
     pub(crate) step: PhantomData<M>,
 }

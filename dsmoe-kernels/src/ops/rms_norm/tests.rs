@@ -6,7 +6,7 @@ use crate::testing::{
 
 const EPS: f32 = 1e-5;
 
-/// What a norm and its gradient give; `dw` is added to ones.
+/// The results of a norm and its gradient; `dw` is added to ones.
 struct Run {
     y: Vec<f32>,
     rstd: Vec<f32>,

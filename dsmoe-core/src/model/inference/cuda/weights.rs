@@ -26,7 +26,7 @@ pub(crate) struct CudaInference {
     pub(super) norm: GpuBuf<f32>,
     pub(super) head: GpuBuf<bf16>,
     pub(super) turns: Turns,
-    /// What the logits of a layer's gates have to exceed, and where a gate is a half: `[layers, 2]`.
+    /// The thresholds of each layer's logits, and the logits at which a gate is a half: `[layers, 2]`.
     pub(super) thresholds: GpuBuf<f32>,
 }
 

@@ -24,7 +24,7 @@ pub(super) struct Weights<'a> {
     pub(super) kind: &'a DeviceFfn,
     pub(super) master: View<'a, f32>,
     pub(super) rounded: View<'a, bf16>,
-    /// What the logits of its gates have to exceed, and where a gate is a half.
+    /// The threshold of the logits of its gates, and the logit at which a gate is a half.
     pub(super) thresholds: View<'a, f32>,
 }
 
@@ -421,7 +421,7 @@ struct Pairs<'a> {
     g: ViewMut<'a, bf16>,
 }
 
-/// What decides which pairs run.
+/// The rule that decides which pairs run.
 struct Of<'a> {
     routed: &'a Routed,
     lists: Option<&'a Lists>,

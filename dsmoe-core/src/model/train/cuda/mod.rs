@@ -69,7 +69,7 @@ pub struct CudaTrainer {
     balance_loss: f64,
     /// The amount that every gate that counts adds to the sparsity loss, in a layer where all experts have gates.
     sparsity_weight: GpuBuf<f32>,
-    /// What the logits of a layer's gates have to exceed, and where a gate is a half: `[layers, 2]`.
+    /// The thresholds of each layer's logits, and the logits at which a gate is a half: `[layers, 2]`.
     thresholds: GpuBuf<f32>,
     /// Per layer the counts of the last micro-batch's logits, where they are wanted.
     bins: Option<GpuBuf<u64>>,

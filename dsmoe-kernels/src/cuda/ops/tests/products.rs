@@ -36,7 +36,7 @@ fn cases() -> [Case; 4] {
     ]
 }
 
-/// What a case needs, and what comes out of each product.
+/// The inputs of a case, and the expected results of each product.
 struct Data {
     shape: Shape,
     sorted: Sorted,
@@ -109,7 +109,7 @@ impl Data {
     }
 }
 
-/// What a slot is.
+/// The kind of a slot.
 enum Part {
     Pair { group: usize, token: usize },
     Zeros,
@@ -166,7 +166,7 @@ fn cuda_products_run_on_the_processor() {
     }
 }
 
-/// What the products of a case give; those of `up` only of variants that have it.
+/// The results of the products of a case; those of `up` only of variants that have it.
 struct Results {
     /// c, a and b, `[slots, wide]`.
     ups: Option<[Vec<bf16>; 3]>,
