@@ -5,7 +5,7 @@ use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use dsmoe_core::checkpoint::{CONFIG_FILE, OutputDir};
+use dsmoe_core::checkpoint::{CONFIG_FILE, MANIFEST_FILE, Manifest, OutputDir};
 use dsmoe_datasets::files::read_at_most;
 use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};
@@ -83,6 +83,41 @@ pub(crate) fn write(path: &Path, bytes: impl AsRef<[u8]>) -> Result<()> {
 /// Writes indented JSON atomically.
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     write(path, serde_json::to_string_pretty(value)? + "\n")
+}
+
+/// Writes a part of longer work as indented JSON, and enters it into the manifest of its folder.
+pub(crate) fn write_part(path: &Path, value: &impl Serialize) -> Result<()> {
+    write_json(path, value)?;
+    Ok(Manifest::enter(folder_of(path), &name_of(path))?)
+}
+
+/// Reads what [`write_part`] wrote. A file that no manifest names was written before there were manifests, or by a process that was
+/// killed before it could enter it.
+pub(crate) fn read_part<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = read(path)?;
+    if let Some(manifest) = Manifest::read(folder_of(path))?
+        && manifest.contradicts(&name_of(path), text.as_bytes())
+    {
+        bail!("{}: it is not what was written, by {MANIFEST_FILE} beside it; remove it", path.display());
+    }
+    serde_json::from_str(&text).with_context(|| path.display().to_string())
+}
+
+/// Returns a part that is done, or computes and keeps it. One that is not what was written is computed again.
+pub(crate) fn done_or<T: Serialize + DeserializeOwned>(
+    path: &Path,
+    compute: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    if let Ok(done) = read_part(path) {
+        return Ok(done);
+    }
+    let made = compute()?;
+    write_part(path, &made)?;
+    Ok(made)
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// Writes atomically what `fill` writes.

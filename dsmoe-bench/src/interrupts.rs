@@ -19,6 +19,11 @@ pub(crate) fn stop_of(ui: &Ui) -> &AtomicBool {
     ui.call.as_ref().map_or(&STOP, |call| call.caller.stop())
 }
 
+/// The work was stopped on request; what is done is kept.
+#[derive(Debug, thiserror::Error)]
+#[error("stopped; run the same command with --resume to continue")]
+pub(crate) struct Stopped;
+
 /// Time in which work that does not look at [`STOP`] may come to its end.
 const PATIENCE: Duration = Duration::from_millis(1500);
 
@@ -26,6 +31,9 @@ const PATIENCE: Duration = Duration::from_millis(1500);
 static UNPOLLED: Mutex<Option<&str>> = Mutex::new(None);
 /// Parts of such work that do look at it.
 static POLLED: AtomicUsize = AtomicUsize::new(0);
+
+/// How most work is continued.
+pub(crate) const CONTINUE: &str = "run the same command with --resume to continue";
 
 /// Work of stages, most of which do not look at [`STOP`]. They write files that appear whole or not at all, so that the
 /// process ends where it is if a stage takes longer than [`PATIENCE`].

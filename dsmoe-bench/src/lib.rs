@@ -26,6 +26,8 @@ mod failure;
 mod files;
 mod format;
 mod gpu;
+#[cfg(test)]
+mod hostile;
 mod hub;
 mod interrupts;
 mod loaded;

@@ -10,7 +10,7 @@ use dsmoe_core::config::Config;
 use dsmoe_datasets::{CorpusOptions, SourceSpec};
 use dsmoe_train::TrainConfig;
 use dsmoe_train::continual::{
-    self, ContinualOptions, ContinualReport, Method, TRAIN_KEYS, Task, TaskReport, learn,
+    self, ContinualOptions, ContinualReport, Method, TRAIN_KEYS, Task, TaskReport, learn, step_memory,
 };
 use serde::{Deserialize, Serialize};
 
@@ -206,6 +206,18 @@ fn read(path: &Path) -> Result<Wanted> {
     Ok(wanted)
 }
 
+/// Reads the file of the tasks and checks it for a small model.
+#[cfg(test)]
+pub(crate) fn check_file(path: &Path) -> Result<()> {
+    let wanted = read(path)?;
+    let config = dsmoe_core::init::preset("tiny")?;
+    let names: Vec<(&str, u64)> =
+        wanted.texts.iter().zip(&wanted.steps).map(|(text, &steps)| (&text.spec.name[..], steps)).collect();
+    let (configs, method) = continual::check(&config, &names, &wanted.train, &wanted.method)?;
+    let needed = step_memory(&config, &configs[0], &method);
+    memory::check("continual learning", needed, memory::total(), "use a smaller model or batch")
+}
+
 fn plan<'a>(
     args: &'a Continual,
     config: &Config,
@@ -216,7 +228,7 @@ fn plan<'a>(
     let task = |(text, &steps): (&Text, &u64)| PlannedTask {
         name: text.spec.name.clone(),
         steps,
-        tokens: steps * tokens_per_step,
+        tokens: steps.saturating_mul(tokens_per_step),
         data_files: text.corpus.files().len(),
         data_bytes: text.corpus.total_bytes(),
     };
@@ -224,7 +236,7 @@ fn plan<'a>(
         model: &args.model,
         params,
         tokens_per_step,
-        memory_bytes: 4 * ARENAS * params,
+        memory_bytes: (4 * ARENAS * params).saturating_add(step_memory(config, resolved, &method)),
         tasks: wanted.texts.iter().zip(&wanted.steps).map(task).collect(),
         train: TrainConfig { steps: None, ..resolved.clone() },
         method,
@@ -236,7 +248,7 @@ fn show_plan(plan: &Plan<'_>) -> String {
     let fields = format::fields(vec![
         ("model", format!("{}, {} parameters", plan.model.display(), format::count(plan.params))),
         ("step", format!("{} tokens", format::count(plan.tokens_per_step))),
-        ("memory", format!("about {} and the activations", format::bytes(plan.memory_bytes))),
+        ("memory", format!("about {}", format::bytes(plan.memory_bytes))),
         ("method", method),
     ]);
     let mut table = Table::new(["task", "steps", "tokens", "files", "text"]);

@@ -12,6 +12,7 @@ use serde_json::json;
 use crate::cli::model::Init;
 use crate::files::{read, write};
 use crate::format::{self, Table};
+use crate::memory;
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 
@@ -27,6 +28,8 @@ pub(crate) fn run(args: &Init, ui: &mut Ui) -> Result<()> {
     };
     // Read first, so that a wrong name is reported before gigabytes are written.
     let tokenizer = args.tokenizer.as_deref().map(read).transpose()?;
+    let needed = Accounting::of(&config).total.saturating_mul(args.dtype.size() as u64);
+    memory::check_disk("the model", needed, out, "use a smaller model or --dtype bf16")?;
     let started = Instant::now();
     let options = InitOptions {
         dtype: args.dtype,

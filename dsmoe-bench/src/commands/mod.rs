@@ -37,6 +37,9 @@ use crate::hub;
 use crate::processes;
 use crate::ui::Ui;
 
+#[cfg(test)]
+pub(crate) use self::{continual::check_file as read_tasks, plan::check_folder as read_plan};
+
 /// Runs the command that `cli` names.
 pub(crate) fn run(mut cli: Cli, ui: &mut Ui) -> Result<ExitCode> {
     Isa::from_env()?;

@@ -306,7 +306,7 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> 
         flops_per_step: flops_per_token * tokens_per_step as f64,
         flops,
         time: None,
-        memory_bytes: memory.iter().map(|memory| memory.bytes).sum(),
+        memory_bytes: memory.iter().fold(0u64, |sum, memory| sum.saturating_add(memory.bytes)),
         memory,
         device_memory,
         teacher_cache_bytes,

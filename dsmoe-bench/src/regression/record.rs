@@ -15,6 +15,7 @@ use super::{export, instructions, quality};
 use crate::cli::bench::{Choice, Format, Record as Args, Suite};
 use crate::cli::values::word;
 use crate::files::write;
+use crate::timing::turns::ROOM;
 use crate::ui::Ui;
 
 /// The least length of a sample of a short task.
@@ -136,7 +137,7 @@ fn time(workloads: &[Workload], rounds: usize) -> Result<Vec<Benchmark>> {
         seconds(&mut task, 1)?;
         let call = seconds(&mut task, 1)?.min(seconds(&mut task, 1)?);
         let calls = (SAMPLE_SECONDS / call).clamp(1.0, MOST_CALLS) as u64;
-        let samples = [(); 3].map(|()| Vec::with_capacity(rounds));
+        let samples = [(); 3].map(|()| Vec::with_capacity(rounds.min(ROOM)));
         contestants.push(Contestant { name: workload.name.clone(), task, calls, samples });
     }
     let calibration = Calibration::new();

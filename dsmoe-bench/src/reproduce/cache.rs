@@ -1,17 +1,20 @@
 //! The cache of stages. The result of a stage is found by a hash of its settings and inputs.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use dsmoe_core::checkpoint::{Manifest, Sums};
 use dsmoe_datasets::tasks::sha256;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::files::{read_json, write_json};
+use crate::files::{read_part, write_json};
 use crate::interrupts::STOP;
 
 /// Version of the computations of stages: it is raised when the same settings give another result.
@@ -59,11 +62,13 @@ impl Key {
 #[derive(Debug)]
 pub(crate) struct Cache {
     dir: PathBuf,
+    /// Directories of stages whose files this process has compared with their manifests.
+    whole: Mutex<BTreeSet<PathBuf>>,
 }
 
 impl Cache {
     pub(crate) fn new(dir: PathBuf) -> Cache {
-        Cache { dir }
+        Cache { dir, whole: Mutex::default() }
     }
 
     /// Returns the directory of a stage.
@@ -76,9 +81,31 @@ impl Cache {
         self.dir.join(name)
     }
 
-    /// Returns the result of a stage, if it was done.
+    /// Returns the result of a stage, if it was done and its files are what was written.
     pub(crate) fn get<T: DeserializeOwned>(&self, stage: &str, key: &Key) -> Option<T> {
-        read_json(&self.dir(stage, key).join(RESULT)).ok()
+        let dir = self.dir(stage, key);
+        let result = read_part(&dir.join(RESULT)).ok()?;
+        self.is_whole(&dir).then_some(result)
+    }
+
+    /// Compares the files of a stage with their manifest, once. Weights that were discarded are not missed.
+    fn is_whole(&self, dir: &Path) -> bool {
+        let mut whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+        if whole.contains(dir) {
+            return true;
+        }
+        let holds = match Manifest::read(dir) {
+            // A stage of before there were manifests.
+            Ok(None) => true,
+            Ok(Some(manifest)) => {
+                manifest.verify(dir, &mut |_, _| ()).is_ok_and(|found| found.changed.is_empty())
+            }
+            Err(_) => false,
+        };
+        if holds {
+            whole.insert(dir.to_path_buf());
+        }
+        holds
     }
 
     /// Does a stage unless it was done. Of several processes with one directory of stages one does it; when that one dies,
@@ -109,11 +136,32 @@ impl Cache {
         if let Some(done) = self.get(stage, key) {
             return Ok(done);
         }
+        if dir.join(RESULT).exists() {
+            // It was done, and something in it is damaged.
+            empty(&dir)?;
+        }
         let result = work(&dir)?;
         write_json(&dir.join(RESULT), &result)?;
+        Manifest::write(&dir, &Sums::default())?;
         drop(claim);
         Ok(result)
     }
+}
+
+/// Removes all files of a stage but the claim.
+fn empty(dir: &Path) -> Result<()> {
+    let at = || dir.display().to_string();
+    for entry in fs::read_dir(dir).with_context(at)? {
+        let entry = entry.with_context(at)?;
+        let path = entry.path();
+        match entry.file_type().with_context(at)?.is_dir() {
+            true => fs::remove_dir_all(&path),
+            false if entry.file_name() == CLAIM => Ok(()),
+            false => fs::remove_file(&path),
+        }
+        .with_context(|| path.display().to_string())?;
+    }
+    Ok(())
 }
 
 /// Locks the file at `path` for as long as the result lives; none if another process has it.
@@ -142,9 +190,32 @@ mod tests {
             cache.stage("s", &Key::of("s", &settings), IfBusy::Leave, |_| Ok(value)).unwrap()
         };
         assert_eq!((run(json!({"a": 1}), 7), run(json!({"a": 1}), 8), run(json!({"a": 2}), 9)), (7, 7, 9));
-        // A torn result counts as none.
-        fs::write(cache.dir("s", &Key::of("s", &json!({"a": 1}))).join(RESULT), "{").unwrap();
+        // A torn result counts as none, and so does a changed one, or one beside a changed file.
+        let dir = cache.dir("s", &Key::of("s", &json!({"a": 1})));
+        fs::write(dir.join(RESULT), "{").unwrap();
         assert_eq!(run(json!({"a": 1}), 8), 8);
+        fs::write(dir.join(RESULT), "7").unwrap();
+        assert_eq!(run(json!({"a": 1}), 9), 9);
+        let with_file = |value: u64| -> u64 {
+            let cache = Cache::new(cache.dir.clone());
+            let key = Key::of("s", &json!({"a": 3}));
+            let work = |dir: &Path| -> Result<u64> {
+                Ok(fs::create_dir_all(dir.join("run"))
+                    .and_then(|()| {
+                        assert!(!dir.join("run/model").exists());
+                        fs::write(dir.join("run/model"), "weights")
+                    })
+                    .map(|()| value)?)
+            };
+            cache.stage("s", &key, IfBusy::Leave, work).unwrap()
+        };
+        let model = cache.dir("s", &Key::of("s", &json!({"a": 3}))).join("run/model");
+        assert_eq!((with_file(1), with_file(2)), (1, 1));
+        fs::write(&model, "Weights").unwrap();
+        assert_eq!((with_file(2), with_file(3)), (2, 2));
+        // Weights may be discarded.
+        fs::remove_file(&model).unwrap();
+        assert_eq!(with_file(4), 2);
         let key = Key::of("s", &json!(3));
         let failed: Result<u64> = cache.stage("s", &key, IfBusy::Wait, |_| Err(Interrupted.into()));
         assert!(failed.unwrap_err().is::<Interrupted>() && cache.get::<u64>("s", &key).is_none());

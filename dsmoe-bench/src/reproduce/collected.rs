@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use super::records::{BASE, RUNS, Run, SETUP, TIMINGS, Timing};
 use super::setup::Setup;
 use super::sound;
-use crate::files::read_json;
+use crate::files::read_part;
 
 /// All files of a reproduction.
 pub(crate) struct Collected {
@@ -23,9 +23,9 @@ impl Collected {
     /// Reads the files of one reproduction, or of its parts. Parts share everything but their runs, which may be those of
     /// other methods, so that a table can grow by a row at a time.
     pub(crate) fn read(dirs: &[PathBuf]) -> Result<Collected> {
-        let mut setup: Setup = read_json(&dirs[0].join(SETUP))?;
+        let mut setup: Setup = read_part(&dirs[0].join(SETUP))?;
         for dir in &dirs[1..] {
-            let mut other: Setup = read_json(&dir.join(SETUP))?;
+            let mut other: Setup = read_part(&dir.join(SETUP))?;
             setup.add_runs(std::mem::take(&mut other.runs));
             other.runs.clone_from(&setup.runs);
             if other != setup {
@@ -40,7 +40,7 @@ impl Collected {
                 if !path.is_file() {
                     continue;
                 }
-                let run: Run = read_json(&path)?;
+                let run: Run = read_part(&path)?;
                 sound::check(&path, &run)?;
                 // Results may differ all the same: the last bits of a stage depend on the machine.
                 match &found {
@@ -72,7 +72,7 @@ impl Collected {
             for dir in dirs {
                 let path = dir.join(TIMINGS).join(format!("{id}.json"));
                 if path.is_file() {
-                    let timing: Timing = read_json(&path)?;
+                    let timing: Timing = read_part(&path)?;
                     sound::check(&path, &timing)?;
                     timings.entry(id.to_owned()).or_insert(timing);
                 }

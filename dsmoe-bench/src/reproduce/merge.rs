@@ -9,7 +9,7 @@ use super::collected::Collected;
 use super::publish::finish;
 use super::records::{BASE, RUNS, SETUP, TIMINGS};
 use super::related;
-use crate::files::{make_folder, write_json};
+use crate::files::{make_folder, write_part};
 use crate::ui::Ui;
 
 /// Merges the parts in `parts` into `out`.
@@ -20,13 +20,13 @@ pub(crate) fn run(parts: &[PathBuf], out: &Path, force: bool, ui: &mut Ui) -> Re
     let started = Instant::now();
     make_folder(out, force, "choose another --out, or pass --force")?;
     let collected = Collected::read(parts)?;
-    write_json(&out.join(SETUP), &collected.setup)?;
+    write_part(&out.join(SETUP), &collected.setup)?;
     let runs = collected.setup.runs.iter().map(String::as_str).zip(&collected.runs);
     for (id, run) in runs.chain([(BASE, &collected.base)]) {
-        write_json(&out.join(RUNS).join(format!("{id}.json")), run)?;
+        write_part(&out.join(RUNS).join(format!("{id}.json")), run)?;
     }
     for (id, timing) in &collected.timings {
-        write_json(&out.join(TIMINGS).join(format!("{id}.json")), timing)?;
+        write_part(&out.join(TIMINGS).join(format!("{id}.json")), timing)?;
     }
     finish(&collected, out, started.elapsed().as_secs_f64(), ui)
 }

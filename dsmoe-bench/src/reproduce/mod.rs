@@ -61,8 +61,8 @@ use self::stages::Stages;
 use self::text::Text;
 use self::work::Work;
 use crate::cli::reproduce::Reproduce;
-use crate::files::{check_folder, make_folder, read_json, write_json};
-use crate::interrupts::{INTERRUPTED, STOP, Unpolled, catch_interrupts};
+use crate::files::{check_folder, make_folder, read_part, write_part};
+use crate::interrupts::{CONTINUE, INTERRUPTED, STOP, Unpolled, catch_interrupts};
 use crate::ui::{Ui, stderr_line};
 
 /// How long a process waits when others work on all models that are left.
@@ -117,7 +117,7 @@ fn in_folder(
     check_limits(args, profile, machine)?;
     let _lock = open(&out, args.resume)?;
     catch_interrupts()?;
-    let _unpolled = Unpolled::begin("run the same command with --resume to continue");
+    let _unpolled = Unpolled::begin(CONTINUE);
     match work(&out) {
         Err(error) if error.is::<Interrupted>() => {
             stderr_line("dsmoe: stopped; run the same command with --resume to continue");
@@ -136,6 +136,19 @@ fn check_limits(args: &Reproduce, profile: &Profile, machine: limits::Machine) -
         Err(error) if profile.world.is_some() => Err(error),
         Err(_) => Ok(()),
     }
+}
+
+/// Reads the profile in the file `path` and checks its numbers, as a plan does.
+#[cfg(test)]
+pub(crate) fn check_profile(path: &Path) -> Result<()> {
+    let place = path.display().to_string();
+    let of_experiments = related::profile_of(&place)?;
+    let profile = of_experiments.map_or_else(|| Profile::load(&place), Ok)?;
+    limits::check_seeds(&profile)?;
+    let dense = profile.architecture(profile.world.as_ref().map_or(32_000, |world| world.vocab));
+    // A profile may leave the model to the user.
+    let dense = dense.or_else(|_| profile::Profile::load("paper-1b")?.architecture(32_000))?;
+    limits::check(&profile, &dense, limits::Machine::of_plans(Path::new(".")))
 }
 
 /// Makes the directory, or continues in it, and locks it for this process.
@@ -184,10 +197,10 @@ fn reproduce(
     let runs = all_jobs(profile, args, outputs)?.iter().map(|planned| planned.job.id()).collect();
     let setup = Setup::new(profile, outputs, runs, &text, &base)?;
     forget_other_results(out, &setup)?;
-    write_json(&out.join(SETUP), &setup)?;
+    write_part(&out.join(SETUP), &setup)?;
     let save = |id: &str, (run, timing): (Run, Timing)| -> Result<()> {
-        write_json(&out.join(RUNS).join(format!("{id}.json")), &run)?;
-        write_json(&out.join(TIMINGS).join(format!("{id}.json")), &timing)
+        write_part(&out.join(RUNS).join(format!("{id}.json")), &run)?;
+        write_part(&out.join(TIMINGS).join(format!("{id}.json")), &timing)
     };
     save(BASE, stages.run_base(&mut base, &base_parts)?)?;
     // A model that another process works on is come back to.
@@ -223,7 +236,7 @@ fn reproduce(
 
 /// Removes the results of other settings, so that there are none until this run is done.
 fn forget_other_results(out: &Path, setup: &Setup) -> Result<()> {
-    let before: Option<Setup> = read_json(&out.join(SETUP)).ok();
+    let before: Option<Setup> = read_part(&out.join(SETUP)).ok();
     if before.as_ref() == Some(setup) {
         return Ok(());
     }

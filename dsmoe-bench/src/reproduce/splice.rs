@@ -39,7 +39,7 @@ enum Part {
 }
 
 /// A file as it should be: a document, or a chart that one shows.
-struct Wanted {
+pub(crate) struct Wanted {
     path: PathBuf,
     text: String,
 }
@@ -70,7 +70,7 @@ pub(crate) fn run(files: &[PathBuf], check: bool, ui: &mut Ui) -> Result<()> {
 }
 
 /// Returns the text with its blocks replaced, and the charts that they show.
-fn splice(text: &str, folder: &Path) -> Result<(String, Vec<Wanted>)> {
+pub(crate) fn splice(text: &str, folder: &Path) -> Result<(String, Vec<Wanted>)> {
     let (mut out, mut rest, mut charts, mut blocks) = (String::new(), text, Vec::new(), 0);
     while let Some(at) = rest.find(BEGIN) {
         let line = text[..text.len() - rest.len() + at].matches('\n').count() + 1;

@@ -24,7 +24,7 @@ use super::profile::Role;
 use super::records::{BASE, Made, Milestone, Run, Timing, Trained};
 use super::training::{Training, remove_checkpoints, remove_weights, settled, training_speed};
 use super::work::{Stage, Work};
-use crate::files::{read_json, write_json};
+use crate::files::{read_part, write_part};
 
 /// A model as a method made it.
 struct Start {
@@ -208,11 +208,11 @@ impl Stages<'_> {
                     let tokens = step * config.tokens_per_step();
                     found.push(Milestone { share, step, tokens, serves, means: text.means });
                 }
-                write_json(&path, &found)
+                write_part(&path, &found)
             })?;
             let steps = config.clone().resolve()?.steps.unwrap_or(0);
             let milestones: Vec<Vec<Milestone>> =
-                milestones.iter().map(|&share| read_json(&file(share))).collect::<Result<_>>()?;
+                milestones.iter().map(|&share| read_part(&file(share))).collect::<Result<_>>()?;
             let milestones = milestones.into_iter().flatten().collect();
             Ok(Trained { steps, tokens: steps * config.tokens_per_step(), milestones })
         })?;

@@ -28,6 +28,9 @@ pub(crate) fn take_turns(tasks: &mut [Task<'_>], rounds: usize) -> Vec<f64> {
     times
 }
 
+/// Samples that there is room for from the start.
+pub(crate) const ROOM: usize = 1 << 12;
+
 /// The median of the samples that `sample(i)` gives for each of `tasks` tasks, in turns.
 ///
 /// # Errors
@@ -37,7 +40,7 @@ pub(crate) fn medians<E>(
     rounds: usize,
     mut sample: impl FnMut(usize) -> Result<f64, E>,
 ) -> Result<Vec<f64>, E> {
-    let mut samples = vec![Vec::with_capacity(rounds); tasks];
+    let mut samples = vec![Vec::with_capacity(rounds.min(ROOM)); tasks];
     for _ in 0..rounds {
         for (task, samples) in samples.iter_mut().enumerate() {
             samples.push(sample(task)?);

@@ -8,6 +8,8 @@ mod profile;
 mod train;
 
 pub(super) use self::choose::{Chosen, for_prompt};
+#[cfg(test)]
+pub(crate) use self::profile::check_folder;
 
 use std::process::ExitCode;
 

@@ -19,14 +19,14 @@ use serde_json::{Value, json};
 
 use crate::cli::gates::GateArgs;
 use crate::cli::plan::PlanProfile;
-use crate::files::{lossy, make_folder, read_json, write_json};
+use crate::files::{done_or, lossy, make_folder, read_json, read_part, write_json, write_part};
 use crate::format::{self, Table};
-use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
+use crate::interrupts::{CONTINUE, INTERRUPTED, STOP, Stopped, Unpolled, catch_interrupts};
 use crate::models::{load_inference, tokenizer};
 use crate::progress::{Progress, Unit};
 use crate::reproduce::speed::{decode, prefill};
 use crate::texts::{load, open, options, total_bytes};
-use crate::ui::Ui;
+use crate::ui::{Ui, stderr_line};
 
 const SETTINGS: &str = "plan.json";
 const POINTS: &str = "points";
@@ -107,7 +107,7 @@ impl Profile {
         if !path.is_file() {
             bail!("{}: holds no profile; make one with dsmoe plan profile", plan.display());
         }
-        let profile: Profile = read_json(&path)?;
+        let profile: Profile = read_part(&path)?;
         let budgets = profile.shares.len();
         let width = profile.requests.first().map_or(0, |request| request.features.len());
         let is_sound = |request: &Profiled| {
@@ -142,6 +142,16 @@ impl Profile {
 }
 
 pub(super) fn run(args: &PlanProfile, ui: &mut Ui) -> Result<ExitCode> {
+    match profile(args, ui) {
+        Err(error) if error.is::<Stopped>() => {
+            stderr_line(format_args!("dsmoe: {error}"));
+            Ok(ExitCode::from(INTERRUPTED))
+        }
+        done => done.map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn profile(args: &PlanProfile, ui: &mut Ui) -> Result<()> {
     let config = Config::load(&args.model)?;
     let shares = shares(args, &config)?;
     if args.prompt < LEAST_PROMPT || args.prompt.saturating_add(args.continuation) > config.max_position {
@@ -154,11 +164,11 @@ pub(super) fn run(args: &PlanProfile, ui: &mut Ui) -> Result<ExitCode> {
     }
     let texts = open(&args.data, &options(&args.data))?;
     let Some(out) = args.work.out() else {
-        let requests = args.requests * texts.len();
+        let requests = args.requests.saturating_mul(texts.len());
         let plan = json!({
             "model": args.model.display().to_string(), "shares": shares, "sources": texts.len(),
             "data_bytes": total_bytes(&texts), "requests": requests,
-            "tokens": requests * (args.prompt * (shares.len() + 1) + args.continuation * shares.len()),
+            "tokens": requests.saturating_mul(args.prompt * (shares.len() + 1) + args.continuation * shares.len()),
         });
         ui.result(&plan, |plan| {
             let field = |key: &str| plan[key].to_string();
@@ -168,21 +178,26 @@ pub(super) fn run(args: &PlanProfile, ui: &mut Ui) -> Result<ExitCode> {
                 ("tokens to score", field("tokens")),
             ])
         })?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(());
     };
     let tokenizer = tokenizer(&args.model, &config, ui)?;
     let sources = load(&texts, &tokenizer, args.bos, args.data.cache.as_deref(), ui)?;
     let cut = cut(args, &sources)?;
     prepare(args, out, &settings(args, &shares, &sources, &cut)?)?;
     catch_interrupts()?;
+    let _unpolled = Unpolled::begin(CONTINUE);
     let mut model = load_inference(&args.model, args.dtype, Device::Cpu, GateArgs::default())?;
     let mut points = Vec::new();
     model.set_active(shares[0])?;
+    let part = |name: &str| out.join(POINTS).join(format!("{name}.json"));
     let features: Vec<Vec<f64>> =
-        done_or(out, "features", || features_of_all(&model, &cut, args.prompt, ui))?;
+        done_or(&part("features"), || features_of_all(&model, &cut, args.prompt, ui))?;
+    if features.len() != cut.len() {
+        bail!("{}: has {} requests of {}; remove it", part("features").display(), features.len(), cut.len());
+    }
     for share in &shares {
         model.set_active(*share)?;
-        let point: Point = done_or(out, &share.to_string(), || measure(&model, args, &cut, ui))?;
+        let point: Point = done_or(&part(&share.to_string()), || measure(&model, args, &cut, ui))?;
         if point.losses.len() != cut.len() {
             bail!(
                 "{}: has {} requests of {}; remove it",
@@ -192,10 +207,7 @@ pub(super) fn run(args: &PlanProfile, ui: &mut Ui) -> Result<ExitCode> {
             );
         }
         points.push(point);
-        if STOP.load(Ordering::Relaxed) {
-            ui.note("dsmoe: stopped; run the same command with --resume to continue");
-            return Ok(ExitCode::from(INTERRUPTED));
-        }
+        stopped()?;
     }
     let rows = cut.iter().zip(features).enumerate();
     let requests = rows.map(|(i, (request, features))| Profiled {
@@ -217,9 +229,15 @@ pub(super) fn run(args: &PlanProfile, ui: &mut Ui) -> Result<ExitCode> {
         requests: requests.collect(),
         speeds: speeds.map(|(prefill, decode)| Speeds { prefill, decode }),
     };
-    write_json(&out.join(PROFILE), &profile)?;
+    write_part(&out.join(PROFILE), &profile)?;
     ui.result(&summary(&profile, out), show)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(())
+}
+
+/// Reads the profile in a folder.
+#[cfg(test)]
+pub(crate) fn check_folder(plan: &Path) -> Result<()> {
+    Profile::read(plan).map(|profile| drop(summary(&profile, plan)))
 }
 
 /// Tokens of a request: prompt and continuation.
@@ -279,7 +297,7 @@ fn features_of_all(model: &Inference, requests: &[Request], prompt: usize, ui: &
 /// Ends a measurement that the user wants to stop; what is done is kept.
 fn stopped() -> Result<()> {
     if STOP.load(Ordering::Relaxed) {
-        bail!("stopped; run the same command with --resume to continue");
+        return Err(Stopped.into());
     }
     Ok(())
 }
@@ -313,6 +331,7 @@ fn measure(model: &Inference, args: &PlanProfile, requests: &[Request], ui: &Ui)
     let most = &ids[..ids.len().min(model.config().max_position)];
     let mut times: [Vec<f64>; 2] = Default::default();
     for _ in 0..args.repeats {
+        stopped()?;
         times[0].push(prefill(model, most, most.len())?);
         times[1].push(decode(model, most, DECODED.min(most.len() / 2).max(1), 1)?);
     }
@@ -322,21 +341,6 @@ fn measure(model: &Inference, args: &PlanProfile, requests: &[Request], ui: &Ui)
     };
     let [prefill, decode] = times.map(median);
     Ok(Point { active: stats.active_ratio(), losses, prefill, decode })
-}
-
-/// Returns a part that is done, or computes and keeps it.
-fn done_or<T: Serialize + serde::de::DeserializeOwned>(
-    out: &Path,
-    name: &str,
-    compute: impl FnOnce() -> Result<T>,
-) -> Result<T> {
-    let path = out.join(POINTS).join(format!("{name}.json"));
-    if path.is_file() {
-        return read_json(&path);
-    }
-    let made = compute()?;
-    write_json(&path, &made)?;
-    Ok(made)
 }
 
 /// Returns the budgets, ascending.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::profile::{Profile, Profiled};
 use crate::cli::plan::{HeadArgs, PlanTrain};
-use crate::files::{read_json, write_json};
+use crate::files::{read_part, write_part};
 use crate::format;
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
@@ -33,7 +33,7 @@ impl Heads {
         if !path.is_file() {
             bail!("{}: holds no network; train one with dsmoe plan train", plan.display());
         }
-        let heads: Heads = read_json(&path)?;
+        let heads: Heads = read_part(&path)?;
         heads.curves.check(profile.shares.len()).with_context(|| path.display().to_string())?;
         if heads.model_sha256 != profile.model_sha256 {
             bail!("{}: the network of another profile; train it again with dsmoe plan train", path.display());
@@ -64,7 +64,7 @@ pub(super) fn run(args: &PlanTrain, ui: &mut Ui) -> Result<()> {
         seed: fit.seed,
         curves,
     };
-    write_json(&args.plan.join(HEADS), &made)?;
+    write_part(&args.plan.join(HEADS), &made)?;
     let result = serde_json::json!({
         "plan": args.plan.display().to_string(), "heads": heads, "requests": rows.len(), "squared_error": squared_error,
     });

@@ -19,8 +19,8 @@ use serde_json::{Value, json};
 use self::point::{Point, Text, Work};
 use crate::cli::gates::GateArgs;
 use crate::cli::sweep::Sweep;
-use crate::files::{make_folder, read_json, write_json};
-use crate::interrupts::{INTERRUPTED, STOP, catch_interrupts};
+use crate::files::{self, make_folder, read_json, write_json};
+use crate::interrupts::{CONTINUE, INTERRUPTED, STOP, Unpolled, catch_interrupts};
 use crate::models::{load_inference, tokenizer};
 use crate::texts::{load, open, options};
 use crate::ui::Ui;
@@ -43,6 +43,7 @@ pub(crate) fn run(args: &Sweep, ui: &mut Ui) -> Result<ExitCode> {
         prepare(out, args.resume, &settings)?;
         catch_interrupts()?;
     }
+    let _unpolled = args.out.as_ref().map(|_| Unpolled::begin(CONTINUE));
     let open = |model: &Path| -> Result<Inference> {
         load_inference(model, args.dtype, dsmoe_core::Device::Cpu, GateArgs::default())
     };
@@ -77,15 +78,10 @@ pub(crate) fn run(args: &Sweep, ui: &mut Ui) -> Result<ExitCode> {
 
 /// Returns a point that is done, or computes and keeps it.
 fn done_or(args: &Sweep, name: &str, compute: impl FnOnce() -> Result<Point>) -> Result<Point> {
-    let path = args.out.as_ref().map(|out| out.join(POINTS).join(format!("{name}.json")));
-    if let Some(done) = path.as_ref().and_then(|path| read_json(path).ok()) {
-        return Ok(done);
+    match &args.out {
+        Some(out) => files::done_or(&out.join(POINTS).join(format!("{name}.json")), compute),
+        None => compute(),
     }
-    let point = compute()?;
-    if let Some(path) = path {
-        write_json(&path, &point)?;
-    }
-    Ok(point)
 }
 
 /// Returns the shares to measure, ascending: those asked for, or all that the model stores.

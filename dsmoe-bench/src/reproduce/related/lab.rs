@@ -8,6 +8,7 @@ use dsmoe_baselines::grow::{GrowOptions, grow};
 use dsmoe_baselines::{Budget, Job as Pruning, method, read_settings};
 use dsmoe_core::Inference;
 use dsmoe_core::accounting::Accounting;
+use dsmoe_core::checkpoint::Manifest;
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{UpcycleOptions, upcycle};
 use dsmoe_kernels::comm::alone;
@@ -146,6 +147,7 @@ impl<'b> Lab<'_, 'b> {
             let mut config: Value = read_json(&path)?;
             config["router_aux_loss_coef"] = json!(BALANCE);
             write_json(&path, &config)?;
+            Manifest::renew(&start, dsmoe_core::config::CONFIG_FILE)?;
             Ok(start)
         })
     }

@@ -9,12 +9,12 @@ use serde_json::Value as Json;
 use super::super::records::{FORMAT_VERSION, RUNS, SETUP};
 use super::outcome::{Found, Outcome, Setup};
 use super::{ALL, Experiment, Run, finish};
-use crate::files::{make_folder, read_json, write_json};
+use crate::files::{make_folder, read_part, write_part};
 use crate::ui::Ui;
 
 /// Reports whether the results in `dir` are those of experiments.
 pub(crate) fn has_experiments(dir: &Path) -> Result<bool> {
-    let setup: Json = read_json(&dir.join(SETUP))?;
+    let setup: Json = read_part(&dir.join(SETUP))?;
     Ok(setup["profile"].get("experiments").is_some())
 }
 
@@ -33,22 +33,22 @@ pub(crate) fn merge(parts: &[PathBuf], out: &Path, force: bool, ui: &mut Ui) -> 
     }
     make_folder(out, force, "choose another --out, or pass --force")?;
     for run in &runs {
-        write_json(&out.join(RUNS).join(run.file()), run)?;
+        write_part(&out.join(RUNS).join(run.file()), run)?;
     }
-    write_json(&out.join(SETUP), &setup)?;
+    write_part(&out.join(SETUP), &setup)?;
     let outcome = Outcome { format_version: FORMAT_VERSION, setup, experiments };
     finish(&outcome, out, started.elapsed().as_secs_f64(), ui)
 }
 
 /// Returns the setup of all parts, which differ in their experiments alone, and the experiments of all.
 fn common(parts: &[PathBuf]) -> Result<(Setup, Vec<&'static Experiment>)> {
-    let mut setup: Setup = read_json(&parts[0].join(SETUP))?;
+    let mut setup: Setup = read_part(&parts[0].join(SETUP))?;
     if setup.profile.seeds == 0 {
         bail!("{}: seeds is 0; run the experiments again", parts[0].join(SETUP).display());
     }
     let mut names = std::mem::take(&mut setup.profile.experiments);
     for part in &parts[1..] {
-        let mut other: Setup = read_json(&part.join(SETUP))?;
+        let mut other: Setup = read_part(&part.join(SETUP))?;
         names.append(&mut other.profile.experiments);
         if other != setup {
             let (first, part) = (parts[0].display(), part.display());
@@ -74,7 +74,7 @@ fn find(parts: &[PathBuf], name: &str, seed: u64) -> Result<Run> {
         if !path.is_file() {
             continue;
         }
-        let run: Run = read_json(&path)?;
+        let run: Run = read_part(&path)?;
         if run.experiment != name || run.seed != seed {
             bail!("{}: it has {} of seed {}; name it after them", path.display(), run.experiment, run.seed);
         }

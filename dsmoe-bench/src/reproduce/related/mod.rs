@@ -38,7 +38,7 @@ use super::stages::Stages;
 use super::text::Text;
 use super::work::Work;
 use crate::cli::reproduce::Reproduce;
-use crate::files::write_json;
+use crate::files::{write_json, write_part};
 use crate::format;
 use crate::report;
 use crate::ui::Ui;
@@ -156,13 +156,13 @@ impl Experiments {
                 let mut lab = Lab { stages: &mut stages, base: &base, seed, name: experiment.name };
                 let values = (experiment.measure)(&mut lab)?;
                 let run = Run { experiment: experiment.name.to_owned(), seed, values };
-                write_json(&out.join(RUNS).join(run.file()), &run)?;
+                write_part(&out.join(RUNS).join(run.file()), &run)?;
                 numbers.push(run.values);
             }
         }
         let found = self.wanted.iter().zip(&numbers).map(|(experiment, seeds)| Found::new(experiment, seeds));
         let experiments = found.collect::<Result<_>>()?;
-        write_json(&out.join(SETUP), &setup)?;
+        write_part(&out.join(SETUP), &setup)?;
         let outcome = Outcome { format_version: FORMAT_VERSION, setup, experiments };
         finish(&outcome, out, started.elapsed().as_secs_f64(), ui)
     }
@@ -180,6 +180,12 @@ impl Experiments {
             dense_params: 0,
         }
     }
+}
+
+/// Returns the profile of the experiments in the file `place`; none if it holds no experiments.
+#[cfg(test)]
+pub(super) fn profile_of(place: &str) -> Result<Option<super::profile::Profile>> {
+    Ok(Definition::load(place, &ALL)?.map(|definition| definition.profile(0)))
 }
 
 /// Refuses options of a comparison of methods.
