@@ -47,6 +47,8 @@ const SNAPSHOTS: &str = "snapshots";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 const LARGEST_LAYERS: u64 = 1 << 12;
 const LARGEST_MODEL: u128 = 1 << 42;
+/// Most experts of a mixture in all of its layers, each of which is several tensors; published models have some 25 thousand.
+const MOST_EXPERTS: usize = 1 << 18;
 /// The key that names the family of a directory whose `model_type` is `dsmoe`; absent for LLaMA.
 const BASE_KEY: &str = "base_model_type";
 /// The key of [`Architecture::output_bias`].
@@ -202,6 +204,12 @@ impl Config {
         let num_layers = fields.integer("num_hidden_layers", LARGEST_LAYERS)?;
         let moe = moe::read(&fields, MoeSizes { num_layers, hidden })?;
         let mixture = fields.mixture(family, num_layers)?;
+        let experts: usize = mixture.iter().flat_map(|spec| &spec.experts).sum();
+        if experts > MOST_EXPERTS {
+            let problem = format!("is {num_layers}, and its layers have {experts} experts in all");
+            let help = format!("use at most {MOST_EXPERTS} experts");
+            return Err(fields.wrong("num_hidden_layers", problem, help));
+        }
         let max_position = fields.dimension_or("max_position_embeddings", defaults.max_position)?;
         let mut architecture =
             family.architecture(&fields, Sizes { hidden, num_layers, head_dim, max_position })?;

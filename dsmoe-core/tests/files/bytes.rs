@@ -153,6 +153,22 @@ fn configs() -> Vec<String> {
     all
 }
 
+/// Tensors are listed by expert: a number that nobody means would take minutes and gigabytes.
+#[test]
+fn mixtures_have_a_bounded_number_of_experts() {
+    let text = include_str!("../data/moe/mixtral/config.json");
+    let mut json: Value = serde_json::from_str(text).unwrap();
+    let mut read = |experts: u32| {
+        json["num_local_experts"] = experts.into();
+        Config::from_json(Path::new("config.json"), &json.to_string())
+    };
+    assert!(read(1 << 17).is_ok());
+    refused(
+        read(1_000_000),
+        &["config.json: num_hidden_layers is 2, and its layers have 2000000 experts", "use at most 262144"],
+    );
+}
+
 /// Edits that know words, numbers and brackets.
 #[test]
 fn edited_copies_are_read_or_refused() {
