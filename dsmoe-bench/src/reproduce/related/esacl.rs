@@ -100,7 +100,8 @@ fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
             let options = ContinualOptions {
                 model: dense.dir.clone(),
                 out: dir.join("run"),
-                resume: false,
+                // A killed process has left what it had done.
+                resume: true,
                 train: train.clone(),
                 method,
             };
