@@ -7,8 +7,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::common::{
-    check_report, fails, json_of, killed_four_times, list, number, path, read, read_json, run, shows,
-    succeeds, texts, write,
+    check_report, fails, json_of, killed_four_times, list, number, path, read, read_json, run, shows, spawn,
+    succeeds, texts, wait_until, write,
 };
 
 const PROFILE: &str = r#"
@@ -33,6 +33,25 @@ fn related(out: &str, [from, to]: [&str; 2], rest: &str) -> String {
 
 fn results(out: &str) -> String {
     read(&format!("related/{out}/results.json"))
+}
+
+/// A process that is killed while it learns tasks leaves them half done.
+#[test]
+fn a_killed_stage_of_tasks_ends_as_a_whole_one() {
+    whole();
+    let line = related("tasks", ["", ""], "--methods esacl --resume --quiet");
+    let mut child = spawn(&line);
+    let stages = path("related/tasks/cache");
+    let learns = |stage: fs::DirEntry| {
+        let name = stage.file_name().into_string().unwrap();
+        name.starts_with("continual-") && stage.path().join("run/tasks").is_dir()
+    };
+    wait_until("tasks are learnt", || fs::read_dir(&stages).is_ok_and(|found| found.flatten().any(learns)));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    succeeds(&line);
+    let run = "runs/esacl-s0.json";
+    assert_eq!(read(&format!("related/tasks/{run}")), read(&format!("related/whole/{run}")));
 }
 
 /// One whole run that nobody changes, and what it printed to standard error.
