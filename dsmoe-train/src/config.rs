@@ -598,6 +598,7 @@ mod tests {
         for (text, wanted) in [
             ("learning_rate = 1", ["setting `learning_rate = 1`", "unknown field `learning_rate`"]),
             ("lr = 'fast'", ["setting `lr = \"fast\"`", "expected f64"]),
+            ("lr = \"\"\"\nfast\n\"\"\"", ["setting `lr = \"\"\" fast \"\"\"`", "expected f64"]),
         ] {
             let message = config.apply(&table(text)).unwrap_err().to_string();
             assert!(wanted.iter().all(|part| message.contains(part)), "{message}");

@@ -77,7 +77,7 @@ pub enum Error {
         message: String,
     },
     /// A setting that cannot be read.
-    #[error("setting `{setting}`: {message}")]
+    #[error("setting `{}`: {message}", on_one_line(setting))]
     Setting {
         /// The setting as it was given.
         setting: String,
@@ -226,4 +226,9 @@ impl Error {
     pub fn setting(&self) -> Option<&'static str> {
         if let Error::Data(error) = self { error.setting() } else { None }
     }
+}
+
+/// Returns a setting as part of a message; a string of TOML may have several lines.
+fn on_one_line(setting: &str) -> String {
+    setting.split_whitespace().collect::<Vec<_>>().join(" ")
 }
