@@ -92,12 +92,12 @@ fn half_written_and_broken_checkpoints_are_skipped() {
     for name in names(&checkpoints) {
         std::fs::write(checkpoints.join(name).join("state.json"), "{}").unwrap();
     }
-    let parts = ["step-00000020", "state.json", "not what was written", "set force"];
+    let parts = ["step-00000020", "state.json", "not what was written", "choose another out"];
     refused(&text(1), settings(&[]), bed.resumed("out"), &parts);
     for name in names(&checkpoints) {
         std::fs::remove_file(checkpoints.join(name).join("checksums.json")).unwrap();
     }
-    let parts = ["step-00000020", "state.json", "format_version", "set force"];
+    let parts = ["step-00000020", "state.json", "format_version", "choose another out"];
     refused(&text(1), settings(&[]), bed.resumed("out"), &parts);
 }
 
