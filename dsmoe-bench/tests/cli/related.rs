@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::sync::OnceLock;
+use std::thread::sleep;
 use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::common::{
     check_report, fails, json_of, killed_four_times, list, number, path, read, read_json, run, shows, spawn,
-    succeeds, texts, wait_until, write,
+    succeeds, texts, write,
 };
 
 const PROFILE: &str = r#"
@@ -46,7 +47,10 @@ fn a_killed_stage_of_tasks_ends_as_a_whole_one() {
         let name = stage.file_name().into_string().unwrap();
         name.starts_with("continual-") && stage.path().join("run/tasks").is_dir()
     };
-    wait_until("tasks are learnt", || fs::read_dir(&stages).is_ok_and(|found| found.flatten().any(learns)));
+    let has_begun = || fs::read_dir(&stages).is_ok_and(|found| found.flatten().any(learns));
+    while !has_begun() && child.try_wait().unwrap().is_none() {
+        sleep(Duration::from_millis(1));
+    }
     child.kill().unwrap();
     child.wait().unwrap();
     succeeds(&line);
