@@ -185,6 +185,11 @@ fn experiments_that_ran_apart_are_merged_into_what_one_run_gives() {
         );
     }
     let run = read("related/part2/runs/memtl-s1.json");
+    write("related/part2/runs/memtl-s1.json", run.replacen("0.", "1.", 1));
+    fails(&merge("related/part2", "unmerged"), &["memtl-s1.json", "not what was written"]);
+    // Records of earlier versions have no hashes.
+    fs::remove_file(path("related/part2/runs/checksums.json")).unwrap();
+    write("related/part2/runs/memtl-s1.json", &run);
     for (parts, changed, words) in [
         ("related/part1 related/other", None, vec!["are not parts of one set", "setup.json"]),
         (
