@@ -23,7 +23,7 @@ const FUEL: u64 = 1_000_000;
 /// The largest file of messages, in bytes.
 const MAX_MESSAGES: u64 = 64 << 20;
 
-/// A placeholder for the model's answer. The template is rendered with it to find the text that ends an answer.
+/// An answer of the model. The template is rendered with it to find the text that ends an answer.
 const ANSWER: &str = "An answer.";
 
 /// The chat template of a model.

@@ -87,7 +87,7 @@ impl Call {
     /// Queues the launch.
     ///
     /// # Safety
-    /// As for [`Source::launch`].
+    /// The caller promises the same as for [`Source::launch`].
     pub(crate) unsafe fn queue(&self, gpu: &Gpu) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.source.launch(gpu, self.entry, &self.defines, self.grid, &self.args) }
@@ -116,7 +116,7 @@ impl Source {
     /// Queues a launch of the kernel `entry` whose two parameters are structs.
     ///
     /// # Safety
-    /// As for [`Source::launch`]: `one` and `other` are the kernel's parameters.
+    /// The caller promises the same as for [`Source::launch`]. `one` and `other` are the kernel's parameters.
     pub(crate) unsafe fn launch_structs<A: Clone, B: Clone>(
         &'static self,
         gpu: &Gpu,
@@ -158,7 +158,7 @@ impl Kernel {
     /// Queues a launch.
     ///
     /// # Safety
-    /// As for [`Source::launch`].
+    /// The caller promises the same as for [`Source::launch`].
     unsafe fn launch(&self, grid: Grid, args: &[Arg]) -> Result<()> {
         let mut args = args.to_vec();
         for arg in &mut args {
@@ -184,7 +184,7 @@ impl Kernel {
     /// Queues a launch with parameters at `pointers`.
     ///
     /// # Safety
-    /// As for [`Source::launch`]; the pointers name values of the parameters' types.
+    /// The caller promises the same as for [`Source::launch`], and that the pointers name values of the parameters' types.
     unsafe fn start(&self, grid: Grid, pointers: &mut [*mut c_void]) -> Result<()> {
         let Grid { blocks: [x, y, z], threads, shared } = grid;
         if grid.blocks.contains(&0) {

@@ -419,7 +419,7 @@ impl Project<'_> {
     /// Queues the op, or returns the device's error.
     ///
     /// # Panics
-    /// As for [`Up::run`].
+    /// Panics as [`Up::run`] does.
     pub fn run(self) -> Result<()> {
         let Project { g, dy, down, slots, variant } = self;
         check("project", slots, [&[g.len()], &[dy.len()], &[down.len()], &[]]);
@@ -447,7 +447,7 @@ impl Down<'_> {
     /// Queues the op, or returns the device's error.
     ///
     /// # Panics
-    /// As for [`Up::run`].
+    /// Panics as [`Up::run`] does.
     pub fn run(self) -> Result<()> {
         let Down { parts, c, down, slots, variant } = self;
         check("down", slots, [&[c.len()], &[], &[down.len()], &[parts.len()]]);
@@ -479,7 +479,7 @@ impl BackwardInput<'_> {
     /// Queues the op, or returns the device's error.
     ///
     /// # Panics
-    /// As for [`Up::run`].
+    /// Panics as [`Up::run`] does.
     pub fn run(self) -> Result<()> {
         let BackwardInput { parts, da, db, gate, up, slots, variant } = self;
         check("input", slots, [&[da.len(), db.len()], &[], &[gate.len(), up.len()], &[parts.len()]]);
@@ -496,7 +496,7 @@ impl BackwardInput<'_> {
 /// Adds to the gradients of the three projections, or sets them: `da^T x`, `db^T x` and `c^T dy`.
 #[derive(Debug)]
 pub struct BackwardWeights<'a> {
-    /// Of the gate, up and down projection, `[intermediate, hidden]` each.
+    /// The gradients of the gate, up and down projection, `[intermediate, hidden]` each.
     pub grads: [&'a mut Matrix<f32>; 3],
     /// `da`, `db` and `c`, `[slots, wide]` each.
     pub values: [&'a Matrix<bf16>; 3],
@@ -516,7 +516,7 @@ impl BackwardWeights<'_> {
     /// Queues the op, or returns the device's error.
     ///
     /// # Panics
-    /// As for [`Up::run`].
+    /// Panics as [`Up::run`] does.
     pub fn run(self) -> Result<()> {
         let BackwardWeights { grads, values, x, dy, set, slots, variant } = self;
         let (of_slots, weights) = (values.map(Matrix::len), grads.each_ref().map(|matrix| matrix.len()));
