@@ -158,15 +158,17 @@ mod tests {
     use crate::testing::with_threads;
 
     #[test]
-    fn ceilings_are_those_of_some_real_machine() {
+    fn ceilings_are_those_of_some_machine() {
+        // An emulator on a busy machine reaches 1e8 and less.
+        let possible = 1e6..1e14;
         for isa in Isa::available() {
             for precision in [Precision::F32, Precision::Bf16] {
                 let rate = with_threads(2, || flops(isa, precision));
-                assert!((1e8..1e14).contains(&rate), "{isa:?} {precision}: {rate:e} FLOP/s");
+                assert!(possible.contains(&rate), "{isa:?} {precision}: {rate:e} FLOP/s");
             }
         }
         let rate = with_threads(2, || read_bandwidth(Isa::current(), 1 << 20));
-        assert!((1e8..1e14).contains(&rate), "{rate:e} bytes/s");
+        assert!(possible.contains(&rate), "{rate:e} bytes/s");
     }
 
     #[test]
