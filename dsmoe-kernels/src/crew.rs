@@ -241,10 +241,11 @@ mod tests {
 
     #[test]
     fn every_task_runs_once() {
+        let loops = if cfg!(miri) { 20 } else { 2000 };
         for threads in [2, 3, 5] {
             with_threads(threads, || {
                 with_crew(|| {
-                    for i in 0..2000 {
+                    for i in 0..loops {
                         assert_eq!(counts(i % 23), vec![1; i % 23], "{threads} threads, loop {i}");
                     }
                 });
@@ -265,12 +266,13 @@ mod tests {
 
     #[test]
     fn several_crews_share_a_pool() {
+        let loops = if cfg!(miri) { 5 } else { 200 };
         with_threads(3, || {
             rayon::scope(|scope| {
                 for _ in 0..8 {
                     scope.spawn(|_| {
                         with_crew(|| {
-                            for i in 0..200 {
+                            for i in 0..loops {
                                 assert_eq!(counts(i % 7), vec![1; i % 7]);
                                 // Its parts may be taken by threads that lead another crew.
                                 rayon::join(|| rayon::join(|| (), || ()), || ());

@@ -63,6 +63,13 @@ pub fn normals(n: usize, seed: u64) -> Vec<f32> {
     out
 }
 
+/// Tells whether a test takes a problem of so many multiply-adds. Miri takes thousands of times as long as a processor, so it
+/// takes the small ones.
+#[cfg(test)]
+pub(crate) fn is_tried(multiply_adds: usize) -> bool {
+    !cfg!(miri) || multiply_adds <= 20_000
+}
+
 /// Converts to f64, for the references.
 pub fn f64s(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()

@@ -3,7 +3,9 @@ use crate::Activation;
 use crate::crew::with_crew;
 use crate::isa::Isa;
 use crate::matmul::Precision;
-use crate::testing::{assert_close, assert_close_f64, f64s, finite_differences, normals, with_threads};
+use crate::testing::{
+    assert_close, assert_close_f64, f64s, finite_differences, is_tried, normals, with_threads,
+};
 
 /// A routing and its dense form.
 struct Routing {
@@ -293,12 +295,16 @@ fn problems() -> Vec<Problem> {
         |_, i| i == 0,
         |t, _| t % 3 == 2,
     ];
-    let plain = shapes.into_iter().chain(small.clone());
-    let plain = plain.flat_map(|d| patterns.map(|active| Problem::new(d, active)));
-    let varied = shapes.into_iter().chain(small).map(|d| Problem::new(d, patterns[3]).varied());
+    let shapes = shapes.into_iter().chain(small).filter(is_small_enough);
+    let plain = shapes.clone().flat_map(|d| patterns.map(|active| Problem::new(d, active)));
+    let varied = shapes.map(|d| Problem::new(d, patterns[3]).varied());
     // An emulator runs every n-th of them.
     let step = std::env::var("DSMOE_TEST_STEP").map_or(1, |step| step.parse().expect("a number of problems"));
     plain.chain(varied).chain(problems_with_a_core()).step_by(step).collect()
+}
+
+fn is_small_enough(d: &Dims) -> bool {
+    is_tried(d.tokens * d.hidden * d.intermediate)
 }
 
 /// The core has one expert, some, or all of them.
@@ -317,7 +323,7 @@ fn problems_with_a_core() -> impl Iterator<Item = Problem> {
         // Sums over more tokens than one step of the gradients takes.
         (dims(600, 20, 16, 3), 1),
     ];
-    let cores = cores.into_iter().map(|(dims, core)| Dims { core, ..dims });
+    let cores = cores.into_iter().map(|(dims, core)| Dims { core, ..dims }).filter(is_small_enough);
     let patterns: [Active; 3] = [scattered, |_, _| true, |t, i| i != 1 && t % 5 != 1 && scattered(t, i)];
     cores.flat_map(move |d| {
         patterns

@@ -5,7 +5,7 @@ use crate::Precision;
 use crate::isa::Isa;
 use crate::matmul::{Mat, Packed};
 use crate::testing::{
-    assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
+    assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, is_tried, normals,
 };
 
 #[test]
@@ -31,7 +31,9 @@ fn the_reference_gradient_is_the_derivative() {
 
 #[test]
 fn forward_and_backward_agree_with_the_reference_on_every_tier() {
-    for (rows, inputs, outputs) in [(1, 1, 1), (1, 70, 33), (3, 129, 5), (4, 64, 300), (9, 31, 17), (0, 5, 5)]
+    let shapes = [(1, 1, 1), (1, 70, 33), (3, 129, 5), (4, 64, 300), (9, 31, 17), (0, 5, 5)];
+    for (rows, inputs, outputs) in
+        shapes.into_iter().filter(|(rows, inputs, outputs)| is_tried(rows * inputs * outputs))
     {
         let dims = Dims { rows, inputs, outputs, precision: Precision::F32 };
         let (x, w, dy) =
