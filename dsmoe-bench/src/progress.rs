@@ -27,6 +27,7 @@ impl Unit {
     fn show(self, amount: f64) -> String {
         match self {
             Unit::Bytes => format::bytes(amount as u64),
+            _ if amount < 1.0 && amount.fract() != 0.0 => format!("{amount:.2}"),
             _ if amount < 10.0 && amount.fract() != 0.0 => format!("{amount:.1}"),
             _ => format::count(amount as u64),
         }

@@ -259,6 +259,15 @@ impl Observer for View {
         self.last = Some(record.clone());
     }
 
+    fn fitting(&mut self, done: usize, all: usize) {
+        let share = format::percent(done as f64 / all as f64);
+        self.progress.set(
+            self.last.as_ref().map_or(0, |record| record.step),
+            self.steps,
+            &format!("fitting thresholds: {share}"),
+        );
+    }
+
     fn evaluated(&mut self, step: u64, report: &EvalReport) {
         let share = report.active_ratio.map(|ratio| format!(", {} active", format::percent(ratio)));
         let domains: Vec<String> =

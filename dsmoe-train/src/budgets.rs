@@ -123,24 +123,33 @@ pub(crate) fn fit_tokens(target: Option<f64>) -> usize {
 }
 
 /// Fits the thresholds of every budget to a text: the share of the text that they open is the budget's. The text is of
-/// sequences of `seq` tokens; the budgets beside a `target` take a part of it.
+/// sequences of `seq` tokens; the budgets beside a `target` take a part of it. `progress` gets the tokens that were read, of all
+/// that will be.
 pub(crate) fn fit(
     controller: &mut ThresholdController,
     model: &mut Inference,
     (ids, seq): (&[u32], usize),
     target: Option<f64>,
+    mut progress: impl FnMut(usize, usize),
 ) -> Result<()> {
     let (layers, mut workspace) = (model.config().num_layers, Workspace::default());
     let batch = (BATCH_TOKENS / seq).max(1) * seq;
     let (targets, mut losses) = (vec![IGNORE; batch], vec![0.0; batch]);
     let sequences = ids.len() / seq;
-    for at in 0..controller.knots().len() {
-        let active = controller.knots()[at].active;
-        if controller.opens_all(active) {
-            continue;
-        }
-        let is_beside = target.is_some_and(|target| (active - target).abs() > SAME);
-        let whole = (sequences / if is_beside { PARTS_BESIDE_TARGET } else { 1 }).max(1);
+    let shares: Vec<f64> = controller.knots().iter().map(|knot| knot.active).collect();
+    // The budgets that are fitted, and the sequences of each.
+    let fitted: Vec<(usize, usize)> = shares
+        .into_iter()
+        .enumerate()
+        .filter(|(_, active)| !controller.opens_all(*active))
+        .map(|(at, active)| {
+            let is_beside = target.is_some_and(|target| (active - target).abs() > SAME);
+            (at, (sequences / if is_beside { PARTS_BESIDE_TARGET } else { 1 }).max(1))
+        })
+        .collect();
+    let all = fitted.iter().map(|(_, whole)| whole * seq).sum();
+    let mut done = 0;
+    for (at, whole) in fitted {
         for text in ids[..whole * seq].chunks(whole.div_ceil(FIT_PASSES) * seq) {
             let Some(stats) = model.new_stats() else { return Ok(()) };
             let mut stats = stats.with_logits();
@@ -150,6 +159,8 @@ pub(crate) fn fit(
             for inputs in text.chunks(batch) {
                 let of = Batch { inputs, targets: &targets[..inputs.len()], seq };
                 model.score(&mut losses[..inputs.len()], of, Some(&mut stats), &mut workspace)?;
+                done += inputs.len();
+                progress(done, all);
             }
             if let Some(counts) = stats.logits() {
                 controller.fit(at, counts);

@@ -61,6 +61,8 @@ const START: What = What::of("the start of the run");
 pub trait Observer: Send {
     /// Receives a finished step.
     fn step(&mut self, _record: &StepRecord) {}
+    /// Receives how many of all tokens the thresholds have been fitted to.
+    fn fitting(&mut self, _done: usize, _all: usize) {}
     /// Receives an evaluation of the held-out text after `step` steps.
     fn evaluated(&mut self, _step: u64, _report: &EvalReport) {}
     /// Receives the checkpoint of `step` once it is on the disk.
@@ -266,7 +268,7 @@ impl Trainer {
         let stores = self.model.config().moe.as_ref().is_some_and(|moe| !moe.parts.budgets.is_empty());
         if self.state.step == 0 && !stores && matches!(self.state.config.budget(), Budget::Range(..)) {
             observer.note("the thresholds of the budgets are fitted to the first training text");
-            self.fit_thresholds()?;
+            self.fit_thresholds(observer)?;
         }
         let last = self.options.stop_after.map_or(total, |n| total.min(self.state.step.saturating_add(n)));
         let started = Instant::now();
@@ -279,7 +281,7 @@ impl Trainer {
             let due = |every: Option<u64>| every.is_some_and(|every| step.is_multiple_of(every));
             if step == total && self.state.thresholds.is_some() {
                 observer.note("the thresholds are fitted to the training text that comes next");
-                self.fit_thresholds()?;
+                self.fit_thresholds(observer)?;
             }
             if due(self.state.config.eval_every) || step == total {
                 self.evaluate_held_out(observer)?;
@@ -392,7 +394,7 @@ impl Trainer {
 
     /// Fits the thresholds of all budgets to the text that the next steps would read: in the first epoch the model has not seen
     /// it, and routers open more of text that they have seen.
-    fn fit_thresholds(&mut self) -> Result<()> {
+    fn fit_thresholds(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let Some(mut controller) = self.state.thresholds.take() else { return Ok(()) };
         let ids = self.text_nearby(budgets::fit_tokens(self.state.config.active_target))?;
         self.stepper.engine.fetch(&mut self.model)?;
@@ -403,7 +405,8 @@ impl Trainer {
             None => Inference::new_on(&self.model, dtype, self.options.device)?,
         };
         let text = (&ids[..], self.state.config.seq);
-        budgets::fit(&mut controller, &mut model, text, self.state.config.active_target)?;
+        let target = self.state.config.active_target;
+        budgets::fit(&mut controller, &mut model, text, target, |done, all| observer.fitting(done, all))?;
         self.state.thresholds = Some(controller);
         self.store_thresholds()
     }
