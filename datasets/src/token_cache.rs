@@ -211,6 +211,14 @@ impl Positioned {
     }
 }
 
+/// Removes what a writer has left that was killed after its cache was in place, unless a process holds it. A failure changes
+/// nothing: the cache beside it is whole.
+pub(crate) fn remove_leftover(part: &Path) {
+    if let Ok(Some(_lock)) = lock_dir(part) {
+        let _ = fs::remove_dir_all(part);
+    }
+}
+
 /// The part of an unfinished cache that is on the disk.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

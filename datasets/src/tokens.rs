@@ -183,11 +183,13 @@ pub fn prepare(
     let stamps = corpus.stamps()?;
     let key = cache_key(corpus, tokenizer, bos, &mut |bytes| progress(Stage::Hashing, bytes))?;
     let path = cache_dir.join(format!("{key}.tokens"));
+    let part = cache_dir.join(format!("{key}.part"));
     if let Some(file) = cached(&path, tokenizer) {
+        token_cache::remove_leftover(&part);
         return Ok(Prepared { tokens: file.into(), path, reused: true, resumed: 0 });
     }
     let largest = tokenizer.vocab_size().max(tokenizer.bos_id().map_or(0, |id| id as usize + 1));
-    let mut writer = Writer::open(&cache_dir.join(format!("{key}.part")), largest)?;
+    let mut writer = Writer::open(&part, largest)?;
     let resumed = writer.len();
     let mut batches = 0;
     encode(corpus, tokenizer, bos, writer.position(), &mut |batch, position, bytes| {

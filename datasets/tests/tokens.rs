@@ -492,7 +492,12 @@ fn a_cache_goes_on_after_a_kill_and_is_the_same() {
     assert_eq!(rest.path.file_name(), whole.path.file_name());
     assert!(fs::read(&rest.path).unwrap() == fs::read(&whole.path).unwrap());
     assert_eq!(fs::read_dir(cache("killed")).unwrap().count(), 1, "nothing else is left");
+    // A process that is killed after the cache is in place leaves the folder that it came from.
+    let part = rest.path.with_extension("part");
+    fs::create_dir(&part).unwrap();
+    fs::write(part.join("starts"), [0; 8]).unwrap();
     assert!(prepare(&corpus, tokenizer, Bos::Auto, &cache("killed"), &mut |_, _| ()).unwrap().reused);
+    assert!(!part.exists());
     // In memory and from the file: the same.
     let stream = tokenize(&corpus, tokenizer, Bos::Auto, None, &mut |_| ()).unwrap();
     let mut ids = Vec::new();

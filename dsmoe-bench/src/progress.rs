@@ -12,6 +12,8 @@ use crate::ui::{Ui, stderr_line};
 
 /// The least time between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(5);
+/// The time after which a line is printed at any number.
+const LINE_ANYWAY: Duration = Duration::from_secs(60);
 
 /// The unit of progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,7 +134,10 @@ impl Progress {
                 bar.set_message(status());
                 bar.set_position(done);
             }
-            Sink::Lines { last } if last.elapsed() >= LINE_EVERY && done.is_multiple_of(self.line_every) => {
+            Sink::Lines { last }
+                if last.elapsed() >= LINE_ANYWAY
+                    || (last.elapsed() >= LINE_EVERY && done.is_multiple_of(self.line_every)) =>
+            {
                 *last = Instant::now();
                 stderr_line(format_args!("{}: {}", self.what, status()));
             }

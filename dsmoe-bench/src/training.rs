@@ -206,8 +206,13 @@ pub(crate) fn show_summary(summary: &TrainSummary) -> String {
     let state = if summary.finished { "finished" } else { "stopped" };
     let TrainSummary { step, steps, tokens_per_s, .. } = summary;
     let (tokens, time) = (format::count(summary.tokens), format::duration(summary.seconds));
-    let mut fields =
-        vec![(state, format!("step {step} of {steps}, {tokens} tokens in {time} ({tokens_per_s:.0}/s)"))];
+    // A resumed run took its time for the tokens since it was resumed.
+    let since = (tokens_per_s * summary.seconds).round() as u64;
+    let trained = match since < summary.tokens {
+        true => format!("{tokens} tokens, {} of them in {time}", format::count(since)),
+        false => format!("{tokens} tokens in {time}"),
+    };
+    let mut fields = vec![(state, format!("step {step} of {steps}, {trained} ({tokens_per_s:.0}/s)"))];
     if let Some(loss) = summary.lm_loss {
         let kl = summary.kl.map(|kl| format!(", {kl:.4} from the teacher")).unwrap_or_default();
         fields.push(("training loss", format!("{loss:.4} nats per token{kl}")));

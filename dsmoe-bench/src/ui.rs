@@ -150,6 +150,8 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
             let _ = write!(message, ": {cause}");
         }
     }
+    let message =
+        message.replace("No such file or directory (os error 2)", "there is no such file or folder");
     shortened(message.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 

@@ -63,8 +63,9 @@ impl EvalOptions {
 /// assert!((ppl / report.ppl - 1.0).abs() < 1e-6);
 ///
 /// // A model agrees with itself.
-/// let Agreement { kl, top1, .. } = agreement(&model, &model, &ids, 4, &mut |_, _| {})?;
+/// let Agreement { kl, top1, nll, .. } = agreement(&model, &model, &ids, 4, &mut |_, _| {})?;
 /// assert!(kl.abs() < 1e-9 && top1 == 1.0);
+/// assert!(nll.is_some_and(|[own, other]| own == other && (own - report.nll).abs() < 1e-5));
 /// # Ok::<(), dsmoe_train::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -190,6 +191,10 @@ pub struct Agreement {
     pub kl: f64,
     /// Share of tokens for which both find the same token likeliest.
     pub top1: f64,
+    /// Mean negative log-likelihoods of the text's next token by the model and by the reference, nats. Results of earlier
+    /// versions have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nll: Option<[f64; 2]>,
 }
 
 /// The results of an evaluation by window and by token. Tokens are in the order of the stream.
@@ -401,7 +406,7 @@ pub fn agreement_on(
     let mut compare = || -> Result<Vec<Compared>> {
         let own = windows.iter().enumerate().skip(comm.rank()).step_by(comm.size());
         own.map(|(at, window)| {
-            let compared = pair.compare(&ids[window.start..window.end - 1])?;
+            let compared = pair.compare(&ids[window.start..window.end])?;
             progress((at + comm.size()).min(windows.len()), windows.len());
             Ok(compared)
         })
@@ -417,9 +422,12 @@ pub fn agreement_on(
     let of_window = |at: usize| &all[at % comm.size()][at / comm.size()];
     let found: Vec<&Compared> = (0..windows.len()).map(of_window).collect();
     let tokens = windows.iter().map(|window| window.end - window.start - 1).sum::<usize>();
-    let kl = found.iter().flat_map(|of| &of.kl).fold(0.0, |sum, &kl| sum + f64::from_bits(kl));
+    let [kl, ours, theirs] = [0, 1, 2].map(|which| {
+        let pieces = found.iter().flat_map(|of| &of.sums).map(|sums| f64::from_bits(sums[which]));
+        pieces.fold(0.0, |sum, piece| sum + piece) / tokens as f64
+    });
     let same = found.iter().map(|of| of.same).sum::<usize>();
-    Ok(Agreement { tokens, kl: kl / tokens as f64, top1: same as f64 / tokens as f64 })
+    Ok(Agreement { tokens, kl, top1: same as f64 / tokens as f64, nll: Some([ours, theirs]) })
 }
 
 /// Two models that are compared on one window after the other.
@@ -431,34 +439,39 @@ struct Pair<'a> {
 /// The comparison on one window.
 #[derive(Serialize, Deserialize)]
 struct Compared {
-    /// The bits of the divergences' sums, of one piece after the other.
-    kl: Vec<u64>,
+    /// The bits of sums over one piece after the other: of divergences, and of the losses by the model and by the reference.
+    sums: Vec<[u64; 3]>,
     /// Tokens for which both find the same token likeliest.
     same: usize,
 }
 
 impl Pair<'_> {
-    /// Compares the models after every token of `inputs`.
-    fn compare(&mut self, inputs: &[u32]) -> Result<Compared> {
+    /// Compares the models after every token of `window` but the last.
+    fn compare(&mut self, window: &[u32]) -> Result<Compared> {
+        let (inputs, targets) = (&window[..window.len() - 1], &window[1..]);
         let Pair { models: [model, reference], workspaces: [ours, theirs] } = self;
         let vocab = model.config().vocab_size;
         let piece = (MAX_LOGITS / vocab).max(1);
-        let mut compared = Compared { kl: Vec::new(), same: 0 };
+        let mut compared = Compared { sums: Vec::new(), same: 0 };
         let [mut our_cache, mut their_cache] = [*model, *reference].map(|of| Cache::new(of, inputs.len()));
-        for part in inputs.chunks(piece) {
+        for (part, targets) in inputs.chunks(piece).zip(targets.chunks(piece)) {
             let ours = model.logits(part, part.len(), &mut our_cache, None, ours)?;
             let theirs = reference.logits(part, part.len(), &mut their_cache, None, theirs)?;
             let pairs = ours.par_chunks_exact(vocab).zip(theirs.par_chunks_exact(vocab));
-            let found: Vec<(f64, bool)> = pairs.map(|(ours, theirs)| divergence(theirs, ours)).collect();
-            compared.kl.push(found.iter().map(|(kl, _)| kl).sum::<f64>().to_bits());
+            let all =
+                pairs.zip(targets).map(|((ours, theirs), &next)| divergence(theirs, ours, next as usize));
+            let found: Vec<([f64; 3], bool)> = all.collect();
+            let sum = |which: usize| found.iter().map(|(values, _)| values[which]).sum::<f64>().to_bits();
+            compared.sums.push([sum(0), sum(2), sum(1)]);
             compared.same += found.iter().filter(|(_, same)| *same).count();
         }
         Ok(compared)
     }
 }
 
-/// Returns the divergence of the distribution of logits `p` from that of `q`, and whether both have one maximum.
-fn divergence(p: &[f32], q: &[f32]) -> (f64, bool) {
+/// Returns the divergence of the distribution of logits `p` from that of `q` with the losses of token `next` by both, and
+/// whether both have one maximum.
+fn divergence(p: &[f32], q: &[f32], next: usize) -> ([f64; 3], bool) {
     let normal = |logits: &[f32]| {
         let (mut at, mut most) = (0, f32::NEG_INFINITY);
         for (i, &logit) in logits.iter().enumerate() {
@@ -474,7 +487,8 @@ fn divergence(p: &[f32], q: &[f32]) -> (f64, bool) {
         let log_p = f64::from(p) - p_norm;
         log_p.exp() * (log_p - (f64::from(q) - q_norm))
     });
-    (terms.sum(), p_at == q_at)
+    let losses = [p_norm - f64::from(p[next]), q_norm - f64::from(q[next])];
+    ([terms.sum(), losses[0], losses[1]], p_at == q_at)
 }
 
 fn measure(

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use dsmoe_core::Masks;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Checkpoint, TensorView, check_llama_tensors, is_router, open_model};
-use dsmoe_core::config::{Config, LayerShape};
+use dsmoe_core::config::{Config, LayerShape, MoeConfig};
 use dsmoe_train::eval::UsedShares;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -15,6 +15,7 @@ use crate::cli::model::Inspect;
 use crate::evaluation::used_weights;
 use crate::files::lossy;
 use crate::format::{self, Table};
+use crate::models::check_finished;
 use crate::ui::Ui;
 
 /// The default context length.
@@ -133,6 +134,7 @@ struct Layer {
 }
 
 pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
+    check_finished(&args.model)?;
     let config = Config::load(&args.model)?;
     let checkpoint = open_model(&args.model, &config)?;
     check_llama_tensors(&config, &checkpoint)?;
@@ -217,7 +219,11 @@ fn active_experts(args: &Inspect, config: &Config) -> Result<Option<f64>> {
         (Some(experts), Some(fixed), Some(_)) => {
             bail!("--mean-active: every token runs {fixed} of {experts} experts; leave it out")
         }
-        (Some(experts), None, None) => Ok(Some(experts as f64)),
+        (Some(experts), None, None) => {
+            // The thresholds in use are those of a budget, or may open all.
+            let budget = config.moe.as_ref().and_then(MoeConfig::budget);
+            Ok(Some(budget.unwrap_or(1.0) * experts as f64))
+        }
         (Some(experts), None, Some(k)) if (0.0..=experts as f64).contains(&k) => Ok(Some(k)),
         (Some(experts), None, Some(k)) => bail!("--mean-active {k} is out of range; use 0 to {experts}"),
     }

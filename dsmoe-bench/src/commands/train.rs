@@ -77,6 +77,9 @@ struct TimePlan {
     words: String,
 }
 
+/// The remedy where memory is short.
+const LESS_MEMORY: &str = "use a smaller --batch and a larger --accumulate";
+
 const START: What = What::of("the start of the training");
 
 pub(crate) fn run(
@@ -153,9 +156,8 @@ fn prepare(
         ui.result(&plan, show_plan)?;
         return Ok(None);
     }
-    let help = "use a smaller --batch and a larger --accumulate";
     let here = plan.memory_bytes.saturating_mul(comm.place().locals as u64);
-    memory::check("training", here, memory::total(), help)?;
+    memory::check("training", here, memory::total(), LESS_MEMORY)?;
     Ok(Some((config, texts)))
 }
 
@@ -350,7 +352,11 @@ fn show_plan(plan: &TrainPlan) -> String {
         ("arithmetic", format!("{} FLOPs per step", format::flops(plan.flops_per_step))),
     ];
     fields.extend(plan.time.as_ref().map(|time| ("time", time.words.clone())));
-    fields.push(("memory", format!("about {}", format::bytes(plan.memory_bytes))));
+    let more = memory::total()
+        .filter(|total| plan.memory_bytes > *total)
+        .map(|total| format!(", more than the {} of this machine; {LESS_MEMORY}", format::bytes(total)));
+    fields
+        .push(("memory", format!("about {}{}", format::bytes(plan.memory_bytes), more.unwrap_or_default())));
     let uses = |memory: &[MemoryUse]| {
         memory.iter().map(|one| (one.what, format::bytes(one.bytes))).collect::<Vec<_>>()
     };

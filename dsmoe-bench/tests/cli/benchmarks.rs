@@ -235,7 +235,7 @@ fn bad_benchmarks_are_told_in_a_line() {
         ),
         ("piqa --task-data nowhere", &["nowhere: no such folder; give --task-data a folder"]),
         ("all --task-data dense", &["--tasks all: no files of any benchmark; give --task-data"]),
-        ("piqa --task-file piqa=gone.jsonl", &["gone.jsonl: No such file"]),
+        ("piqa --task-file piqa=gone.jsonl", &["gone.jsonl: there is no such file"]),
         (
             "social_iqa --task-data bad-data --profile lm-eval-0.3.0",
             &["task social_iqa: lm-eval-0.3.0 has no such task; leave it out, or use --profile dsmoe"],

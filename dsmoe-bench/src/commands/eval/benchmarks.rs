@@ -22,7 +22,7 @@ use crate::interrupts::{INTERRUPTED, catch_interrupts_for, stop_of};
 use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::processes::check_alike;
 use crate::progress::{Progress, Unit};
-use crate::ui::Ui;
+use crate::ui::{Ui, stderr_line};
 
 /// The exit status of a result that is not what it should be.
 const OUT_OF_TOLERANCE: u8 = 3;
@@ -92,7 +92,12 @@ pub(super) fn run(args: &Eval, comm: &dyn Communicator, ui: &mut Ui) -> Result<E
     }
     ui.result(&results.json()?, |_| results.show())?;
     match args.strict && !results.is_complete() {
-        true => Ok(ExitCode::from(OUT_OF_TOLERANCE)),
+        true => {
+            stderr_line(format_args!(
+                "exit status {OUT_OF_TOLERANCE}: not all benchmarks were scored whole (--strict)"
+            ));
+            Ok(ExitCode::from(OUT_OF_TOLERANCE))
+        }
         false => Ok(ExitCode::SUCCESS),
     }
 }

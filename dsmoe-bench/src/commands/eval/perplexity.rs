@@ -171,6 +171,11 @@ fn stream(of: &Subject<'_>, texts: &[Text], ui: &Ui) -> Result<Stream> {
     let domains = domains.map(|(source, ids)| Domain { name: &source.name, weight: source.weight, ids });
     let domains: Vec<Domain<'_>> = domains.collect();
     let seq = args.seq.unwrap_or(SEQ.min(model.config().max_position));
+    // The last token of a window is predicted, not read.
+    let most = model.config().max_position;
+    if seq > most.saturating_add(1) {
+        bail!("--seq is {seq}; use at most the model's max_position_embeddings {most}");
+    }
     let stride = args.stride.unwrap_or(seq);
     let result = measure_on(comm, model, &domains, EvalOptions { stride, ..EvalOptions::new(seq) }, ui)?;
     let agreement = match &args.against {
@@ -232,11 +237,19 @@ fn show(report: &PerplexityReport<'_>) -> String {
     let mut blocks = Vec::new();
     if let Some(Stream { seq, stride, result, agreement }) = &report.stream {
         for Compared { name, found } in agreement {
-            let Agreement { tokens, kl, top1 } = found;
+            let Agreement { tokens, kl, top1, nll } = found;
             let (tokens, top1) = (format::count(*tokens as u64), format::percent(*top1));
+            let losses = nll.map(|[own, other]| {
+                format!(
+                    "; its perplexity is {:.4}, and this model is {:+.4} nats from it",
+                    other.exp(),
+                    own - other
+                )
+            });
+            let losses = losses.unwrap_or_default();
             let of = if agreement.len() > 1 { format!("{name}: ") } else { String::new() };
             blocks.push(format!(
-                "{of}KL {kl:.6} nats from the other model, same first token {top1} of {tokens} tokens\n"
+                "{of}KL {kl:.6} nats from the other model, same first token {top1} of {tokens} tokens{losses}\n"
             ));
         }
         blocks.push(show_windows(result, "perplexity", &format!("windows of {seq} every {stride}")));
