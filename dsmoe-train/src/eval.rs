@@ -696,9 +696,10 @@ mod tests {
     #[test]
     fn a_divergence_by_hand() {
         let of = |values: [f32; 3]| values.map(|value| value.ln() + 3.0);
-        let (kl, same) = divergence(&of([0.5, 0.25, 0.25]), &of([0.25, 0.5, 0.25]));
+        let ([kl, by_p, by_q], same) = divergence(&of([0.5, 0.25, 0.25]), &of([0.25, 0.5, 0.25]), 1);
         assert!((kl - 2f64.ln() / 4.0).abs() < 1e-6 && !same, "{kl}");
-        let (kl, same) = divergence(&of([0.5, 0.25, 0.25]), &[1.0 + 2f32.ln(), 1.0, 1.0]);
+        assert!((by_p - 4f64.ln()).abs() < 1e-6 && (by_q - 2f64.ln()).abs() < 1e-6, "{by_p} {by_q}");
+        let ([kl, ..], same) = divergence(&of([0.5, 0.25, 0.25]), &[1.0 + 2f32.ln(), 1.0, 1.0], 0);
         assert!(kl.abs() < 1e-6 && same, "{kl}");
     }
 }
