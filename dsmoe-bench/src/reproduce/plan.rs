@@ -74,6 +74,16 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
     limits::check(profile, &dense, limits::Machine::of_plans(&out))?;
     let train = profile.train()?.resolve()?;
     let precision = train.dtype;
+    if profile.world.is_none() {
+        let missing = [
+            (args.model.is_none(), "a checkpoint (--model)"),
+            (!args.names_text(), "text (--data or --mixture)"),
+        ];
+        let missing: Vec<_> = missing.into_iter().filter(|(is, _)| *is).map(|(_, what)| what).collect();
+        if !missing.is_empty() {
+            ui.note(format_args!("the run will need {}", missing.join(" and ")));
+        }
+    }
     ui.note("measuring this machine");
     let speed = flops_per_second(&dense, precision);
     let costs = Costs { profile, sources: sources(args, profile)?, seq: train.seq };
@@ -176,7 +186,8 @@ pub(super) fn dense(args: &Reproduce, profile: &Profile) -> Result<(Config, Stri
             .vocab
             .with_context(|| format!("profile {}: name a checkpoint with --model DIR", profile.name))?,
     };
-    let name = profile.model.preset.as_deref().unwrap_or("of random weights");
+    let unnamed = if profile.world.is_some() { "of random weights" } else { "of the profile's sizes" };
+    let name = profile.model.preset.as_deref().unwrap_or(unnamed);
     Ok((profile.architecture(vocab)?, name.to_owned()))
 }
 
