@@ -11,7 +11,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 /// Looks at a counter before the thread offers its processor to others.
-const LOOKS: usize = 2000;
+const LOOKS: usize = if cfg!(miri) { 2 } else { 2000 };
 /// Most blocks of tasks; more threads than these share them.
 const BLOCKS: usize = 16;
 
