@@ -20,7 +20,7 @@ const CLIENTS: usize = 64;
 /// A random model of four experts with thresholds for two budgets, and its tokenizer.
 fn make_model(dir: &Path) {
     let world = World::new(1);
-    let vocab = train_bpe(world.documents(Domain::ALL[0], 40_000).into_iter(), 400, dir).unwrap();
+    let vocab = train_bpe(world.documents(Domain::ALL[0], 40_000), 400, dir).unwrap();
     let mut config: Value = serde_json::from_str(&preset("tiny").unwrap().to_json()).unwrap();
     config["vocab_size"] = json!(vocab);
     let config = Config::from_json(Path::new("config.json"), &config.to_string()).unwrap();
@@ -94,7 +94,7 @@ fn request(client: usize) -> Value {
     let active = [None, Some(0.5), Some(0.75), Some(1.0)][client % 4];
     let mut request = json!({
         "prompt": format!("The town {client}"), "max_tokens": 8 + client % 9, "stream": client % 2 == 1,
-        "temperature": if client % 3 == 0 { 0.0 } else { 0.8 }, "seed": client, "top_p": 0.9,
+        "temperature": if client.is_multiple_of(3) { 0.0 } else { 0.8 }, "seed": client, "top_p": 0.9,
     });
     if let Some(active) = active {
         request["active"] = json!(active);
