@@ -258,9 +258,9 @@ mod tests {
             let at = |h| forward(&ffn, [&x, &moved(&params, i, h), &dy]).0;
             close(grads[i], at(h), at(-h), &format!("parameter {i}"));
         }
-        for i in 0..x.len() {
+        for (i, &dx) in dx.iter().enumerate() {
             let at = |h| forward(&ffn, [&moved(&x, i, h), &params, &dy]).0;
-            close(dx[i], at(h), at(-h), &format!("input {i}"));
+            close(dx, at(h), at(-h), &format!("input {i}"));
         }
     }
 
