@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -214,14 +215,18 @@ def interrupted(work, delay=0.4):
         sent.append(time.monotonic())
         os.kill(os.getpid(), 2)
 
+    # Shells start jobs in the background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     sender = threading.Thread(target=send)
     sender.start()
-    with pytest.raises(KeyboardInterrupt):
-        work()
-        pytest.fail("the work came to its end")
-    seconds = time.monotonic() - sent[0]
-    sender.join()
-    return seconds
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+            pytest.fail("the work came to its end")
+        return time.monotonic() - sent[0]
+    finally:
+        sender.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_ends_long_work(work, model, dense, sparse, world, text):
