@@ -401,6 +401,13 @@ pub fn agreement_on(
         let allowed = format!("a model with the vocabulary of the one to measure, vocab_size {vocab}");
         return Err(Error::field("the model to compare with", found, allowed));
     }
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+        return Err(Error::field(
+            "the text",
+            format!("with token {id}"),
+            format!("ids below vocab_size {vocab}"),
+        ));
+    }
     let windows = eval_windows(ids.len(), seq, seq)?;
     let mut pair = Pair { models: [model, reference], workspaces: Default::default() };
     let mut compare = || -> Result<Vec<Compared>> {
