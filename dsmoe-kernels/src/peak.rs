@@ -159,8 +159,9 @@ mod tests {
 
     #[test]
     fn ceilings_are_those_of_some_machine() {
-        // An emulator on a busy machine reaches 1e8 and less.
-        let possible = 1e6..1e14;
+        // An emulator, for which this variable is set, reaches 1e8 and less on a busy machine.
+        let least = if std::env::var_os("DSMOE_TEST_STEP").is_some() { 1e6 } else { 1e8 };
+        let possible = least..1e14;
         for isa in Isa::available() {
             for precision in [Precision::F32, Precision::Bf16] {
                 let rate = with_threads(2, || flops(isa, precision));

@@ -228,7 +228,7 @@ fn thresholds_that_hold_the_share_do_not_know_the_number_of_processes() {
     let source = &wide(dir.path(), "dsmoe");
     for (name, more) in [
         ("one", &["active_target=0.4", "hold=threshold", "lanes=4", "accumulate=2"][..]),
-        ("range", &["active_range=[0.5, 0.75]", "separability=0.1", "lanes=4", "dtype=bf16"]),
+        ("range", &["active_range=[0.75, 1.0]", "separability=0.1", "lanes=4", "dtype=bf16"]),
     ] {
         let more = &[&["steps=6", "lr=1e-2", "valid_fraction=0.3", "eval_every=3"], more].concat();
         let alone = &dir.path().join(format!("{name} alone"));

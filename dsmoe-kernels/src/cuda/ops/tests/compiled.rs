@@ -129,9 +129,9 @@ fn cuda_kernels_compile_without_spills() {
     }
     let mut problems = Vec::new();
     for (source, entries, most, definitions) in kernels() {
-        // Compilation takes the time: the older architecture gets one set of definitions of each source.
-        let older = definitions.iter().take(1).map(|defines| (defines, "sm_80"));
-        for (defines, arch) in older.chain(definitions.iter().map(|defines| (defines, "sm_90a"))) {
+        for (defines, arch) in
+            definitions.iter().flat_map(|defines| [(defines, "sm_80"), (defines, "sm_90a")])
+        {
             let what = format!("{} {defines:?} {arch}", source.name);
             let log = match compile(source.name, source.text, defines, arch) {
                 Ok(compiled) => compiled.log,
