@@ -118,10 +118,14 @@ impl Budget {
     }
 }
 
+/// Fewest parameters that a budget without a suffix asks for.
+const LEAST_PARAMS: f64 = 1000.0;
+
 impl FromStr for Budget {
     type Err = Error;
 
-    /// Reads `735M`, `3.93B`, `12k`, `735000000`, or a share of the dense model: `0.59`, `59%`.
+    /// Reads `735M`, `3.93B`, `12k`, `735000000`, or a share of the dense model: `0.59`, `59%`. Numbers without a suffix below
+    /// [`LEAST_PARAMS`] are mistaken shares.
     fn from_str(text: &str) -> Result<Budget> {
         let help = "give parameters (735M) or a share of the dense model (0.59 or 59%)".to_owned();
         let problem = "is not a budget".to_owned();
@@ -137,6 +141,10 @@ impl FromStr for Budget {
         match number.parse::<f64>().map(|number| number * factor) {
             Ok(scaled) if !(scaled.is_finite() && scaled > 0.0) => Err(wrong()),
             Ok(share) if factor <= 1.0 && share <= 1.0 => Ok(Budget::Share(share)),
+            Ok(few) if factor == 1.0 && few < LEAST_PARAMS => {
+                let help = format!("write {few}% for a share of the dense model, or {few}M for parameters");
+                Err(Error::Budget { asked: text.to_owned(), problem: format!("is {few} parameters"), help })
+            }
             Ok(params) if factor >= 1.0 => Ok(Budget::Params(params)),
             _ => Err(wrong()),
         }
@@ -296,6 +304,10 @@ mod tests {
         for text in ["", "M", "-1", "0", "NaN", "inf", "120%", "many"] {
             let error = text.parse::<Budget>().expect_err(text).to_string();
             assert!(error.contains("give parameters"), "{error}");
+        }
+        for text in ["25", "40.5", "999"] {
+            let error = text.parse::<Budget>().expect_err(text).to_string();
+            assert!(error.contains(&format!("write {text}% for a share")), "{error}");
         }
         assert_eq!(Budget::Share(0.59).params(1_235_814_400), 0.59 * 1_235_814_400.0);
     }

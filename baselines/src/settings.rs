@@ -37,7 +37,7 @@ pub trait Settings: Default + Serialize + DeserializeOwned + 'static {
     }
 }
 
-/// Reads `NAME=VALUE` texts. A value is a number, `true`, `false` or else a text.
+/// Reads `NAME=VALUE` texts. A value is a number, a percentage such as `40%`, `true`, `false` or else a text.
 ///
 /// # Errors
 /// A text has no `=`.
@@ -45,7 +45,11 @@ pub fn read_settings<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<Set
     let read = |text: &'a str| {
         let wrong = || Error::setting(text, "is not NAME=VALUE", "write a setting, =, and its value");
         let (name, value) = text.split_once('=').ok_or_else(wrong)?;
-        let scalar = serde_json::from_str::<Value>(value.trim()).ok();
+        let percent = value.trim().strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
+        let scalar = match percent {
+            Some(percent) => Some(Value::from(percent / 100.0)),
+            None => serde_json::from_str::<Value>(value.trim()).ok(),
+        };
         let scalar = scalar.filter(|value| !value.is_array() && !value.is_object());
         Ok((name.trim().to_owned(), scalar.unwrap_or_else(|| value.trim().into())))
     };
@@ -216,7 +220,7 @@ mod tests {
 
     #[test]
     fn settings_are_given_or_default() {
-        let set = ["damp=0.1", "pattern = 2:4", "true_sequential=true"];
+        let set = ["damp=10%", "pattern = 2:4", "true_sequential=true"];
         let resolved = configure("sparsegpt", &set).unwrap().resolved();
         assert_eq!((&resolved["damp"], &resolved["block"]), (&0.1.into(), &128.into()));
         assert_eq!((&resolved["pattern"], &resolved["true_sequential"]), (&"2:4".into(), &true.into()));

@@ -16,7 +16,7 @@ use crate::files::lossy;
 use crate::models::tokenizer;
 use crate::processes::agree;
 use crate::progress::{Progress, Unit};
-use crate::texts::{find, load};
+use crate::texts::{Text, find, load};
 use crate::ui::Ui;
 
 /// Default length of a calibration sequence.
@@ -55,18 +55,27 @@ pub(crate) fn read(
     if seq == 0 || seq > config.max_position {
         bail!("--seq {seq} is not in 1..={}, the positions of the model", config.max_position);
     }
+    let sources = load(&found(args)?, &tokenizer(model, config, ui)?, args.bos, None, ui)?;
+    let split = SplitOptions { seq, ..TrainConfig::default().split_options() };
+    let mixture = Mixture::new(&sources, split, None)?;
+    let sequences = mixture.sequences(args.samples as usize, seed);
+    sequences.with_context(|| format!("--calib with --samples {} and --seq {seq}", args.samples))
+}
+
+/// Finds the text without reading it.
+fn found(args: &CalibrationArgs) -> Result<Vec<Text>> {
     let defaults = CorpusOptions::default();
     let options = CorpusOptions {
         doc_separator: args.doc_separator.clone(),
         text_column: args.text_column.clone().unwrap_or(defaults.text_column),
         selection: defaults.selection,
     };
-    let texts = find(from_words(&args.calib, &options)?)?;
-    let sources = load(&texts, &tokenizer(model, config, ui)?, args.bos, None, ui)?;
-    let split = SplitOptions { seq, ..TrainConfig::default().split_options() };
-    let mixture = Mixture::new(&sources, split, None)?;
-    let sequences = mixture.sequences(args.samples as usize, seed);
-    sequences.with_context(|| format!("--calib with --samples {} and --seq {seq}", args.samples))
+    find(from_words(&args.calib, &options)?)
+}
+
+/// Refuses text that is not there, for plans.
+pub(crate) fn check_text(args: &CalibrationArgs) -> Result<()> {
+    if args.calib.is_empty() { Ok(()) } else { found(args).map(drop) }
 }
 
 /// Does as [`read`] in all processes of `comm`.

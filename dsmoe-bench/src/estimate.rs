@@ -12,6 +12,8 @@ use crate::timing::matmul::{Layout, Product, inputs};
 const TRIAL_SECONDS: f64 = 0.7;
 /// Tokens of the product that the speed is measured on.
 const TRIAL_TOKENS: usize = 512;
+/// Bytes of a parameter in training on a GPU: itself in f32 and bf16, its gradient and two moments.
+const STATE_BYTES: f64 = 18.0;
 /// Models of a smaller hidden size do not reach a GPU's rate.
 const SMALL: usize = 1024;
 
@@ -22,10 +24,12 @@ pub(crate) struct Gpu {
     /// FLOPs per second of training dense models, and models of which three of eight experts are active.
     dense: f64,
     gated: f64,
+    /// Bytes of its memory.
+    memory: f64,
 }
 
 /// The numbers of `record/gpu-h100.json`.
-pub(crate) const H100: Gpu = Gpu { name: "one H100 80GB", dense: 390e12, gated: 298e12 };
+pub(crate) const H100: Gpu = Gpu { name: "one H100 80GB", dense: 390e12, gated: 298e12, memory: 80e9 };
 
 impl Gpu {
     /// Returns the hours of a training.
@@ -60,11 +64,18 @@ pub(crate) fn flops_per_second(config: &Config, precision: Precision) -> f64 {
     best
 }
 
-/// Words hours on this machine and on a GPU.
-pub(crate) fn words(here: f64, speed: &str, gpu: f64, hidden: usize) -> String {
-    let small = if hidden < SMALL { ", or more, since a model this small does not fill it" } else { "" };
+/// Words hours on this machine and on a GPU, for a model of a hidden size and of so many parameters.
+pub(crate) fn words(here: f64, speed: &str, gpu: f64, (hidden, params): (usize, u64)) -> String {
+    let state = STATE_BYTES * params as f64;
+    let but = if hidden < SMALL {
+        ", or more, since a model this small does not fill it".to_owned()
+    } else if state > H100.memory {
+        format!(", if it fitted: weights, gradients and moments alone are {:.0} GB", state / 1e9)
+    } else {
+        String::new()
+    };
     format!(
-        "about {} on this machine ({speed}); about {} on {}{small}",
+        "about {} on this machine ({speed}); about {} on {}{but}",
         duration(here),
         duration(gpu),
         H100.name
@@ -105,8 +116,12 @@ mod tests {
     fn hours_have_units_that_people_use() {
         let shown = [0.001, 0.4, 2.34, 53.2, 480.0, 1_708_121.0].map(duration);
         assert_eq!(shown, ["4 s", "24 min", "2.3 h", "53 h", "20 days", "195 years"]);
+        let words = |hidden, params| words(1.0, "x", 0.1, (hidden, params));
+        assert!(words(576, 135_000_000).contains("this small"));
+        assert!(words(2048, 1_236_000_000).ends_with("one H100 80GB"));
         assert!(
-            words(1.0, "x", 0.1, 576).contains("this small") && !words(1.0, "x", 0.1, 2048).contains("small")
+            words(4096, 6_738_000_000)
+                .ends_with("if it fitted: weights, gradients and moments alone are 121 GB")
         );
     }
 }

@@ -92,8 +92,9 @@ impl Cli {
     pub fn run_from<T: Into<OsString> + Clone>(self, args: impl IntoIterator<Item = T>) -> ExitCode {
         let args: Vec<OsString> = args.into_iter().map(Into::into).collect();
         let color = color_of(&args);
-        let parsed =
-            cli::Cli::command().long_version(version::long()).color(color).try_get_matches_from(&args);
+        let command = cli::Cli::command().long_version(version::long()).color(color);
+        let narrow = columns().is_some_and(|columns| columns < NARROW);
+        let parsed = command.next_line_help(narrow).try_get_matches_from(&args);
         let cli = match parsed.and_then(|found| cli::Cli::from_arg_matches(&found)) {
             Ok(cli) => cli,
             Err(error) => return ui::usage(&error, args.iter().any(|arg| arg == "--json"), color),
@@ -116,6 +117,27 @@ impl Cli {
         }
         Ok(())
     }
+}
+
+/// On a terminal of fewer columns the help of an option begins on the line after it: names of options are so long that beside them
+/// a line would hold a word.
+const NARROW: usize = 80;
+
+/// Returns the width that help wraps at, found as clap finds it.
+fn columns() -> Option<usize> {
+    #[cfg(unix)]
+    {
+        use rustix::termios::tcgetwinsize;
+        let sizes = [
+            tcgetwinsize(std::io::stdout()),
+            tcgetwinsize(std::io::stderr()),
+            tcgetwinsize(std::io::stdin()),
+        ];
+        if let Some(size) = sizes.into_iter().flatten().find(|size| size.ws_col > 0) {
+            return Some(size.ws_col.into());
+        }
+    }
+    std::env::var("COLUMNS").ok()?.parse().ok()
 }
 
 /// Returns the value of `--color` before the line is parsed, since errors of parsing have colours too.

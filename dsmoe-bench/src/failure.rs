@@ -97,7 +97,9 @@ fn of_train(error: &Train) -> Kind {
     match error {
         Train::Core(error) => of_core(error),
         Train::Data(error) => of_data(error),
-        Train::OutNotEmpty(_) | Train::OutToResume(_) | Train::NotARun(_) => Kind::Argument,
+        Train::OutNotEmpty(_) | Train::OutToResume(_) | Train::OutIsFile(_) | Train::NotARun(_) => {
+            Kind::Argument
+        }
         Train::Setting { .. }
         | Train::Field { .. }
         | Train::ResumeMismatch { .. }

@@ -156,15 +156,30 @@ pub(crate) fn check_output(source: &Path, out: &Path, force: bool) -> Result<()>
     Ok(())
 }
 
+/// Refuses to write over a file before the work for it.
+pub(crate) fn check_file(path: &Path, force: bool) -> Result<()> {
+    let place = path.display();
+    if path.is_dir() {
+        bail!("{place} is a folder; choose another --out");
+    }
+    if path.exists() && !force {
+        bail!("{place} exists; choose another --out, or pass --force to replace it");
+    }
+    Ok(())
+}
+
 /// Makes a folder, and refuses one that is not empty unless `anyway`.
 pub(crate) fn make_folder(path: &Path, anyway: bool, remedy: &str) -> Result<()> {
-    fs::create_dir_all(path).with_context(|| path.display().to_string())?;
-    check_folder(path, anyway, remedy)
+    check_folder(path, anyway, remedy)?;
+    fs::create_dir_all(path).with_context(|| path.display().to_string())
 }
 
 /// Refuses what [`make_folder`] refuses, and makes nothing.
 pub(crate) fn check_folder(path: &Path, anyway: bool, remedy: &str) -> Result<()> {
     let place = || path.display().to_string();
+    if path.is_file() {
+        bail!("{} is a file; choose another --out", path.display());
+    }
     let mut entries = match fs::read_dir(path) {
         Err(cause) if cause.kind() == ErrorKind::NotFound => return Ok(()),
         entries => entries.with_context(place)?,

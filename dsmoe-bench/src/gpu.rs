@@ -1,5 +1,6 @@
 //! The GPUs and CUDA libraries that `dsmoe doctor` reports.
 
+use dsmoe_core::Device;
 use serde::Serialize;
 
 #[derive(Debug, Default, Serialize)]
@@ -23,6 +24,22 @@ struct GpuInfo {
     name: String,
     capability: String,
     memory_bytes: u64,
+}
+
+/// Returns the memory of a GPU; none for the processor, and where there is no such GPU.
+#[cfg(feature = "cuda")]
+pub(crate) fn memory_of(device: Device) -> Option<u64> {
+    use dsmoe_kernels::cuda;
+
+    let (Device::Cuda(ordinal), cuda::Detection::Devices(devices)) = (device, cuda::detect()) else {
+        return None;
+    };
+    devices.get(ordinal).map(|device| device.memory as u64)
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn memory_of(_: Device) -> Option<u64> {
+    None
 }
 
 #[cfg(not(feature = "cuda"))]

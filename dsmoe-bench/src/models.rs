@@ -2,9 +2,8 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use dsmoe_core::accounting::Accounting;
-use dsmoe_core::checkpoint::CONFIG_FILE;
 use dsmoe_core::config::Config;
 use dsmoe_core::{Device, Inference, Model, gguf};
 use dsmoe_datasets::{Tokenizer, TokenizerFiles};
@@ -52,7 +51,6 @@ pub(crate) fn default_precision(device: Device, stored: Precision) -> Precision 
 
 /// Loads a model for training.
 pub(crate) fn load_model(dir: &Path) -> Result<Model> {
-    check_finished(dir)?;
     check_memory(dir, Precision::F32)?;
     Ok(Model::load(dir)?)
 }
@@ -64,7 +62,6 @@ pub(crate) fn load_inference(
     device: Device,
     gates: GateArgs,
 ) -> Result<Inference> {
-    check_finished(dir)?;
     if !device.is_gpu() {
         check_memory(dir, precision)?;
     }
@@ -76,14 +73,6 @@ pub(crate) fn load_inference(
         model.set_active(active)?;
     }
     Ok(model)
-}
-
-/// Refuses the folder of a run that has checkpoints and no model yet.
-pub(crate) fn check_finished(dir: &Path) -> Result<()> {
-    if dir.join("checkpoints").is_dir() && !dir.join(CONFIG_FILE).exists() {
-        bail!("{}: the run has not finished; continue it by `dsmoe train` with --resume", dir.display());
-    }
-    Ok(())
 }
 
 /// Refuses a model whose weights do not fit into memory.

@@ -110,7 +110,8 @@ pub(crate) fn usage(error: &clap::Error, json: bool, color: ColorChoice) -> Exit
 
 /// Returns what is wrong with a command line in one line, of the text of an error behind its first word.
 fn usage_message(rest: &str) -> String {
-    let is_message = |line: &&str| !line.trim_start().starts_with("Usage:");
+    const AFTER: [&str; 2] = ["Usage:", "For more information"];
+    let is_message = |line: &&str| !AFTER.iter().any(|start| line.trim_start().starts_with(start));
     let lines = rest.lines().take_while(is_message).map(str::trim).filter(|line| !line.is_empty());
     lines.collect::<Vec<_>>().join(" ")
 }

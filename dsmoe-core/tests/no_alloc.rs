@@ -32,6 +32,11 @@ fn model(threshold: Option<f64>) -> Model {
     model
 }
 
+/// Allocations so far: of the calling thread, where it does all of the work, else of all threads.
+fn count(serial: bool) -> usize {
+    if serial { ALLOCATOR.count_of_thread() } else { ALLOCATOR.count() }
+}
+
 /// Allocations up to each token; on one thread, or called from outside of the pool of all.
 fn allocations(model: &Inference, serial: bool, tokens: usize, temperature: f32) -> Vec<usize> {
     let options = GenerateOptions {
@@ -43,7 +48,7 @@ fn allocations(model: &Inference, serial: bool, tokens: usize, temperature: f32)
     };
     let mut counts = Vec::with_capacity(tokens);
     let on_token = |_| {
-        counts.push(ALLOCATOR.count());
+        counts.push(count(serial));
         true
     };
     let prompt: Vec<u32> = (1..20).collect();
@@ -106,20 +111,20 @@ fn training() {
             let mut workspace = make(&model, tokens, precision);
             let mut grads = vec![0.0; model.params().len()];
             let mut counts = Vec::with_capacity(STEPS + 1);
-            let mut steps = || {
+            let mut steps = |serial| {
                 counts.clear();
                 for _ in 0..=STEPS {
                     let batch = Batch { inputs: &inputs, targets: &inputs, seq };
                     model.train_step(&mut grads, batch, &args, &mut workspace).unwrap();
-                    counts.push(ALLOCATOR.count());
+                    counts.push(count(serial));
                 }
                 counts.windows(2).map(|two| two[1] - two[0]).collect::<Vec<_>>()
             };
             let case = format!("threshold {threshold:?}, {precision}, recompute {recompute}");
-            let serial = with_threads(1, &mut steps);
+            let serial = with_threads(1, || steps(true));
             assert_eq!(serial, [0; STEPS], "{case}, one thread");
             // A worker that comes late to its first task of a kind makes its scratch then.
-            let least = rayon::scope(|_| steps()).into_iter().min();
+            let least = rayon::scope(|_| steps(false)).into_iter().min();
             assert_eq!(least, Some(0), "{case}");
         }
     }

@@ -1,5 +1,7 @@
 //! The configuration of a run: one flat TOML table whose keys are the fields of [`TrainConfig`].
 
+pub mod share;
+
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -97,9 +99,11 @@ dsmoe_core::with_defaults! {
         pub sparsity: Option<f64> = None,
         /// Share of experts to be active, mean over tokens and layers, held by a controller. Excludes `sparsity` and
         /// `active_range`.
+        #[serde(deserialize_with = "share::option")]
         pub active_target: Option<f64> = None,
         /// The least and the largest share of experts to be active: every micro-batch draws one, and every layer deviates
         /// from it, so that the model serves all of them. Excludes `sparsity` and `active_target`.
+        #[serde(deserialize_with = "share::range")]
         pub active_range: Option<[f64; 2]> = None,
         /// The way a share is held: `threshold` moves the gates' thresholds with the logits, `loss` adjusts the weight of the
         /// sparsity loss; default `loss`, for a range `threshold`, which needs the processor. Only with a share to hold.
@@ -112,9 +116,11 @@ dsmoe_core::with_defaults! {
         /// Experts of a token that the run ends with, of a model whose tokens all run more; it trains without its balance loss then.
         pub top_k: Option<usize> = None,
         /// Share of the steps in which the coefficients of the experts that go fade out; default 0.5. Only with `top_k`.
+        #[serde(deserialize_with = "share::option")]
         pub top_k_anneal: Option<f64> = None,
         /// Weight of the divergence from the teacher, 0 to 1; the text's loss has the rest. Only with a teacher; default
         /// 0.9.
+        #[serde(deserialize_with = "share::option")]
         pub teacher_weight: Option<f64> = None,
         /// Tokens of the teacher's distribution that are told apart, the most likely ones; all others are one outcome of the
         /// divergence. Default all of them, with a cache of the teacher 64.
@@ -137,6 +143,7 @@ dsmoe_core::with_defaults! {
         /// Steps between evaluations of the held-out text, apart from the one at the end; default none.
         pub eval_every: Option<u64> = None,
         /// Share of the text of every source held out for evaluation; default 0.02.
+        #[serde(deserialize_with = "share::one")]
         pub valid_fraction: f64 = 0.02,
         /// Windows of every source held out at most; default 5000.
         pub valid_samples: u64 = 5000,
@@ -370,13 +377,23 @@ impl TrainConfig {
             ("weight_decay", self.weight_decay, 0.0..=1e3, "0 to 1000"),
             ("clip", self.clip, 0.0..=f64::MAX, "a positive number, or 0 for no clipping"),
             ("sparsity", self.sparsity.unwrap_or(0.0), 0.0..=1e6, "0 to 1000000"),
-            ("active_target", self.active_target.unwrap_or(1.0), 1e-6..=1.0, "a share above 0 and up to 1"),
+            (
+                "active_target",
+                self.active_target.unwrap_or(1.0),
+                1e-6..=1.0,
+                "a share above 0 and up to 1, such as 0.4 or 40%",
+            ),
             ("separability", self.separability, 0.0..=1e6, "0 to 1000000"),
             ("gate_entropy", self.gate_entropy, 0.0..=1e6, "0 to 1000000"),
             ("top_k_anneal", self.top_k_anneal.unwrap_or(0.0), 0.0..=1.0, "0 to 1"),
-            ("teacher_weight", self.teacher_weight.unwrap_or(0.0), 0.0..=1.0, "0 to 1"),
+            ("teacher_weight", self.teacher_weight.unwrap_or(0.0), 0.0..=1.0, "a share from 0 to 1"),
             ("router_lr_scale", self.router_lr_scale, 0.0..=1e6, "0 to 1000000"),
-            ("valid_fraction", self.valid_fraction, 0.0..=0.999, "0 or more and below 1"),
+            (
+                "valid_fraction",
+                self.valid_fraction,
+                0.0..=0.999,
+                "a share of 0 or more and below 1, such as 0.02 or 2%",
+            ),
         ] {
             if !range.contains(&value) {
                 return Err(Error::field(field, value, allowed));
@@ -414,7 +431,8 @@ impl TrainConfig {
         if let Some([low, high]) = self.active_range
             && !(low > 0.0 && low < high && high <= 1.0)
         {
-            let allowed = "two ascending shares above 0 and up to 1, or one {active_target}";
+            let allowed =
+                "two ascending shares above 0 and up to 1, such as 0.25 and 1, or one {active_target}";
             return Err(Error::field("active_range", format!("{low} to {high}"), allowed));
         }
         if self.train_parts.as_ref().is_some_and(Vec::is_empty) {
@@ -546,6 +564,14 @@ mod tests {
         assert_eq!(config.doc_separator.as_deref(), Some("<|endoftext|>"));
         assert_eq!(with(&["sparsity=2", "active_target=0.5"]).unwrap().budget(), Budget::Target(0.5));
         assert_eq!(with(&["active_target=0.5", "sparsity=2"]).unwrap().budget(), Budget::Weight(2.0));
+        for (setting, wanted) in
+            [("active_target=40%", 0.4), ("active_target = '37.5 %'", 0.375), ("active_target=1", 1.0)]
+        {
+            assert_eq!(with(&[setting]).unwrap().active_target, Some(wanted), "{setting}");
+        }
+        let shares = with(&["valid_fraction=2%", "teacher_weight=90%", "active_range=['25%', 1]"]).unwrap();
+        assert_eq!((shares.valid_fraction, shares.teacher_weight), (0.02, Some(0.9)));
+        assert_eq!(shares.active_range, Some([0.25, 1.0]));
         let range = with(&["active_target=0.5", "active_range=[0.25, 1.0]", "hold=threshold"]).unwrap();
         assert_eq!((range.budget(), range.hold), (Budget::Range(0.25, 1.0), Some(Hold::Threshold)));
         assert_eq!(toml::from_str::<TrainConfig>(&range.to_toml()).unwrap(), range);
@@ -564,6 +590,8 @@ mod tests {
             (vec!["batch=100000", "seq=100000"], ["batch is 100000 x seq 100000", "raise accumulate"]),
             (vec!["beta2=1"], ["beta2 is 1", "below 1"]),
             (vec!["active_target=0"], ["active_target is 0", "above 0"]),
+            (vec!["active_target=40"], ["active_target is 40", "such as 0.4 or 40%"]),
+            (vec!["active_target=many"], ["setting `active_target=many`", "0.4 or \"40%\""]),
             (vec!["teacher_weight=1.5"], ["teacher_weight is 1.5", "0 to 1"]),
             (vec!["teacher_top=0"], ["teacher_top is 0", "use 1 to"]),
             (vec!["separability=-1"], ["separability is -1", "0 to"]),

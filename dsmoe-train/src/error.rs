@@ -109,6 +109,9 @@ pub enum Error {
     /// The output directory of work that is resumed, but never started over in its place, is not empty.
     #[error("{0} is not empty; {help}", help = NOT_EMPTY_TO_RESUME)]
     OutToResume(PathBuf),
+    /// The output directory is a file.
+    #[error("{0} is a file; {help}", help = ANOTHER_OUT)]
+    OutIsFile(PathBuf),
     /// Starting over would remove the model that is to be trained.
     #[error("{0} holds the model to train; {help}", help = ANOTHER_OUT)]
     OutHoldsSource(PathBuf),
@@ -212,7 +215,7 @@ impl Error {
             Error::NotShared(_) => Some(&SHARED),
             Error::OutNotEmpty(_) => Some(&NOT_EMPTY),
             Error::OutToResume(_) => Some(&NOT_EMPTY_TO_RESUME),
-            Error::OutHoldsSource(_) | Error::NotARun(_) => Some(&ANOTHER_OUT),
+            Error::OutIsFile(_) | Error::OutHoldsSource(_) | Error::NotARun(_) => Some(&ANOTHER_OUT),
             Error::Busy(_) => Some(&WAIT),
             Error::BadCheckpoint { .. } => Some(&CHECKPOINT),
             Error::BadResponses { .. } => Some(&BROKEN_RESPONSES),

@@ -30,5 +30,5 @@ pub use eval::{EvalOptions, EvalReport, evaluate};
 pub use metrics::StepRecord;
 pub use ranks::{Zero, check_alike};
 pub use run::{Observer, Outcome, RunOptions, TrainData, Trainer};
-pub use teacher::identity_of;
+pub use teacher::{check_teacher, identity_of};
 pub use teacher_cache::{LARGEST_CACHE, RowShape, is_whole};

@@ -89,6 +89,17 @@ pub(crate) fn learn(
 
 /// Loads the teacher in `dir` of models of `student`, whose sequences have `seq` tokens. Its weights are packed in bf16.
 pub(crate) fn load(dir: &Path, weight: f64, student: &Config, seq: usize) -> Result<(Teacher, TeacherId)> {
+    let config = check_teacher(dir, student, seq)?;
+    let id = TeacherId { path: dir.to_path_buf(), sha256: identity(dir, &config)? };
+    let teacher = Teacher::new(Inference::load(dir, Precision::Bf16)?, weight as f32, student)?;
+    Ok((teacher, id))
+}
+
+/// Reads the configuration of the model in `dir`, and checks that it can teach models of `student` with sequences of `seq` tokens.
+///
+/// # Errors
+/// The vocabularies differ, the teacher has fewer positions, or there is no model.
+pub fn check_teacher(dir: &Path, student: &Config, seq: usize) -> Result<Config> {
     let config = Config::load(dir)?;
     let (of_teacher, of_student) = (config.vocab_size, student.vocab_size);
     if of_teacher != of_student {
@@ -100,9 +111,7 @@ pub(crate) fn load(dir: &Path, weight: f64, student: &Config, seq: usize) -> Res
         let allowed = format!("at most the teacher's max_position_embeddings {}", config.max_position);
         return Err(Error::field("seq", seq, allowed));
     }
-    let id = TeacherId { path: dir.to_path_buf(), sha256: identity(dir, &config)? };
-    let teacher = Teacher::new(Inference::load(dir, Precision::Bf16)?, weight as f32, student)?;
-    Ok((teacher, id))
+    Ok(config)
 }
 
 /// Computes a hash of names, types, shapes and the first values of all tensors of the model in `dir`.

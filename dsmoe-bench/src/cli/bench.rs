@@ -10,6 +10,7 @@ use super::values;
 use crate::regression::file::Kind;
 
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  dsmoe bench kernels\n  dsmoe bench record --out before.json")]
 pub(crate) struct Bench {
     #[command(subcommand)]
     pub(crate) work: Work,
@@ -285,6 +286,9 @@ pub(crate) struct Record {
     /// File to write [default: stdout]
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
+    /// Replace the file
+    #[arg(long, requires = "out")]
+    pub(crate) force: bool,
     /// Format of the output [default: json with --out, otherwise a table]
     #[arg(long, value_enum)]
     pub(crate) format: Option<Format>,
@@ -347,16 +351,25 @@ pub(crate) struct History {
     /// File to write
     #[arg(long, value_name = "FILE")]
     pub(crate) out: PathBuf,
+    /// Replace the file
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  dsmoe bench once --suite kernels --only rms_norm")]
 pub(crate) struct Once {
     #[command(flatten)]
     pub(crate) choice: Choice,
 }
 
-/// A share that is not negative.
+/// A share that is not negative. One above 1 needs the sign of percent, since `3` is rarely meant as 300 %.
 fn growth(text: &str) -> Result<f64, String> {
-    let wrong = || "give a share such as 3% or 0.03".to_owned();
-    values::share(text).ok().filter(|share| *share >= 0.0).ok_or_else(wrong)
+    let growth = values::ratio(text).ok().filter(|share| *share >= 0.0);
+    match growth.ok_or("give a share such as 3% or 0.03")? {
+        large if large > 1.0 && !text.trim_end().ends_with('%') => {
+            Err(format!("`{text}` is {} %; write {text}% or {}", 100.0 * large, large / 100.0))
+        }
+        growth => Ok(growth),
+    }
 }

@@ -8,39 +8,47 @@ use dsmoe_datasets::world::ITEMS;
 
 use super::values::{quantity, separator, words};
 
+/// The heading of options that name text.
+const TEXT: &str = "Text";
+
 /// The arguments that name text.
 #[derive(Debug, Args)]
 pub(crate) struct DataArgs {
     /// Text files or folders: .txt .md .tex .jsonl .json, also as .gz, .zst, .bz2 and .xz, and .parquet; NAME=PATH:WEIGHT
     /// words name the sources of a mixture
-    #[arg(long, value_name = "PATH", num_args = 1.., required_unless_present = "mixture")]
+    #[arg(help_heading = TEXT, long, value_name = "PATH", num_args = 1.., required_unless_present = "mixture")]
     pub(crate) data: Vec<PathBuf>,
     /// TOML file of [[source]] tables with name, data, weight, and optionally text_column, doc_separator, language,
     /// document_chars, part and part_seed
-    #[arg(long, value_name = "FILE", conflicts_with = "data")]
+    #[arg(help_heading = TEXT, long, value_name = "FILE", conflicts_with = "data")]
     pub(crate) mixture: Option<PathBuf>,
     /// Folder of token caches: text is tokenized into it once and read from it, also text larger than the memory
-    #[arg(long, value_name = "DIR")]
+    #[arg(help_heading = TEXT, long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
     /// Separator of the documents in a text file; \n, \t, \r and \\ stand for a line end, a tab, a carriage return and a
     /// backslash [default: a text file is one document]
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = separator)]
+    #[arg(help_heading = TEXT, long, value_name = "TEXT", allow_hyphen_values = true, value_parser = separator)]
     pub(crate) doc_separator: Option<String>,
     /// Field of a JSON object or column of a Parquet file with the text; several, separated by commas, are joined by
     /// line ends [default: text]
-    #[arg(long, value_name = "NAME")]
+    #[arg(help_heading = TEXT, long, value_name = "NAME")]
     pub(crate) text_column: Option<String>,
 }
 
-const WORLD_EXAMPLE: &str = "\
-Train a model of the world from random weights:
+const EXAMPLES: &str = "\
+Examples:
+  dsmoe data list --folder corpora
+  dsmoe data prepare --data corpus.jsonl.zst --model MODEL --cache TOKENS";
 
+const WORLD_EXAMPLE: &str = "\
+Examples, a model of the world that is trained from random weights:
   dsmoe data world --out WORLD
   dsmoe init --preset world --tokenizer WORLD/tokenizer.json --out START
   dsmoe train START --data WORLD/text --out RUN --steps 1200 --batch 8 --seq 256 --lr 4e-3 --bos always
   dsmoe eval RUN --tasks world";
 
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Data {
     #[command(subcommand)]
     pub(crate) command: DataCommand,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  dsmoe doctor\n  dsmoe doctor RUNS --json")]
 pub(crate) struct Doctor {
     /// Folders to look through for what killed commands left beside their outputs
     #[arg(value_name = "DIR", default_value = ".")]

@@ -8,7 +8,7 @@ use dsmoe_datasets::Bos;
 use dsmoe_kernels::Precision;
 
 use super::gates::GateArgs;
-use super::values::{share_f32, template_arg, words};
+use super::values::{seconds, share_f32, template_arg, words};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -65,8 +65,8 @@ pub(crate) struct Generate {
     /// Folder of `dsmoe plan train`, which chooses the share of the experts to run by the prompt and --deadline
     #[arg(long, value_name = "DIR", conflicts_with_all = ["threshold", "active"], requires = "deadline")]
     pub(crate) plan: Option<PathBuf>,
-    /// Seconds until --max-tokens are to be there
-    #[arg(long, value_name = "SECONDS", requires = "plan")]
+    /// Time until --max-tokens are to be there, in seconds or as 200ms
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, requires = "plan")]
     pub(crate) deadline: Option<f64>,
     /// Precision of the weights [default: bf16 for a model stored as bf16 or f16 and on a GPU, f32 for one stored as f32]
     #[arg(long, value_parser = words::<Precision>(&["f32", "bf16"]))]

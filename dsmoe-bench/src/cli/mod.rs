@@ -104,6 +104,7 @@ pub(crate) enum Command {
     /// Train the FFNs of a converted model, layer by layer, to give what the dense ones give
     Reconstruct(Reconstruct),
     /// List these methods with their settings
+    #[command(after_help = "Examples:\n  dsmoe methods\n  dsmoe methods --json")]
     Methods,
     /// Write a model for transformers (Python), as a dense model, as GGUF, or in another precision
     Export(Export),
@@ -156,6 +157,9 @@ pub(crate) struct Man {
     /// Folder for the pages of all commands, in place of one page on stdout
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
+    /// Replace pages that are there
+    #[arg(long, requires = "out")]
+    pub(crate) force: bool,
 }
 
 impl Command {

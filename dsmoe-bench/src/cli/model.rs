@@ -13,7 +13,7 @@ use dsmoe_router::{GateValue, Rescale, ZeroActive};
 
 use super::processes::ProcessArgs;
 use super::prune::CalibrationArgs;
-use super::values::{quantity, separator, share, words};
+use super::values::{quantity, ratio, separator, share, words};
 
 #[derive(Debug, Args)]
 #[command(
@@ -84,7 +84,7 @@ pub(crate) struct Convert {
     pub(crate) core: Option<f64>,
     /// Ridge of the least squares of down_proj, a share of the mean of the diagonal at 16,384 tokens of text; 0 leaves
     /// down_proj as it is [default: 0.1]
-    #[arg(help_heading = EXPERTS, long, value_name = "SHARE_OF_MEAN", value_parser = share, requires = "calib")]
+    #[arg(help_heading = EXPERTS, long, value_name = "SHARE_OF_MEAN", value_parser = ratio, requires = "calib")]
     pub(crate) ridge: Option<f64>,
     /// Shares of experts that thresholds are stored for, beside --active-target; --active of other commands chooses among
     /// them [default: those of 0.25,0.375,0.5,0.75,1 above the core's]

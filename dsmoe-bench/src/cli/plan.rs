@@ -8,7 +8,7 @@ use dsmoe_kernels::Precision;
 
 use super::data::DataArgs;
 use super::resumable::Resumable;
-use super::values::{at_least_one, share, words};
+use super::values::{at_least_one, seconds, share, words};
 
 const ABOUT: &str = "\
 After MEMTL (arXiv 2309.00907), whose users share a server: here the requests to a DSMoE model that stores thresholds by budget are the \
@@ -44,6 +44,9 @@ pub(crate) enum PlanCommand {
 }
 
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  dsmoe plan profile RUN --data stories=a.txt code=b.txt --requests 60 --out PLAN"
+)]
 pub(crate) struct PlanProfile {
     /// DSMoE model that stores thresholds by budget
     pub(crate) model: PathBuf,
@@ -99,6 +102,7 @@ pub(crate) struct HeadArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  dsmoe plan train PLAN --heads 4")]
 pub(crate) struct PlanTrain {
     /// Folder of `dsmoe plan profile`
     pub(crate) plan: PathBuf,
@@ -119,6 +123,9 @@ pub(crate) struct ServerArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  dsmoe plan eval PLAN\n  dsmoe plan eval PLAN --scenes 30 --server 400000,60000,0.0002"
+)]
 pub(crate) struct PlanEval {
     /// Folder of `dsmoe plan profile`
     pub(crate) plan: PathBuf,
@@ -135,6 +142,9 @@ pub(crate) struct PlanEval {
 }
 
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  dsmoe plan choose PLAN --prompt 'Once upon a time' --deadline 200ms\n  dsmoe plan choose PLAN --requests waiting.jsonl"
+)]
 pub(crate) struct PlanChoose {
     /// Folder of `dsmoe plan train`
     pub(crate) plan: PathBuf,
@@ -144,8 +154,8 @@ pub(crate) struct PlanChoose {
     /// Tokens that the request wants
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_one)]
     pub(crate) max_tokens: usize,
-    /// Seconds until the request is to be done
-    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    /// Time until the request is to be done, in seconds or as 200ms
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "1")]
     pub(crate) deadline: f64,
     /// JSONL file of requests that wait together: {"prompt": .., "max_tokens": .., "deadline": .., "weight": ..}
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "max_tokens", "deadline"])]
@@ -158,6 +168,7 @@ pub(crate) struct PlanChoose {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  dsmoe plan offload --users 3 --samples 20000")]
 pub(crate) struct PlanOffload {
     /// Users who wait together
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=12))]

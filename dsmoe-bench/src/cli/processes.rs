@@ -5,14 +5,17 @@ use dsmoe_kernels::comm::{Engine, Settings};
 
 use super::values::words;
 
+/// The heading of options of several processes.
+const PROCESSES: &str = "Processes";
+
 #[derive(Debug, Args)]
 pub(crate) struct ProcessArgs {
     /// Engine between the processes that share the work: mpi for those that mpirun or srun started, tcp for those of torchrun,
     /// none for a single process, auto to decide by the launcher's variables
-    #[arg(long, default_value = "auto", value_parser = words::<EngineWord>(&["auto", "none", "mpi", "tcp"]))]
+    #[arg(help_heading = PROCESSES, long, default_value = "auto", value_parser = words::<EngineWord>(&["auto", "none", "mpi", "tcp"]))]
     pub(crate) dist: EngineWord,
     /// Seconds that one exchange between processes may take within a step; three times that outside of steps
-    #[arg(long, value_name = "SECONDS", default_value_t = Settings::DEADLINE.as_secs(),
+    #[arg(help_heading = PROCESSES, long, value_name = "SECONDS", default_value_t = Settings::DEADLINE.as_secs(),
         value_parser = clap::value_parser!(u64).range(1..=604_800))]
     pub(crate) deadline: u64,
 }

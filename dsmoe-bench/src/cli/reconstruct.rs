@@ -6,7 +6,7 @@ use clap::Args;
 use dsmoe_kernels::Precision;
 
 use super::prune::CalibrationArgs;
-use super::values::{at_least_one, words};
+use super::values::{at_least_one, share, words};
 
 const ABOUT: &str = "\
 Layer by layer, the FFN of the model (neurons, router and what stands beside them) is trained to give what the dense FFN \
@@ -44,7 +44,7 @@ pub(crate) struct Reconstruct {
     #[arg(long, value_name = "X", default_value_t = 3.0)]
     pub(crate) router_lr_scale: f64,
     /// Part of the distance between the dense and the own hidden states that each layer is to close as well, 0 to 1
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_name = "SHARE_OF_DISTANCE", value_parser = share, default_value_t = 0.0)]
     pub(crate) drift: f64,
     /// Precision of the operands of matrix products
     #[arg(long, default_value = "f32", value_parser = words::<Precision>(&["f32", "bf16"]))]

@@ -27,6 +27,10 @@ Examples:
   dsmoe reproduce --profile small --shard 1/4 --out S1   # and 2/4, 3/4, 4/4 elsewhere; then
   dsmoe reproduce merge S1 S2 S3 S4 --out ALL";
 
+const ROWS: &str = "Rows and measurements";
+const INPUTS: &str = "Model and text";
+const WORK: &str = "Work";
+
 /// The arguments of `dsmoe reproduce`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
@@ -44,59 +48,59 @@ pub(crate) struct Reproduce {
     #[arg(long, value_name = "NAME", value_parser = profile::names())]
     pub(crate) print_profile: Option<String>,
     /// Only these tables and figures, and the runs that they need
-    #[arg(long, value_name = "OUTPUT,...", value_delimiter = ',', value_enum)]
+    #[arg(help_heading = ROWS, long, value_name = "OUTPUT,...", value_delimiter = ',', value_enum)]
     pub(crate) only: Vec<Output>,
     /// Only these methods or experiments of the profile
-    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    #[arg(help_heading = ROWS, long, value_name = "NAME,...", value_delimiter = ',')]
     pub(crate) methods: Vec<String>,
     /// Only rows at these of the profile's budgets, shares of the FFNs, and dense ones
-    #[arg(long, value_name = "SHARE_OF_FFNS,...", value_parser = share, value_delimiter = ',')]
+    #[arg(help_heading = ROWS, long, value_name = "SHARE_OF_FFNS,...", value_parser = share, value_delimiter = ',')]
     pub(crate) budgets: Vec<f64>,
     /// Tokens of the continued training, in place of the profile's number
-    #[arg(long, value_name = "N", value_parser = quantity)]
+    #[arg(help_heading = ROWS, long, value_name = "N", value_parser = quantity)]
     pub(crate) tokens: Option<u64>,
     /// Runs of each method, in place of the profile's number
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    #[arg(help_heading = ROWS, long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
     pub(crate) seeds: Option<u64>,
     /// Directory of the results [default: reproduce-PROFILE]
-    #[arg(long, value_name = "DIR")]
+    #[arg(help_heading = WORK, long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// Directory of the stages [default: OUT/cache]; processes with one directory divide the work: each takes the next stage
     /// that no other one does
-    #[arg(long, value_name = "DIR")]
+    #[arg(help_heading = WORK, long, value_name = "DIR")]
     pub(crate) stages: Option<PathBuf>,
     /// Remove the weights of models that are measured and that no other row needs; the results stay
-    #[arg(long)]
+    #[arg(help_heading = WORK, long)]
     pub(crate) discard: bool,
     /// Continue in an --out that is not empty
-    #[arg(long)]
+    #[arg(help_heading = WORK, long)]
     pub(crate) resume: bool,
     /// Print the plan (stages, tokens, memory, FLOPs, hours on this machine) and stop
-    #[arg(long)]
+    #[arg(help_heading = WORK, long)]
     pub(crate) dry_run: bool,
     /// Run the i-th of n parts; 0/n runs the stages that all parts need
-    #[arg(long, value_name = "I/N")]
+    #[arg(help_heading = WORK, long, value_name = "I/N")]
     pub(crate) shard: Option<Shard>,
     /// Stop as if interrupted after this many training steps
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(help_heading = WORK, long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) stop_after: Option<u64>,
     /// Dense model to start from, in place of one trained from random weights
-    #[arg(long, value_name = "DIR")]
+    #[arg(help_heading = INPUTS, long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
     /// Text of a profile without [world]: as for `dsmoe train`; for a profile with [[source]] tables the folder of their files
-    #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with = "mixture")]
+    #[arg(help_heading = INPUTS, long, value_name = "PATH", num_args = 1.., conflicts_with = "mixture")]
     pub(crate) data: Vec<PathBuf>,
     /// The same as a file of sources
-    #[arg(long, value_name = "FILE")]
+    #[arg(help_heading = INPUTS, long, value_name = "FILE")]
     pub(crate) mixture: Option<PathBuf>,
     /// Folder of token caches, for text larger than the memory
-    #[arg(long, value_name = "DIR")]
+    #[arg(help_heading = INPUTS, long, value_name = "DIR")]
     pub(crate) cache: Option<PathBuf>,
     /// Device that trains and measures: cpu, or a GPU such as cuda:0, which needs dtype = "bf16" in the profile
-    #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
+    #[arg(help_heading = WORK, long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,
     /// Folder that holds a folder of files for each benchmark [default: the probes of the embedded world, if it is the text]
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(help_heading = INPUTS, long, value_name = "FOLDER")]
     pub(crate) task_data: Option<PathBuf>,
 }
 
@@ -119,6 +123,7 @@ pub(crate) enum Sub {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  dsmoe reproduce merge S1 S2 S3 S4 --out ALL")]
 pub(crate) struct Merge {
     /// Directories of the parts
     #[arg(required = true, value_name = "DIR")]
@@ -132,6 +137,9 @@ pub(crate) struct Merge {
 }
 
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  dsmoe reproduce splice README.md docs/results.md\n  dsmoe reproduce splice --check README.md"
+)]
 pub(crate) struct Splice {
     /// Markdown files
     #[arg(required = true, value_name = "FILE")]

@@ -102,7 +102,7 @@ pub(crate) struct Train {
     #[arg(help_heading = TEACHER, long, value_name = "DIR")]
     pub(crate) teacher: Option<PathBuf>,
     /// Weight of the divergence from the teacher, 0 to 1; the text's loss has the rest [default: 0.9]
-    #[arg(help_heading = TEACHER, long, value_name = "X", requires = "teacher")]
+    #[arg(help_heading = TEACHER, long, value_name = "SHARE_OF_LOSS", value_parser = share, requires = "teacher")]
     pub(crate) teacher_weight: Option<f64>,
     /// Directory that keeps the most likely tokens of the teacher (64, or --set teacher_top=N) for every sequence, so that
     /// later epochs and other runs do not compute them; all other tokens count as one in the divergence

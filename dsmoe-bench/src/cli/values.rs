@@ -75,9 +75,17 @@ pub(crate) enum Active {
     Range([f64; 2]),
 }
 
-/// A share as `0.4` or `40%`. Whoever uses it checks its range.
+/// A share, 0 to 1, as `0.4` or `40%`.
 pub(crate) fn share(text: &str) -> Result<f64, String> {
-    let wrong = || format!("`{text}` is not a share; write 0.375 or 37.5%");
+    match ratio(text)? {
+        share if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err(format!("`{text}` is not a share from 0 to 1; write 0.4 or 40%")),
+    }
+}
+
+/// A ratio as `0.4` or `40%`. Whoever uses it checks its range.
+pub(crate) fn ratio(text: &str) -> Result<f64, String> {
+    let wrong = || format!("`{text}` is not a share; write 0.4 or 40%");
     let text_of = text.trim();
     let (number, divisor) = match text_of.strip_suffix('%') {
         Some(number) => (number.trim_end(), 100.0),
@@ -92,16 +100,30 @@ pub(crate) fn share_f32(text: &str) -> Result<f32, String> {
     share(text).map(|share| share as f32)
 }
 
-/// A share, or two shares as `LOW..HIGH`. The library checks their values.
+/// A share, or two shares as `LOW..HIGH`.
 pub(crate) fn active(text: &str) -> Result<Active, String> {
     let share = |part: &str| {
-        let wrong = || format!("`{text}` is not a share; write 0.375, or a range such as 0.25..1.0");
+        let wrong =
+            || format!("`{text}` is not a share from 0 to 1; write 0.4 or 40%, or a range such as 0.25..1.0");
         self::share(part).map_err(|_| wrong())
     };
     match text.split_once("..") {
         None => Ok(Active::Share(share(text)?)),
         Some((low, high)) => Ok(Active::Range([share(low)?, share(high)?])),
     }
+}
+
+/// A time in seconds, as `0.2`, `0.2s` or `200ms`.
+pub(crate) fn seconds(text: &str) -> Result<f64, String> {
+    let wrong = || format!("`{text}` is not a time; write 0.2 or 200ms");
+    let text_of = text.trim();
+    let (number, scale) = match (text_of.strip_suffix("ms"), text_of.strip_suffix('s')) {
+        (Some(number), _) => (number, 1e-3),
+        (None, Some(number)) => (number, 1.0),
+        (None, None) => (text_of, 1.0),
+    };
+    let value: f64 = number.trim_end().parse().map_err(|_| wrong())?;
+    if value.is_finite() && value >= 0.0 { Ok(value * scale) } else { Err(wrong()) }
 }
 
 /// A name and its value in JSON: `enable_thinking=false`.
@@ -151,13 +173,27 @@ mod tests {
 
     #[test]
     fn shares_are_numbers_or_percentages() {
-        for (text, wanted) in [("0.4", 0.4), ("40%", 0.4), (" 37.5 % ", 0.375), (".5", 0.5), ("-1", -1.0)] {
+        for (text, wanted) in
+            [("0.4", 0.4), ("40%", 0.4), (" 37.5 % ", 0.375), (".5", 0.5), ("0", 0.0), ("100%", 1.0)]
+        {
             assert_eq!(share(text), Ok(wanted), "{text}");
         }
-        for bad in ["", "%", "x", "4 of 10", "nan", "inf%", "0,4"] {
-            assert!(share(bad).unwrap_err().contains("37.5%"), "{bad}");
+        for bad in ["", "%", "x", "4 of 10", "nan", "inf%", "0,4", "40", "1.01", "140%", "-0.1"] {
+            assert!(share(bad).unwrap_err().contains("write 0.4 or 40%"), "{bad}");
+            assert!(active(bad).unwrap_err().contains("write 0.4 or 40%"), "{bad}");
         }
+        assert_eq!([ratio("250%"), ratio("-1")], [Ok(2.5), Ok(-1.0)]);
         assert_eq!(active("25%..100%"), Ok(Active::Range([0.25, 1.0])));
+    }
+
+    #[test]
+    fn times_are_seconds_or_milliseconds() {
+        for (text, wanted) in [("0.2", 0.2), ("1.5s", 1.5), ("250 ms", 0.25), ("0", 0.0)] {
+            assert_eq!(seconds(text), Ok(wanted), "{text}");
+        }
+        for bad in ["", "ms", "-1", "nan", "1m", "1e999"] {
+            assert!(seconds(bad).unwrap_err().contains("200ms"), "{bad}");
+        }
     }
 
     #[test]

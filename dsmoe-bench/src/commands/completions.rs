@@ -26,12 +26,16 @@ pub(crate) fn manual(args: &Man, ui: &mut Ui) -> Result<()> {
     let mut open = vec![(NAME.to_owned(), &root)];
     while let Some((name, command)) = open.pop() {
         let path = out.join(format!("{name}.1"));
-        files::write(&path, page(command, &name)?)?;
-        pages.push(path.display().to_string());
+        files::check_file(&path, args.force)?;
+        pages.push((path, page(command, &name)?));
         let shown = command.get_subcommands().filter(|sub| !sub.is_hide_set() && sub.get_name() != "help");
         open.extend(shown.map(|sub| (format!("{name}-{}", sub.get_name()), sub)));
     }
     pages.sort();
+    for (path, page) in &pages {
+        files::write(path, page)?;
+    }
+    let pages: Vec<String> = pages.iter().map(|(path, _)| path.display().to_string()).collect();
     let text = format!("{}: {} pages\n", out.display(), pages.len());
     ui.result(&serde_json::json!({ "pages": pages }), |_| text)
 }

@@ -111,6 +111,7 @@ pub(crate) fn run(args: &Continual, ui: &mut Ui) -> Result<ExitCode> {
     let (configs, method) = continual::check(&config, &tasks, &wanted.train, &wanted.method)?;
     let plan = plan(args, &config, &wanted, (&configs[0], method));
     memory::check("continual learning", plan.memory_bytes, memory::total(), "use a smaller model or batch")?;
+    args.work.check()?;
     let Some(out) = args.work.out() else {
         ui.result(&plan, show_plan)?;
         return Ok(ExitCode::SUCCESS);

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::calibration::Stages;
 use crate::cli::grow::Grow;
-use crate::files::lossy;
+use crate::files::{check_output, lossy};
 use crate::format::{self, Table};
 use crate::ui::Ui;
 
@@ -54,7 +54,10 @@ pub(crate) fn run(args: &Grow, ui: &mut Ui) -> Result<()> {
     };
     let out = args.out.as_deref().filter(|_| !args.dry_run);
     let (plan, fits) = match out {
-        None => (plan_growth(&args.model, &options)?, Vec::new()),
+        None => {
+            args.out.as_deref().map_or(Ok(()), |out| check_output(&args.model, out, args.force))?;
+            (plan_growth(&args.model, &options)?, Vec::new())
+        }
         Some(out) => {
             let mut stages = Stages::new(ui);
             // Layers that are copied are not looked at otherwise.

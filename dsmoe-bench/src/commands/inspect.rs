@@ -15,7 +15,6 @@ use crate::cli::model::Inspect;
 use crate::evaluation::used_weights;
 use crate::files::lossy;
 use crate::format::{self, Table};
-use crate::models::check_finished;
 use crate::ui::Ui;
 
 /// The default context length.
@@ -134,7 +133,6 @@ struct Layer {
 }
 
 pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
-    check_finished(&args.model)?;
     let config = Config::load(&args.model)?;
     let checkpoint = open_model(&args.model, &config)?;
     check_llama_tensors(&config, &checkpoint)?;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use dsmoe_core::{Device, Model};
 use dsmoe_datasets::tasks::sha256;
 use dsmoe_kernels::comm::Alone;
@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::calibration::Stages;
 use crate::cli::gates::GateArgs;
 use crate::cli::oracle::Oracle;
-use crate::files::{lossy, write_json};
+use crate::files::{check_file, lossy, write_json};
 use crate::format::{self, Table};
 use crate::models::{load_inference, show_config_notices, tokenizer};
 use crate::texts::{load_on, open, options};
@@ -53,9 +53,7 @@ struct Routes<'a> {
 }
 
 pub(crate) fn run(args: &Oracle, ui: &mut Ui) -> Result<()> {
-    if let Some(out) = args.out.as_ref().filter(|out| out.exists() && !args.force) {
-        bail!("{} exists; give another --out, or --force to replace it", out.display());
-    }
+    args.out.as_deref().map_or(Ok(()), |out| check_file(out, args.force))?;
     let texts = open(&args.data, &options(&args.data))?;
     let mut model = load_inference(&args.model, args.dtype, Device::Cpu, GateArgs::default())?;
     show_config_notices(model.config(), ui);

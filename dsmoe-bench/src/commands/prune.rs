@@ -72,7 +72,12 @@ pub(crate) fn run(args: &Prune, comm: &Arc<dyn Communicator>, ui: &mut Ui) -> Re
             let made = make((args, &*configured, asked), comm, out, &config, ui)?;
             (made.plan, made.measured)
         }
-        None => (plan, Vec::new()),
+        None => {
+            // What a run refuses before its work is refused in a plan too.
+            args.out.as_deref().map_or(Ok(()), |out| check_output(&args.model, out, args.force))?;
+            calibration::check_text(&args.calibration)?;
+            (plan, Vec::new())
+        }
     };
     let budget = asked.params(source.total);
     let (counts, is_dense) = (method.counts(), method.source() == Source::Dense);

@@ -15,7 +15,7 @@ use dsmoe_kernels::comm::{Communicator, What};
 use dsmoe_train::config::{Budget, NearDuplicates, TEACHER_TOP, TrainConfig};
 use dsmoe_train::engine::Share;
 use dsmoe_train::run::{RunOptions, TrainData, Trainer, check_out, lanes_of};
-use dsmoe_train::{LARGEST_CACHE, RowShape, Zero};
+use dsmoe_train::{LARGEST_CACHE, RowShape, Zero, check_teacher};
 use serde::Serialize;
 
 use crate::cli::train::Train;
@@ -23,9 +23,10 @@ use crate::cli::values::Active;
 use crate::estimate::{self, H100, flops_per_second, training_flops};
 use crate::files::lossy;
 use crate::format;
+use crate::gpu;
 use crate::interrupts::{INTERRUPTED, catch_interrupts_for, interrupted};
 use crate::memory;
-use crate::models::{load_model, show_config_notices, tokenizer};
+use crate::models::{load_model, show_config_notices, tokenizer, tokenizer_files};
 use crate::processes::agree;
 use crate::texts::{Text, load_on, open, total_bytes};
 #[cfg(feature = "cuda")]
@@ -61,10 +62,20 @@ struct TrainPlan {
     /// Memory of the GPU by use.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     device_memory: Vec<MemoryUse>,
+    /// All memory of the GPU, where it is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device_memory_total: Option<u64>,
     /// Largest size of the teacher's cache on the disk after this run.
     #[serde(skip_serializing_if = "Option::is_none")]
     teacher_cache_bytes: Option<u64>,
     config: TrainConfig,
+}
+
+impl TrainPlan {
+    /// The memory of the GPU that the run takes.
+    fn device_bytes(&self) -> u64 {
+        self.device_memory.iter().map(|memory| memory.bytes).sum()
+    }
 }
 
 /// The time of a run at rates that were measured.
@@ -149,8 +160,16 @@ fn prepare(
         ..CorpusOptions::default()
     };
     let texts = open(&args.data, &options)?;
+    for (name, folder) in [("--cache", &args.data.cache), ("--teacher-cache", &args.teacher_cache)] {
+        if let Some(folder) = folder.as_ref().filter(|folder| folder.is_file()) {
+            bail!("{name} {}: it is a file; name a folder", folder.display());
+        }
+    }
     let mut plan = plan(args, config.clone(), &texts, processes)?;
     if args.dry_run {
+        if let Err(missing) = tokenizer_files(&args.model) {
+            ui.note(format_args!("note: the training needs it: {missing:#}"));
+        }
         ui.note("measuring this machine");
         plan.time = Some(time_plan(&plan)?);
         ui.result(&plan, show_plan)?;
@@ -158,6 +177,11 @@ fn prepare(
     }
     let here = plan.memory_bytes.saturating_mul(comm.place().locals as u64);
     memory::check("training", here, memory::total(), LESS_MEMORY)?;
+    let on_gpu = plan.device_bytes();
+    if let Some(total) = plan.device_memory_total.filter(|total| on_gpu > *total) {
+        let [needed, total] = [on_gpu, total].map(format::bytes);
+        bail!("training needs {needed} of the GPU's memory and it has {total}; {LESS_MEMORY}");
+    }
     Ok(Some((config, texts)))
 }
 
@@ -265,8 +289,9 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> 
     let share = model.fixed_active().zip(model.num_experts()).map_or(share, |(k, n)| k / n as f64);
     let tokens = (steps * tokens_per_step) as f64;
     let mut flops = tokens * training_flops(&accounting, model.num_experts().is_some(), share, config.seq);
-    if let Some(teacher) = &args.teacher {
-        flops += tokens * Accounting::of(&Config::load(teacher)?).mean_flops_per_token(0.0, config.seq);
+    let teacher = args.teacher.as_ref().map(|dir| check_teacher(dir, &model, config.seq)).transpose()?;
+    if let Some(teacher) = &teacher {
+        flops += tokens * Accounting::of(teacher).mean_flops_per_token(0.0, config.seq);
     }
     let text = if args.data.cache.is_some() { 0 } else { total_bytes(texts) };
     let mut memory = match args.device {
@@ -277,8 +302,8 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> 
         #[cfg(feature = "cuda")]
         Device::Cuda(_) => host_plan(accounting.total, text),
     };
-    if let Some(teacher) = &args.teacher {
-        memory.push(teacher_memory(&Config::load(teacher)?, &config));
+    if let Some(teacher) = &teacher {
+        memory.push(teacher_memory(teacher, &config));
     }
     let device_memory = device_plan(&model, &config, args.device)?;
     let teacher_cache_bytes = args.teacher_cache.as_ref().map(|_| {
@@ -311,6 +336,7 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> 
         memory_bytes: memory.iter().fold(0u64, |sum, memory| sum.saturating_add(memory.bytes)),
         memory,
         device_memory,
+        device_memory_total: gpu::memory_of(args.device),
         teacher_cache_bytes,
         config,
     })
@@ -324,7 +350,7 @@ fn time_plan(plan: &TrainPlan) -> Result<TimePlan> {
     let hours_h100 = H100.hours(plan.flops, model.num_experts().is_some());
     let (speed, dtype) = (format::flops(flops_per_second), plan.config.dtype.name());
     let speed = format!("{speed} FLOP/s in {dtype}, measured");
-    let words = estimate::words(hours, &speed, hours_h100, model.hidden);
+    let words = estimate::words(hours, &speed, hours_h100, (model.hidden, plan.params));
     Ok(TimePlan { flops_per_second, hours, hours_h100, words })
 }
 
@@ -362,8 +388,11 @@ fn show_plan(plan: &TrainPlan) -> String {
     };
     fields.extend(uses(&plan.memory));
     if !plan.device_memory.is_empty() {
-        let all = plan.device_memory.iter().map(|memory| memory.bytes).sum();
-        fields.push(("GPU memory", format!("about {}", format::bytes(all))));
+        let all = plan.device_bytes();
+        let more = plan.device_memory_total.filter(|total| all > *total);
+        let more =
+            more.map(|total| format!(", more than the {} of the GPU; {LESS_MEMORY}", format::bytes(total)));
+        fields.push(("GPU memory", format!("about {}{}", format::bytes(all), more.unwrap_or_default())));
         fields.extend(uses(&plan.device_memory));
     }
     if let Some(bytes) = plan.teacher_cache_bytes {

@@ -9,7 +9,7 @@ use super::export::{amount, origin};
 use super::file::{Benchmark, Record};
 use super::statistics::MedianEstimate;
 use crate::cli::bench::History;
-use crate::files::write;
+use crate::files::{check_file, write};
 use crate::machine::Machine;
 use crate::report::html::page;
 use crate::report::{Block, Chapter, Figure, Look, Plot, Point, Report, Series};
@@ -19,6 +19,7 @@ use crate::ui::Ui;
 const LEAST: f64 = 5.0;
 
 pub(crate) fn run(args: &History, ui: &mut Ui) -> Result<()> {
+    check_file(&args.out, args.force)?;
     let (mut records, mut others) = (Vec::new(), Vec::new());
     for Found { path, named } in files(&args.records)? {
         match Record::read(&path) {
@@ -28,7 +29,7 @@ pub(crate) fn run(args: &History, ui: &mut Ui) -> Result<()> {
         }
     }
     if records.is_empty() {
-        bail!("none of the files is a record; `dsmoe bench record` writes them");
+        bail!("none of the files is a record: {}; `dsmoe bench record` writes them", others.join(", "));
     }
     if !others.is_empty() {
         ui.note(format_args!("left out, since they are not records: {}", others.join(", ")));

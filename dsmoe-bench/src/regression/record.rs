@@ -14,7 +14,7 @@ use super::workloads::{Task, Workload, suites};
 use super::{export, instructions, quality};
 use crate::cli::bench::{Choice, Format, Record as Args, Suite};
 use crate::cli::values::word;
-use crate::files::write;
+use crate::files::{check_file, write};
 use crate::timing::turns::ROOM;
 use crate::ui::Ui;
 
@@ -23,6 +23,7 @@ const SAMPLE_SECONDS: f64 = 0.01;
 const MOST_CALLS: f64 = 100_000.0;
 
 pub(crate) fn run(args: &Args, ui: &mut Ui) -> Result<()> {
+    args.out.as_deref().map_or(Ok(()), |out| check_file(out, args.force))?;
     let record = measure(args, ui)?;
     for note in &record.notes {
         ui.note(note);

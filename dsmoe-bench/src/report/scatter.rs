@@ -35,8 +35,9 @@ struct Axis {
 }
 
 impl Axis {
-    fn fit(values: &[f64], from: f64, to: f64) -> Axis {
-        let limit = limit(values);
+    /// Fits the values, all that are at most `reference` among them.
+    fn fit(values: &[f64], reference: f64, from: f64, to: f64) -> Axis {
+        let limit = limit(values).max(1.05 * reference);
         let (low, high) = limits(values.iter().copied().filter(|value| *value <= limit));
         if low > high {
             return Axis { low: 0.0, high: 1.0, from, to, limit };
@@ -68,8 +69,13 @@ pub(super) fn scatter_svg(figure: &Figure, marks: &[Mark], width: f64) -> String
     let shown: Vec<&Mark> = marks.iter().filter(|mark| mark.x.is_finite() && mark.y.is_finite()).collect();
     let values = |of: fn(&Mark) -> f64| shown.iter().map(|mark| of(mark)).collect::<Vec<f64>>();
     let (right, bottom) = (width - RIGHT, HEIGHT - BOTTOM);
-    let across = Axis::fit(&values(|mark| mark.x), LEFT, right);
-    let up = Axis::fit(&values(|mark| mark.y), bottom, TOP);
+    // The model that others are compared with never lies beyond the edge.
+    let reference = |of: fn(&Mark) -> f64| {
+        let marks = shown.iter().filter(|mark| mark.emphasis == Emphasis::Reference);
+        marks.map(|mark| of(mark)).fold(f64::NEG_INFINITY, f64::max)
+    };
+    let across = Axis::fit(&values(|mark| mark.x), reference(|mark| mark.x), LEFT, right);
+    let up = Axis::fit(&values(|mark| mark.y), reference(|mark| mark.y), bottom, TOP);
     let mut out = open(figure, width, HEIGHT);
     for y in ticks(up.low, up.high, 6.0) {
         let at = up.place(y);
@@ -220,6 +226,17 @@ mod tests {
                 assert!(areas[..at].iter().all(|other| !overlap(area, other)), "{at}: {area:?}");
             }
         }
+    }
+
+    #[test]
+    fn the_reference_is_never_an_outlier() {
+        let mut marks: Vec<Mark> = (0..5).map(|i| mark("m", 60.0 + f64::from(i), 5.0)).collect();
+        marks.push(Mark { emphasis: Emphasis::Reference, ..mark("dense", 100.0, 4.0) });
+        marks.push(mark("near it", 101.5, 4.5));
+        marks.push(mark("far", 900.0, 4.5));
+        let figure = Figure::scatter("f", "F", ["x", "y"], marks.clone());
+        let svg = scatter_svg(&figure, &marks, WIDTH);
+        assert!(svg.contains(">dense<") && svg.contains(">near it<") && svg.contains(">far 900 →<"), "{svg}");
     }
 
     #[test]

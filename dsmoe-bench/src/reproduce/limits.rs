@@ -75,8 +75,27 @@ pub(super) fn check_seeds(profile: &Profile) -> Result<()> {
     Ok(())
 }
 
+/// Refuses numbers of experts that do not divide the FFNs of `dense`.
+fn check_experts(profile: &Profile, dense: &Config) -> Result<()> {
+    let Some(all) = profile.experts else { return Ok(()) };
+    let of_rows = profile.method.iter().map(|spec| profile.experts_of(spec)).collect::<Result<Vec<_>>>()?;
+    for experts in of_rows.into_iter().flatten().chain([all]) {
+        let odd = dense.layers().map(|layer| layer.intermediate).find(|width| !width.is_multiple_of(experts));
+        if let Some(width) = odd {
+            bail!(
+                "profile {}: experts is {experts}, which does not divide the {width} neurons of an FFN of the model; \
+                 change it in a copy of the profile (--print-profile {})",
+                profile.name,
+                profile.name
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Checks every size of `profile`, whose dense model is `dense`.
 pub(super) fn check(profile: &Profile, dense: &Config, machine: Machine) -> Result<()> {
+    check_experts(profile, dense)?;
     let Machine { memory, training, disk } = machine;
     let train = profile.train()?.resolve()?;
     let (seq, measure) = (train.seq as u64, &profile.measure);
@@ -193,6 +212,13 @@ mod tests {
             );
             assert!(error.is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn experts_divide_the_ffns_of_the_model() {
+        let error = checked(|profile| profile.experts = Some(7), machine()).unwrap_err().to_string();
+        assert!(error.contains("experts is 7, which does not divide"), "{error}");
+        assert!(error.contains("--print-profile quick"), "{error}");
     }
 
     #[test]

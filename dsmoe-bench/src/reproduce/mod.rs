@@ -61,6 +61,7 @@ use self::stages::Stages;
 use self::text::Text;
 use self::work::Work;
 use crate::cli::reproduce::Reproduce;
+use crate::cli::resumable::NOT_EMPTY;
 use crate::files::{check_folder, make_folder, read_part, write_part};
 use crate::interrupts::{CONTINUE, INTERRUPTED, STOP, Unpolled, catch_interrupts};
 use crate::ui::{Ui, stderr_line};
@@ -68,15 +69,13 @@ use crate::ui::{Ui, stderr_line};
 /// How long a process waits when others work on all models that are left.
 const COME_BACK: Duration = Duration::from_millis(500);
 
-/// The remedy for an output directory that is not empty.
-const NOT_EMPTY: &str = "pass --resume to continue there, or choose another --out";
-
 /// Runs a reproduction, or prints its plan.
 pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
     if let Some(experiments) = Experiments::of(args)? {
         let profile = experiments.profile();
         check_text(args, &profile)?;
         if args.dry_run {
+            args.out.as_deref().map_or(Ok(()), |out| check_folder(out, args.resume, NOT_EMPTY))?;
             let machine = limits::Machine::of_plans(Path::new("."));
             check_limits(args, &profile, machine)?;
             experiments.plan(args, ui)?;

@@ -1,7 +1,7 @@
 //! The first view of a reproduction: a brief table and one chart, of loss against time or activated parameters.
 
 use super::frontier;
-use super::records::Timing;
+use super::records::{GridPoint, Timing};
 use super::results::{MethodResult, Results};
 use crate::format;
 use crate::report::{Cell, Emphasis, Figure, Mark, Tabular, fixed, number, optional};
@@ -160,6 +160,33 @@ impl<'a> Overview<'a> {
             note += "; 1.05x and more counts as saved time. ";
         }
         note.trim_end().to_owned()
+    }
+
+    /// Words the losses over the dense model of trained rows on each text, where there are several.
+    pub(super) fn by_text(&self) -> Option<String> {
+        let base = self.base().filter(|base| self.has_budgets() && base.domains.len() > 1)?;
+        let texts = base.domains.iter().map(|text| {
+            let loss = |method: &MethodResult| {
+                let own = method.domains.iter().find(|own| own.name == text.name)?;
+                Some(format!("{} {:+.3}", self.name(method), own.ppl.ln() - text.ppl.ln()))
+            };
+            let losses: Vec<String> = self.rows().into_iter().skip(1).filter_map(loss).collect();
+            format!("on {} {}", text.name, losses.join(", "))
+        });
+        Some(format!("After training, nats over dense {}.", texts.collect::<Vec<_>>().join("; ")))
+    }
+
+    /// Compares tokens per second of the dense model and of DSMoE, on the most threads that were measured.
+    pub(super) fn speeds(&self) -> Vec<[String; 3]> {
+        let Some(own) = self.rows().into_iter().find(|row| row.is_dsmoe()) else { return Vec::new() };
+        let most = own.speeds.iter().map(|point| point.threads).max();
+        let points = own.speeds.iter().filter(|point| Some(point.threads) == most);
+        let row = |point: &GridPoint| {
+            let [dense, ours] =
+                [point.dense_tokens_per_s, point.tokens_per_s].map(|rate| format::count(rate.round() as u64));
+            [format!("{}, {} threads", frontier::work(point.batch), point.threads), dense, ours]
+        };
+        points.map(row).collect()
     }
 
     /// Returns the dense model's score where others are shown as shares of it.

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
+use dsmoe_core::Device;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use dsmoe_core::init::preset;
@@ -20,8 +21,9 @@ use super::text;
 use crate::cli::reproduce::Reproduce;
 use crate::estimate::{self, H100, flops_per_second, training_flops};
 use crate::format::{self, Table};
+use crate::gpu;
 use crate::memory;
-use crate::training::memory_plan;
+use crate::training::{device_plan, memory_plan};
 use crate::ui::Ui;
 
 /// FineWeb-edu, OpenWebMath, StarCoder and Cosmopedia.
@@ -48,6 +50,9 @@ struct Plan<'a> {
     hours_h100: f64,
     #[serde(skip)]
     hidden: usize,
+    /// The device that trains.
+    device: String,
+    /// Memory of the largest training on that device, and all that there is.
     memory_bytes: u64,
     machine_memory_bytes: Option<u64>,
     disk_bytes: u64,
@@ -93,7 +98,7 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
     let mut disk_bytes = 4 * counts.total;
     if let (Some(config), None) = (profile.pretrain(), &args.model) {
         let config = config?.resolve()?;
-        rows.push(row("dense model", &dense, 1.0, &config, costs.text(), speed)?);
+        rows.push(row("dense model", &dense, 1.0, &config, costs.text(), (speed, args.device))?);
     }
     for Planned { job, parts, .. } in jobs {
         let planned = profile.plan_of(job.spec, &dense)?;
@@ -110,7 +115,7 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
         let (shape, share) = if gated { shape(job.spec, &dense, profile)? } else { (dense.clone(), 1.0) };
         let counts = Accounting::of(&shape);
         let measured = costs.measuring(*job, parts);
-        let mut row = row(&job.id(), &shape, share, &config, measured, speed)?;
+        let mut row = row(&job.id(), &shape, share, &config, measured, (speed, args.device))?;
         (row.params_total, row.params_activated) = (planned.total, planned.activated);
         if !gated {
             // A smaller model computes less, and so do k of n experts.
@@ -156,7 +161,11 @@ pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui:
         hours_h100: rows.iter().map(|row| row.hours_h100).sum(),
         hidden: dense.hidden,
         memory_bytes: rows.iter().map(|row| row.memory_bytes).max().unwrap_or(0),
-        machine_memory_bytes: memory::total(),
+        machine_memory_bytes: match args.device.is_gpu() {
+            true => gpu::memory_of(args.device),
+            false => memory::total(),
+        },
+        device: args.device.to_string(),
         disk_bytes,
         rows,
     };
@@ -209,7 +218,7 @@ fn row(
     share: f64,
     train: &dsmoe_train::TrainConfig,
     measured_tokens: f64,
-    speed: f64,
+    (speed, device): (f64, Device),
 ) -> Result<Row> {
     let (counts, gated) = (Accounting::of(config), config.moe.is_some());
     let steps = train.steps.unwrap_or(0);
@@ -219,7 +228,10 @@ fn row(
         + measured_tokens * counts.mean_flops_per_token(active, train.seq);
     let alone =
         Share { processes: 1, lanes: train.lanes(), accumulate: train.accumulate, zero: Zero::Moments };
-    let memory = memory_plan(config, train, 0, (alone, false));
+    let memory = match device.is_gpu() {
+        true => device_plan(config, train, device)?,
+        false => memory_plan(config, train, 0, (alone, false)),
+    };
     Ok(Row {
         run: run.to_owned(),
         params_total: counts.total as f64,
@@ -260,7 +272,8 @@ fn show(plan: &Plan<'_>) -> String {
     }
     let memory = match plan.machine_memory_bytes {
         Some(machine) if machine < plan.memory_bytes => {
-            format!(", more than the {} of this machine", format::bytes(machine))
+            let of = if plan.device == Device::Cpu.to_string() { "this machine" } else { "the GPU" };
+            format!(", more than the {} of {of}", format::bytes(machine))
         }
         Some(machine) => format!(" of {}", format::bytes(machine)),
         None => String::new(),
@@ -277,7 +290,7 @@ fn show(plan: &Plan<'_>) -> String {
         ("budget", format!("{budget} activated parameters ({share} % of the FFNs, and routers)")),
         ("trainings", format!("{}, {} tokens", plan.stages, format::amount(plan.tokens as f64))),
         ("arithmetic", format!("{:.3e} FLOPs, including measuring", plan.flops)),
-        ("time", estimate::words(plan.hours, &speed, plan.hours_h100, plan.hidden)),
+        ("time", estimate::words(plan.hours, &speed, plan.hours_h100, (plan.hidden, plan.dense_params))),
         ("memory", format!("at most {}{memory}", format::bytes(plan.memory_bytes))),
         ("disk", format::bytes(plan.disk_bytes)),
     ];

@@ -65,10 +65,15 @@ pub(crate) struct Profile {
     pub(crate) experts: Option<usize>,
     /// Share of the dense FFN that every method may activate. The budget adds the parameters outside FFNs and the
     /// routers of the row with role `dsmoe`.
+    #[serde(deserialize_with = "dsmoe_train::config::share::one")]
     pub(crate) active: f64,
     /// Further such shares, `active` among them: every row that names no share of its own is made for each, under its name
     /// and the percentage.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(
+        default,
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "dsmoe_train::config::share::list"
+    )]
     pub(crate) budgets: Vec<f64>,
     /// Tables and figures of the report; by default all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -90,9 +95,10 @@ pub(crate) struct Profile {
     pub(crate) train: TrainSettings,
     pub(crate) calibration: Calibration,
     /// Shares of the continued training after which perplexity is measured. The last is 1.
+    #[serde(deserialize_with = "dsmoe_train::config::share::list")]
     pub(crate) milestones: Vec<f64>,
     /// Further such shares for DSMoE (tables 5 and 6).
-    #[serde(default)]
+    #[serde(default, deserialize_with = "dsmoe_train::config::share::list")]
     pub(crate) curve: Vec<f64>,
     pub(crate) measure: Measure,
     pub(crate) method: Vec<MethodSpec>,
@@ -281,7 +287,11 @@ pub(crate) struct MethodSpec {
     #[serde(default)]
     pub(crate) train: TrainSettings,
     /// Share of the dense FFN that the row may activate, where it is not the profile's.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "dsmoe_train::config::share::option"
+    )]
     pub(crate) active: Option<f64>,
     /// Share of the experts that an elastic row is measured at; set where `budgets` is applied.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -8,7 +8,11 @@ use super::profile::Profile;
 use super::results::Results;
 
 /// Losses of every run of a record. A test keeps the files equal to the records.
-const RECORDS: [&str; 2] = [include_str!("shipped/quick.json"), include_str!("shipped/small.json")];
+const RECORDS: [&str; 3] = [
+    include_str!("shipped/quick.json"),
+    include_str!("shipped/small.json"),
+    include_str!("shipped/smollm2-135m.json"),
+];
 
 /// A record, without all but its losses.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -105,7 +109,7 @@ mod tests {
     /// `DSMOE_SNAPSHOTS=update` writes the files anew.
     #[test]
     fn the_shipped_numbers_are_the_records() {
-        for (text, name) in RECORDS.iter().zip(["quick", "small"]) {
+        for (text, name) in RECORDS.iter().zip(["quick", "small", "smollm2-135m"]) {
             let wanted = Shipped::of(&record(name));
             if std::env::var_os("DSMOE_SNAPSHOTS").is_some_and(|value| value == "update") {
                 let path = format!("{}/src/reproduce/shipped/{name}.json", env!("CARGO_MANIFEST_DIR"));

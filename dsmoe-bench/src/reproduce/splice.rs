@@ -3,6 +3,7 @@
 //! ```text
 //! <!-- reproduce DIR -->            the whole table and its figure; DIR, relative to the file, has results.json
 //! <!-- reproduce DIR brief -->      a table of few columns
+//! <!-- reproduce DIR speed -->      tokens per second, and those of the GPU suite in gpu-h100.json beside DIR
 //! <!-- reproduce DIR figure -->     the first chart alone, drawn from results.json into DIR/charts
 //! <!-- reproduce DIR NAME -->       of a record of experiments, the numbers of one; without NAME all claims
 //! ...                               this is replaced
@@ -23,11 +24,13 @@ use super::results::{Results, Verdict};
 use super::setup::Setup;
 use crate::files::{read, read_json, write};
 use crate::format;
-use crate::report::{markdown, svg};
+use crate::report::{Cell, Tabular, markdown, svg};
 use crate::ui::Ui;
 
 const BEGIN: &str = "<!-- reproduce ";
 const END: &str = "<!-- /reproduce -->";
+/// The record of the GPU suite.
+const GPU: &str = "gpu-h100.json";
 const CHART: &str = "charts/pareto-chart.svg";
 
 /// The contents of a block.
@@ -35,6 +38,7 @@ const CHART: &str = "charts/pareto-chart.svg";
 enum Part {
     Whole,
     Brief,
+    Speed,
     Figure,
 }
 
@@ -105,14 +109,16 @@ fn contents(head: &str, folder: &Path) -> Result<(String, Option<Wanted>)> {
     let part = match part {
         None => Part::Whole,
         Some("brief") => Part::Brief,
+        Some("speed") => Part::Speed,
         Some("figure") => Part::Figure,
-        Some(other) => bail!("`{other}` is no part of a record; use brief or figure"),
+        Some(other) => bail!("`{other}` is no part of a record; use brief, speed or figure"),
     };
     let results: Results = serde_json::from_value(found).with_context(|| path.display().to_string())?;
     let overview = Overview::new(&results, &|_| None);
     Ok(match part {
         Part::Whole => (block_text(dir, &results), None),
         Part::Brief => (brief(dir, &results, &overview), None),
+        Part::Speed => (speeds(dir, folder, &results, &overview)?, None),
         Part::Figure => {
             let (_, figure) = overview.figures().swap_remove(0);
             let name = format!("charts/{}.svg", figure.id);
@@ -134,8 +140,50 @@ fn brief(dir: &str, results: &Results, overview: &Overview<'_>) -> String {
         if seeds == 1 { "" } else { "s" },
         setup.git_revision,
     );
+    if let Some(by_text) = overview.by_text() {
+        table.note = format!("{by_text} {}", table.note.trim_start());
+    }
     table.note = table.note.trim_start().to_owned();
     format!("\n{}\n", markdown::bare_table(&table))
+}
+
+/// Writes tokens per second on the processor of a record, and on the GPU of the suite's record.
+fn speeds(dir: &str, folder: &Path, results: &Results, overview: &Overview<'_>) -> Result<String> {
+    let profile = &results.setup.profile;
+    let mut table = Tabular::new("speeds", "Speed", "tokens per second");
+    table.extend(["dense", "DSMoE, 3 of 8 active", "PyTorch, dense"]);
+    for [work, dense, ours] in overview.speeds() {
+        let work = format!("{work}, {}", profile.name);
+        table.row([work, dense, ours, "–".to_owned()].map(Cell::from).to_vec());
+    }
+    let gpu = Path::new(dir).with_file_name(GPU);
+    let found: Value = read_json(&folder.join(&gpu))?;
+    let stages = found["stages"].as_array().into_iter().flatten();
+    let rows: Vec<&Value> = stages
+        .filter(|stage| stage["name"] == "large")
+        .filter_map(|stage| stage["rows"].as_array())
+        .flatten()
+        .collect();
+    for (work, shown) in [("train 1B", "training"), ("decode 1B", "decode")] {
+        let rate = |is: &dyn Fn(&str) -> bool| {
+            let row = rows
+                .iter()
+                .find(|row| row["what"].as_str().and_then(|what| what.strip_prefix(work)).is_some_and(is));
+            let rate = row.and_then(|row| row["tokens_per_s"].as_f64());
+            rate.with_context(|| format!("{}: no rate of {work}", gpu.display()))
+        };
+        let rates = [
+            rate(&|rest| rest == " dense")?,
+            rate(&|rest| rest.starts_with(" dsmoe"))?,
+            rate(&|rest| rest.ends_with(" torch") || rest.ends_with(" transformers"))?,
+        ];
+        let [dense, ours, other] = rates.map(|rate| format::count(rate.round() as u64));
+        let work = format!("{shown}, Llama 3.2 1B's shape, one H100");
+        table.row([work, dense, ours, other].map(Cell::from).to_vec());
+    }
+    table.note =
+        format!("All in bf16; `{dir}`, revision {}, and `{}`.", results.setup.git_revision, gpu.display());
+    Ok(format!("\n{}\n", markdown::bare_table(&table)))
 }
 
 fn block_text(dir: &str, results: &Results) -> String {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use crate::common::{agrees, fails, has, number, on_text, run, shows, succeeds};
+use crate::common::{agrees, fails, has, is_wrong_usage, number, on_text, run, shows, succeeds};
 
 /// The keys of every row, whatever was measured.
 const KEYS: &str =
@@ -175,7 +175,6 @@ fn shapes_that_cannot_be_are_refused_in_one_line() {
     for (line, parts) in [
         ("ffn --experts 7", &["--experts 7", "--intermediate 8192", "divisor"][..]),
         ("ffn --experts 0", &["--experts 0", "divisor"]),
-        ("ffn --active 1.5", &["--active 1.5", "outside 0..1"]),
         ("ffn --hidden 0", &["--hidden 0", "at least 1"]),
         ("ffn --tokens 99999999999", &["--tokens 99999999999", "smaller"]),
         ("ffn --tokens 16777216 --experts 1024", &["more pairs", "fewer"]),
@@ -186,11 +185,13 @@ fn shapes_that_cannot_be_are_refused_in_one_line() {
         ("train --seq 0", &["--seq 0", "at least 1"]),
         ("train --layers 99999999", &["--layers 99999999", "smaller"]),
         ("decode --kv-heads 3", &["--kv-heads 3", "divisor"]),
-        ("decode --active -0.1", &["--active -0.1", "outside 0..1"]),
         ("decode --tokens 0", &["--tokens 0", "at least 1"]),
         ("decode --layers 4000", &["memory", "smaller"]),
     ] {
         fails(&format!("bench {line}"), parts);
+    }
+    for line in ["ffn --active 1.5", "decode --active -0.1", "ffn --core 40"] {
+        shows(&is_wrong_usage(&format!("bench {line}")), &["is not a share from 0 to 1; write 0.4 or 40%"]);
     }
     for (line, parts) in [
         ("decode dense", &["config.json", "has no thresholds", "--dense"][..]),

@@ -36,12 +36,38 @@ fn wrong_usage_is_json_too() {
     let object: serde_json::Value = serde_json::from_str(&found.stdout).unwrap();
     agrees(&object, &json!({ "wrong_usage": true }));
     shows(object["error"].as_str().unwrap(), &["many", "--seq"]);
+    assert!(!found.stdout.contains("For more information"), "{}", found.stdout);
     assert!(found.stderr.starts_with("dsmoe: error: invalid value"), "{}", found.stderr);
     for (color, red) in [("always", true), ("never", false), ("auto", false)] {
         let found = run(&format!("inspect nowhere --color {color}"));
         assert_eq!(found.stderr.contains("\u{1b}["), red, "{color}: {}", found.stderr);
         let found = run(&format!("fly --color={color}"));
         assert_eq!(found.stderr.contains("\u{1b}["), red, "{color}: {}", found.stderr);
+    }
+}
+
+/// Lines of help are no longer than the terminal is wide, but for usage lines, which are commands, and words.
+#[test]
+fn help_wraps_at_the_width_of_the_terminal() {
+    for name in
+        ["", "train", "convert", "prune", "eval", "generate", "reproduce", "bench compare", "plan profile"]
+    {
+        for width in [40usize, 60, 79, 80, 120] {
+            let found =
+                command(&format!("{name} --help")).env("COLUMNS", width.to_string()).output().unwrap();
+            let text = String::from_utf8(found.stdout).unwrap();
+            let body = text.split("Examples:").next().unwrap();
+            for line in body.lines().filter(|line| line.chars().count() > width) {
+                let is_usage = line.starts_with("Usage:") || line.trim_start().starts_with("dsmoe ");
+                let is_name = line.trim_start().starts_with(['-', '<', '[']) && line.split("  ").count() < 5;
+                assert!(is_usage || is_name || !line.trim().contains(' '), "{name} at {width}: {line}");
+            }
+            // Words stand side by side.
+            let words = |line: &str| line.split_whitespace().count();
+            let alone =
+                body.lines().filter(|line| words(line) == 1 && line.starts_with("          ")).count();
+            assert!(alone * 4 < body.lines().count(), "{name} at {width}: {alone} lines of a word\n{body}");
+        }
     }
 }
 
@@ -58,6 +84,8 @@ fn shells_and_manuals_know_every_command() {
         assert!(names.iter().any(|page| page.ends_with(name)), "{name}: {names:?}");
     }
     shows(&std::fs::read_to_string(path("pages/dsmoe-train.1")).unwrap(), &["active\\-target", "Examples"]);
+    fails("man --out pages", &["pages/dsmoe", "exists", "--force"]);
+    succeeds("man --out pages --force");
 }
 
 /// A fault that would appear at the end appears before the work.

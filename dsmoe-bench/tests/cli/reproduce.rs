@@ -442,6 +442,42 @@ fn the_readme_shows_the_records() {
     }
 }
 
+/// The rows of what a training costs are those of plans, at the rate of two cores that the document names.
+#[test]
+fn the_readme_shows_what_plans_say() {
+    const RATE: f64 = 197e9;
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let [readme, page] =
+        ["README.md", "docs/performance.md"].map(|file| fs::read_to_string(root.join(file)).unwrap());
+    shows(&page, &["197 GFLOP/s"]);
+    let shown = |hours: f64| match hours {
+        hours if hours < 1.0 / 60.0 => format!("{:.0} s", (3600.0 * hours).ceil()),
+        hours if hours < 1.0 => format!("{:.0} min", (60.0 * hours).ceil()),
+        hours if hours < 10.0 => format!("{hours:.1} h"),
+        hours if hours < 100.0 => format!("{hours:.0} h"),
+        hours if hours < 24_000.0 => format!("{:.0} days", hours / 24.0),
+        hours => format!("{:.0} years", hours / 24.0 / 365.0),
+    };
+    for (line, model, tokens) in [
+        ("--profile smollm2-135m --budgets 37.5%", "SmolLM2-135M, with its teacher", "1 M"),
+        ("--profile smollm2-135m --budgets 37.5%", "SmolLM2-135M, with its teacher", "100 M"),
+        ("--profile paper-1b --only table1", "Llama 3.2 1B", "100 M"),
+        ("--profile paper-1b --only table1", "Llama 3.2 1B", "10 B"),
+        ("--profile paper-7b --only table1", "Llama 2 7B", "100 M"),
+        ("--profile paper-7b --only table1", "Llama 2 7B", "10 B"),
+    ] {
+        let asked = tokens.replace(' ', "");
+        let plan = json_of(&format!("reproduce {line} --methods dsmoe --tokens {asked} --dry-run"));
+        let [here, gpu] = [number(&plan["flops"]) / RATE / 3600.0, number(&plan["hours_h100"])].map(shown);
+        let memory = number(&plan["memory_bytes"]) / 1e9;
+        let begin = format!("| {model} | {tokens} | {here} | {gpu}");
+        let is_row = |row: &&str| row.starts_with(&begin) && row.ends_with(&format!("| {memory:.1} GB |"));
+        assert!(page.lines().any(|row| is_row(&row)), "{begin} {memory}");
+        let own = readme.lines().find(|row| row.starts_with(&format!("| {model} | {tokens} |")));
+        assert!(own.as_ref().is_none_or(is_row), "{own:?}: {begin} {memory}");
+    }
+}
+
 /// Several budgets on text of its own, with the dense model as the teacher: the path of the profile `smollm2-135m`.
 const BUDGETS: &str = r#"
 name = "budgets"

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::common::{Run, config, copy_of_dense, path, read, run, succeeds, weights, write};
 
 /// Command lines that fail, run in the folder of the models `dense` and `moe` and the text `text.txt`.
-const WRONG: [&str; 77] = [
+const WRONG: [&str; 101] = [
     "",
     "nonsense",
     "inspect nowhere",
@@ -90,12 +90,38 @@ const WRONG: [&str; 77] = [
     "reproduce --budgets 25% --dry-run",
     "convert dense --active-target 40 --experts 4 --out out-snapshot",
     "generate dense --prompt x --top-p 140%",
+    "train moe --data text.txt --steps 1 --active-target 40 --out out-snapshot",
+    "train moe --data text.txt --steps 1 --active-target 25..100 --out out-snapshot",
+    "train moe --data text.txt --steps 1 --set active_target=40 --out out-snapshot",
+    "eval moe --data text.txt --active 40",
+    "reproduce --budgets 40 --dry-run",
+    "bench ffn --active 40 --repeats 1",
+    "bench compare text.txt text.txt --fail-above 3",
+    "prune dense --method wanda --budget 25",
+    "prune dense --method dense --budget 25 --dry-run",
+    "prune dense --method dense --budget 100% --out moe --dry-run",
+    "prune dense --method wanda --budget 60% --calib nowhere.txt --dry-run",
+    "grow dense --layers 3 --out moe --dry-run",
+    "reproduce --profile related --out moe --dry-run",
+    "reproduce --out text.txt --dry-run",
+    "train dense --data text.txt --steps 1 --seq 16 --out text.txt --dry-run",
+    "train dense --data text.txt --steps 1 --seq 16 --cache text.txt --out out-snapshot --dry-run",
+    "train dense --data text.txt --steps 1 --seq 16 --teacher wrong/other --out out-snapshot --dry-run",
+    "reproduce --mixture text.txt --dry-run",
+    "reproduce --data text.txt --dry-run",
+    "inspect wrong/unfinished",
+    "convert wrong/unfinished --experts 4 --out out-snapshot",
+    "prune wrong/unfinished --method dense --budget 100% --out out-snapshot",
+    "generate wrong/unfinished --prompt x",
+    "bench decode wrong/unfinished",
 ];
 
 /// Writes what the lines about `wrong/` are about.
 fn write_wrong() {
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n";
-    for name in ["nothing", "adapter", "models--a--b/snapshots/abc", "nan"] {
+    for name in
+        ["nothing", "adapter", "models--a--b/snapshots/abc", "nan", "unfinished/checkpoints/step-00000100"]
+    {
         fs::create_dir_all(path(&format!("wrong/{name}"))).unwrap();
     }
     write("wrong/adapter/adapter_config.json", "{}");
@@ -128,6 +154,9 @@ fn write_wrong() {
         bytes[end..].copy_from_slice(&value.to_le_bytes());
         write(&format!("wrong/{name}/model.safetensors"), bytes);
     }
+    let mut other = config();
+    other["vocab_size"] = 999.into();
+    write("wrong/other/config.json", other.to_string());
     for (name, changes) in [
         ("bias", json!({"model_type": "qwen3", "attention_bias": true})),
         ("untied", json!({"model_type": "gemma", "tie_word_embeddings": false})),

@@ -193,7 +193,18 @@ fn the_history_is_one_page() {
     let found = json_of("bench history track/mixed --out track/mixed.html");
     assert_eq!((&found["records"], list(&found["left_out"]).len()), (&1.into(), 1), "{found}");
     shows(&read("track/mixed.html"), &["track/mixed/other.json"]);
-    fails("bench history track/mixed/other.json --out track/mixed.html", &["other.json"]);
+    fails("bench history track/mixed/other.json --out track/other.html", &["other.json"]);
+    fails("bench history track/mixed --out track/mixed.html", &["track/mixed.html exists", "--force"]);
+    succeeds("bench history track/mixed --out track/mixed.html --force");
+    fails("bench history track/mixed --out track/mixed", &["track/mixed is a folder"]);
+    fs::create_dir_all(path("track/none")).unwrap();
+    write("track/none/a.json", "{}");
+    fails(
+        "bench history track/none --out track/none.html",
+        &["none of the files is a record", "track/none/a.json"],
+    );
+    // Before anything is measured.
+    fails(&format!("bench record --suite kernels --out {first}"), &[first, "exists", "--force"]);
     fs::create_dir_all(path("track/empty")).unwrap();
-    fails("bench history track/empty --out track/report.html", &["empty", "no .json"]);
+    fails("bench history track/empty --out track/empty.html", &["empty", "no .json"]);
 }

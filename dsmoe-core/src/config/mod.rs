@@ -44,6 +44,8 @@ const MISTRAL_CONFIG_FILE: &str = "params.json";
 const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
 /// The folder of the Hub's cache that holds the model directories.
 const SNAPSHOTS: &str = "snapshots";
+/// The folder of a training's checkpoints.
+const CHECKPOINTS: &str = "checkpoints";
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 const LARGEST_LAYERS: u64 = 1 << 12;
 const LARGEST_MODEL: u128 = 1 << 42;
@@ -619,6 +621,11 @@ fn no_config(dir: &Path) -> Error {
             [first, ..] => format!("name a directory in it: {}", first.display()),
         };
         return Error::path(dir, "is a folder of the Hub's cache and not the model's directory", help);
+    }
+    // A run of training writes its model when it is done.
+    if dir.join(CHECKPOINTS).is_dir() {
+        let help = "continue it by `dsmoe train` with {resume}, or name the model of one of its checkpoints";
+        return Error::path(dir, "the run has not finished, and there is no model yet", help);
     }
     let help = "name a directory that transformers' save_pretrained wrote, or a GGUF file";
     Error::path(dir, format!("there is no {CONFIG_FILE} and no GGUF file in it"), help)

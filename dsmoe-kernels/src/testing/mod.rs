@@ -7,12 +7,18 @@ pub use launchers::{MpiLauncher, mpi_launchers};
 pub use search::edited_copies;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::rng::Rng;
 
-/// Counts the allocations of all threads and passes them to the system's allocator. A test makes it its
+thread_local! {
+    /// Allocations of this thread. It needs neither memory of its own nor a destructor, so the allocator may use it at any time.
+    static OF_THREAD: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Counts allocations, of all threads and of each, and passes them to the system's allocator. A test makes it its
 /// `#[global_allocator]`.
 #[derive(Debug)]
 pub struct CountingAllocator(AtomicUsize);
@@ -24,16 +30,27 @@ impl CountingAllocator {
         CountingAllocator(AtomicUsize::new(0))
     }
 
-    /// Returns the number of allocations and reallocations so far.
+    /// Returns the number of allocations and reallocations of all threads so far. Those of the test harness are among them: it
+    /// prints a line when a test has run for a minute.
     pub fn count(&self) -> usize {
         self.0.load(Ordering::Relaxed)
+    }
+
+    /// Returns the number of allocations and reallocations of the calling thread so far.
+    pub fn count_of_thread(&self) -> usize {
+        OF_THREAD.get()
+    }
+
+    fn add_one(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        OF_THREAD.set(OF_THREAD.get() + 1);
     }
 }
 
 // SAFETY: every method hands its arguments to the system's allocator unchanged and returns what that returns.
 unsafe impl GlobalAlloc for CountingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.add_one();
         // SAFETY: the caller's promises are those that `System` asks for.
         unsafe { System.alloc(layout) }
     }
@@ -44,13 +61,13 @@ unsafe impl GlobalAlloc for CountingAllocator {
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.add_one();
         // SAFETY: as above.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.add_one();
         // SAFETY: as above.
         unsafe { System.realloc(ptr, layout, size) }
     }

@@ -79,6 +79,7 @@ dsmoe_core::with_defaults! {
         /// The rule that chooses the pruned weights: `none` (default), `magnitude`, `scores` or `dual-averaging`.
         pub prune: Prune = Prune::None,
         /// Share of the weights of the layers' linears that is kept, with `magnitude` and `scores`; default 0.5.
+        #[serde(deserialize_with = "crate::config::share::option")]
         pub density: Option<f64> = None,
         /// `during` the first half of a task (default), or at its `end`.
         pub when: Option<When> = None,
@@ -95,14 +96,17 @@ dsmoe_core::with_defaults! {
         /// Exponent mu of the threshold of dual averaging; default 0.51.
         pub mu: Option<f64> = None,
         /// Share of the candidate sequences that is trained on, those that a step uphill costs most; default 1, all.
+        #[serde(deserialize_with = "crate::config::share::one")]
         pub select: f64 = 1.0,
         /// Share of the candidates that is trained on whatever they score; default 0.1.
+        #[serde(deserialize_with = "crate::config::share::option")]
         pub random: Option<f64> = None,
         /// Steps for which candidates are scored at once; default 10.
         pub select_every: Option<u64> = None,
         /// Sequences of earlier tasks that are kept; default 0.
         pub replay: usize = 0,
         /// Share of every batch that is of earlier tasks; default 0.25.
+        #[serde(deserialize_with = "crate::config::share::option")]
         pub replay_share: Option<f64> = None,
         /// Weight of a pull to the weights after the last task, by their Fisher information; default 0.
         pub ewc: f64 = 0.0,

@@ -63,6 +63,9 @@ pub fn check_out(options: &RunOptions) -> Result<()> {
 
 fn names_of_usable(options: &RunOptions) -> Result<Names> {
     let out = &options.out;
+    if out.is_file() {
+        return Err(Error::OutIsFile(out.clone()));
+    }
     let (left, names): (Vec<String>, Vec<String>) =
         files::names(out)?.into_iter().partition(|name| is_left_by_a_write(name));
     if options.resume {

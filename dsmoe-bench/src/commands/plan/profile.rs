@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 
 use crate::cli::gates::GateArgs;
 use crate::cli::plan::PlanProfile;
+use crate::cli::resumable::NOT_EMPTY;
 use crate::files::{done_or, lossy, make_folder, read_json, read_part, write_json, write_part};
 use crate::format::{self, Table};
 use crate::interrupts::{CONTINUE, INTERRUPTED, STOP, Stopped, Unpolled, catch_interrupts};
@@ -163,6 +164,7 @@ fn profile(args: &PlanProfile, ui: &mut Ui) -> Result<()> {
         );
     }
     let texts = open(&args.data, &options(&args.data))?;
+    args.work.check()?;
     let Some(out) = args.work.out() else {
         let requests = args.requests.saturating_mul(texts.len());
         let plan = json!({
@@ -390,7 +392,7 @@ fn settings(
 
 /// Makes the folder, or checks that the points in it are of the same profile.
 fn prepare(args: &PlanProfile, out: &Path, settings: &Value) -> Result<()> {
-    make_folder(out, args.work.resume, "pass --resume to continue there, or choose another --out")?;
+    make_folder(out, args.work.resume, NOT_EMPTY)?;
     let path = out.join(SETTINGS);
     if path.is_file() && read_json::<Value>(&path)? != *settings {
         bail!("{}: its points are of another model, text or setting; choose another --out", path.display());

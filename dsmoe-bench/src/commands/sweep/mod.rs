@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use self::point::{Point, Text, Work};
 use crate::cli::gates::GateArgs;
+use crate::cli::resumable::NOT_EMPTY;
 use crate::cli::sweep::Sweep;
 use crate::files::{self, make_folder, read_json, write_json};
 use crate::interrupts::{CONTINUE, INTERRUPTED, STOP, Unpolled, catch_interrupts};
@@ -158,7 +159,7 @@ fn settings(args: &Sweep, config: &Config, texts: &[Text], tasks: &[Loaded]) -> 
 
 /// Makes the folder, or checks that the points in it are of the same sweep.
 fn prepare(out: &Path, resume: bool, settings: &Value) -> Result<()> {
-    make_folder(out, resume, "pass --resume to continue there, or choose another --out")?;
+    make_folder(out, resume, NOT_EMPTY)?;
     let path = out.join(SETTINGS);
     if path.is_file() && read_json::<Value>(&path)? != *settings {
         bail!("{}: its points are of another model, text or setting; choose another --out", path.display());

@@ -25,10 +25,11 @@ pub(crate) fn of(collected: &Collected, results: &Results) -> Report {
     let mut chapters = vec![view.summary()];
     chapters.extend(outputs.filter_map(|output| view.chapter(output)));
     chapters.extend([view.directions(), view.settings()]);
+    let marked = view.gated().flat_map(|row| [Some(row.name.clone()), row.group.clone()]);
     Report {
         title: "DSMoE compared with other methods".to_owned(),
         subtitle: format!("profile {}: {}", setup.profile.name, setup.profile.about),
-        accent: view.gated().flat_map(|row| [Some(row.name.clone()), row.group.clone()]).flatten().collect(),
+        accent: marked.flatten().chain(["DSMoE".to_owned()]).collect(),
         chapters,
     }
 }

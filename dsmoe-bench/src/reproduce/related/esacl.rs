@@ -27,7 +27,7 @@ const JUMP: &str = "added by pruning";
 
 pub(super) const EXPERIMENT: Experiment = Experiment {
     name: "esacl",
-    title: "EsaCL",
+    title: "after EsaCL",
     setting: "The dense model learns the sources of text one after the other, in an order that the seed turns, 25 sharpness-aware steps each. \
               Half of the weights are pruned, at the end of each task or during its first half, and may grow again in the next one. The \
               method is a construction after the abstract.",

@@ -223,7 +223,7 @@ impl Outcome {
         Report {
             title: "Systems beside DSMoE".to_owned(),
             subtitle: format!("profile {}: {}", self.setup.profile.name, self.setup.profile.about),
-            accent: Vec::new(),
+            accent: vec!["DSMoE".to_owned()],
             chapters,
         }
     }

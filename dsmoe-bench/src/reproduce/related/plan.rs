@@ -10,7 +10,7 @@ use super::super::cost::Costs;
 use super::definition::Definition;
 use super::experiment::Experiment;
 use super::sketch::{Planned, Sketch};
-use crate::estimate::{self, flops_per_second};
+use crate::estimate::{self, H100, flops_per_second};
 use crate::format::{self, Table};
 use crate::ui::Ui;
 
@@ -35,6 +35,9 @@ struct Plan<'a> {
     flops: f64,
     flops_per_second: f64,
     hours: f64,
+    hours_h100: f64,
+    #[serde(skip)]
+    hidden: usize,
 }
 
 /// Counts the stages of experiments for all seeds. `given`: the dense model need not be trained.
@@ -76,6 +79,8 @@ pub(super) fn show(
         flops,
         flops_per_second: speed,
         hours: flops / speed / 3600.0,
+        hours_h100: H100.hours(flops, false),
+        hidden: dense.hidden,
     };
     ui.result(&plan, table)
 }
@@ -90,6 +95,10 @@ fn table(plan: &Plan<'_>) -> String {
             format::amount(planned.tokens),
         ]);
     }
+    let speed = format!(
+        "{} FLOP/s throughout; models this small take several times as long",
+        format::flops(plan.flops_per_second)
+    );
     let fields = [
         ("profile", format!("{}: {}", plan.profile.name, plan.profile.about)),
         ("model", format!("{}, {} parameters", plan.model, format::count(plan.dense_params))),
@@ -98,14 +107,7 @@ fn table(plan: &Plan<'_>) -> String {
             "tokens",
             format!("{} of forward passes of the dense model, or as much work", format::amount(plan.tokens)),
         ),
-        (
-            "time",
-            format!(
-                "about {} on this machine, if it computed at {} FLOP/s throughout; models this small take several times as long",
-                estimate::duration(plan.hours),
-                format::flops(plan.flops_per_second)
-            ),
-        ),
+        ("time", estimate::words(plan.hours, &speed, plan.hours_h100, (plan.hidden, plan.dense_params))),
     ];
     format!("{}\n{}", table.show(), format::fields(fields))
 }

@@ -29,7 +29,7 @@ const TRAININGS: [(&str, f64, Option<usize>, f64); 5] = [
 
 pub(super) const EXPERIMENT: Experiment = Experiment {
     name: "seer-moe",
-    title: "SEER-MoE",
+    title: "after SEER-MoE",
     setting: "The mixture of the experiment on HC-SMoE. Experts are dropped with their gates by the counts of calibration text. The \
               mixture of 6 experts by hard counts is then trained for 60 steps while k falls from 2 to 1.",
     numbers: "increase of the held-out loss over the whole mixture, nats, by the experts that a layer holds",

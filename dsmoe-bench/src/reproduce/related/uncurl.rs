@@ -13,7 +13,7 @@ const DENSE: &str = "dense model, same training";
 
 pub(super) const EXPERIMENT: Experiment = Experiment {
     name: "uncurl",
-    title: "UNCURL",
+    title: "after UNCURL",
     setting: "The mixture of the experiment on HC-SMoE. Experts are merged or dropped by the text of one source, the task, which is \
               another one for every seed, and the loss is measured on held-out text of it and of the others. The last row is the \
               dense model after the training that the mixture had.",
