@@ -29,7 +29,40 @@ pub(crate) struct TeacherId {
     pub(crate) sha256: String,
 }
 
-/// The targets that a run takes from its teacher.
+/// The targets that a run takes from its teacher, for [`Engine::set_teacher`](crate::engine::Engine::set_teacher).
+///
+/// ```
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::model::{Batch, StepArgs, Teacher};
+/// use dsmoe_core::{Device, Inference, Model};
+/// use dsmoe_kernels::Precision;
+/// use dsmoe_kernels::comm::alone;
+/// use dsmoe_train::Zero;
+/// use dsmoe_train::engine::{Engine, EngineOptions, Lessons, new};
+/// use dsmoe_train::optim::AdamW;
+///
+/// let model = Model::new(preset("tiny")?);
+/// let teacher = Teacher::new(Inference::new(&model, Precision::F32), 1.0, model.config())?;
+/// let (zero, precision, device) = (Zero::Moments, Precision::F32, Device::Cpu);
+/// let options = EngineOptions {
+///     tokens: 4,
+///     seq: 4,
+///     lanes: 1,
+///     accumulate: 1,
+///     zero,
+///     precision,
+///     device,
+///     recompute: false,
+/// };
+/// let mut engine: Box<dyn Engine> = new(&model, AdamW::new(model.layout()), options, alone().clone())?;
+/// engine.set_teacher(Lessons::of(teacher, Some(8)))?;
+/// engine.begin(1, 1)?;
+/// let batch = Batch { inputs: &[1, 5, 9, 2], targets: &[5, 9, 2, 7], seq: 4 };
+/// engine.micro_batch(&model, batch, &StepArgs { loss_scale: 0.25, ..StepArgs::default() })?;
+/// // A model agrees with itself.
+/// assert!(engine.end(&model, 1, false)?.divergence.abs() < 1e-3);
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Lessons {
     pub(crate) teacher: Teacher,
@@ -53,6 +86,12 @@ pub(crate) enum LessonsOf {
 }
 
 impl Lessons {
+    /// Makes the lessons of `teacher`: its distributions over all tokens, or over its `top` most likely ones and the rest as one.
+    /// Micro-batches fail where `top` is 0 or larger than the vocabulary.
+    pub fn of(teacher: Teacher, top: Option<usize>) -> Lessons {
+        Lessons::new(teacher, top, None)
+    }
+
     /// Makes the lessons of `teacher`: of all tokens, or of its `top` most likely ones.
     pub(crate) fn new(teacher: Teacher, top: Option<usize>, cache: Option<TeacherCache>) -> Lessons {
         let of = match top {

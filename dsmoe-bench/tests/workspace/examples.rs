@@ -8,9 +8,6 @@ use regex::Regex;
 
 use crate::source_folder;
 
-/// Public types that no program can name: an argument of a trait's method that only this workspace calls.
-const UNNAMED: [&str; 1] = ["Lessons"];
-
 /// A public type and its documentation.
 struct Documented {
     place: PathBuf,
@@ -33,8 +30,10 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Returns the code of the examples in the lines of a documentation comment. Blocks of text are none.
+/// Returns the code of the examples in the lines of a documentation comment, without its comments, which use nothing. Blocks
+/// of text are no code.
 fn code_of(documentation: &[&str]) -> String {
+    let comment = Regex::new(r"(?:^|\s)//.*$").expect("a pattern");
     let mut code = String::new();
     let mut block: Option<bool> = None;
     for line in documentation {
@@ -42,7 +41,10 @@ fn code_of(documentation: &[&str]) -> String {
             (Some(kind), None) => Some(["", "no_run"].contains(&kind)),
             (Some(_), Some(_)) => None,
             (None, Some(true)) => {
-                code.extend([line, "\n"]);
+                let statement = comment.replace(line, "");
+                if !statement.trim().is_empty() {
+                    code.extend([&*statement, "\n"]);
+                }
                 block
             }
             (None, _) => block,
@@ -83,7 +85,7 @@ fn every_public_type_of_the_libraries_has_an_example() {
     let mut count = 0;
     for package in ["dsmoe-core", "dsmoe-router", "dsmoe-train"] {
         let types = types(package);
-        for (name, all) in types.iter().filter(|(name, _)| !UNNAMED.contains(&&name[..])) {
+        for (name, all) in &types {
             let word = Regex::new(&format!(r"\b{name}\b")).expect("a pattern");
             for Documented { place, code, leads_to } in all {
                 count += 1;
@@ -96,4 +98,11 @@ fn every_public_type_of_the_libraries_has_an_example() {
     }
     assert!(count > 200, "{count} types");
     assert!(without.is_empty(), "no example in the documentation of\n{}", without.join("\n"));
+}
+
+#[test]
+fn comments_of_an_example_are_no_code() {
+    let documentation =
+        ["A type.", "```", "// Of `A`.", "let b = \"a://b\"; // and C", "```", "```text", "D", "```"];
+    assert_eq!(code_of(&documentation), "let b = \"a://b\";\n");
 }

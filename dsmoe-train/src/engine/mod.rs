@@ -33,7 +33,7 @@ pub use self::memory::Share;
 use crate::error::{Error, Result};
 use crate::optim::{AdamW, GradNorms, Update, last_non_finite};
 use crate::ranks::Zero;
-use crate::teacher::Lessons;
+pub use crate::teacher::Lessons;
 
 /// The shape of the micro-batches of an engine, and where and how it computes.
 ///
@@ -237,7 +237,7 @@ pub trait Engine: Debug + Send {
         Pull::default()
     }
 
-    /// Makes all further steps learn from a teacher too.
+    /// Makes all further steps learn from a teacher too. [`Lessons`] has an example.
     ///
     /// # Errors
     /// The device runs no teacher.

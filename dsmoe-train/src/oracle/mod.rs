@@ -206,23 +206,32 @@ pub struct LevelRoutes {
 /// A model, a text and what is asked of them.
 ///
 /// ```
+/// use dsmoe_core::config::MoeConfig;
 /// use dsmoe_core::init::preset;
 /// use dsmoe_core::{Inference, Model};
 /// use dsmoe_kernels::Precision;
+/// use dsmoe_kernels::rng::Rng;
+/// use dsmoe_router::RouterConfig;
 /// use dsmoe_train::oracle::{
-///     AnyReport, LevelReport, LevelRoutes, Oracle, OracleOptions, OraclePlan, OracleProgress, OracleReport,
-///     RouteKind, RouteSpace, TokenRoutes, plan, run,
+///     AnyReport, ControlReport, LevelReport, LevelRoutes, Oracle, OracleOptions, OraclePlan, OracleProgress,
+///     OracleReport, OwnChoice, RouteKind, RouteSpace, TokenRoutes, plan, run,
 /// };
 ///
-/// // How well would a model do that skips the right FFNs for each token?
-/// let load = || Ok(Model::new(preset("tiny")?));
+/// // How well would a model of four experts a layer do that skips the right FFNs for each token?
+/// let load = || {
+///     let mut config = preset("tiny")?;
+///     config.moe = Some(MoeConfig::new(RouterConfig::new(4)));
+///     let mut model = Model::new(config);
+///     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
+///     Ok(model)
+/// };
 /// let mut model = Inference::new(&load()?, Precision::F32);
 /// let options = OracleOptions {
 ///     kind: RouteKind::BigSkip,
 ///     seq: 4,
 ///     exact_up_to: 1 << 10,
 ///     beam: 8,
-///     control: false,
+///     control: true,
 ///     precision: Precision::F32,
 ///     seed: 0,
 /// };
@@ -236,11 +245,16 @@ pub struct LevelRoutes {
 /// let (report, tokens): (OracleReport, TokenRoutes) = run(oracle, progress)?;
 /// let AnyReport { oracle: best, .. } = report.any;
 /// assert!(best <= report.default);
-/// let LevelReport { level, .. } = &report.levels[0];
+/// let LevelReport { level, control, beyond, .. } = &report.levels[1];
 /// let LevelRoutes { best, .. } = tokens.by_level.iter().find(|routes| routes.level == *level).unwrap();
 /// assert_eq!(best.len(), report.predicted);
-/// // There is no control and no router here: `ControlReport` and `OwnChoice` are for models with them.
-/// assert!(report.own_choice.is_none() && report.levels.iter().all(|level| level.control.is_none()));
+/// // The control is there only if some noise gives the mean loss of the level.
+/// if let (Some(ControlReport { noise, mean, oracle }), Some(beyond)) = (control, beyond) {
+///     assert!(*noise > 0.0 && oracle <= mean && *beyond == oracle - report.levels[1].oracle);
+/// }
+/// // Are tokens with larger losses the ones for which the router opens more experts?
+/// let Some(OwnChoice { with_loss, .. }) = report.own_choice else { panic!("the model has a router") };
+/// assert!(with_loss.is_none_or(|correlation| correlation.abs() < 1.001));
 /// # Ok::<(), dsmoe_train::Error>(())
 /// ```
 pub struct Oracle<'a> {
