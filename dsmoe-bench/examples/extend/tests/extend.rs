@@ -1,9 +1,12 @@
 //! Every command uses the additions of this program as it uses the built-in ones.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use serde_json::Value;
 
 /// Runs a command in the folder; returns its status, what it printed and what it said.
@@ -27,6 +30,22 @@ fn fails(dir: &Path, line: &str, parts: &[&str]) {
     let (code, _, said) = run(dir, line);
     assert_eq!(code, 1, "{line}: {said}");
     assert!(parts.iter().all(|part| said.contains(part)), "{line}: {said}");
+}
+
+/// Writes a gzip file of the content of another one.
+fn gzip(from: &Path, to: &Path) {
+    let mut encoder = GzEncoder::new(fs::File::create(to).expect("a file"), Compression::default());
+    encoder.write_all(&fs::read(from).expect("a file")).expect("a disk with room");
+    encoder.finish().expect("a disk with room");
+}
+
+/// Writes two rows of the benchmark `capitals`.
+fn write_rows(path: &Path) {
+    let row = |country: &str, city: &str, others: [&str; 2]| {
+        format!("{{\"country\": \"{country}\", \"capital\": \"{city}\", \"others\": {others:?}}}\n")
+    };
+    let rows = row("Peru", "Lima", ["Paris", "Accra"]) + &row("Ghana", "Accra", ["Lima", "Paris"]);
+    fs::write(path, rows).expect("a file");
 }
 
 /// A folder with subtitles, a tokenizer and a tiny model `dense`.
@@ -99,11 +118,7 @@ fn what_is_added_works_in_every_command() {
     fails(dir, "export run --as gguf --out flat", &["scaled"]);
 
     // The benchmark, whose answers depend on the model, and the same one by a file with another name.
-    let row = |country: &str, city: &str, others: [&str; 2]| {
-        format!("{{\"country\": \"{country}\", \"capital\": \"{city}\", \"others\": {others:?}}}\n")
-    };
-    let rows = row("Peru", "Lima", ["Paris", "Accra"]) + &row("Ghana", "Accra", ["Lima", "Paris"]);
-    fs::write(dir.join("rows.jsonl"), rows).expect("a file");
+    write_rows(&dir.join("rows.jsonl"));
     let scored = json_of(dir, "eval run --tasks capitals --task-file capitals=rows.jsonl");
     assert_eq!(scored["n-samples"]["capitals"]["effective"], 2, "{scored}");
     let own = include_str!("../src/capitals.toml").replace("\"capitals\"", "\"cities\"")
@@ -132,15 +147,23 @@ fn what_is_added_works_in_every_command() {
         &["ffn.type is \"shifted\" and not known; use duo, scaled, topk, or load it by a program"],
     );
 
-    // The format, compressed or damaged.
+    // The format as text to calibrate on, compressed, and damaged.
+    json_of(dir, "convert dense --calib films --samples 16 --seq 32 --active-target 0.5 --out fitted");
+    json_of(dir, "prune dense --method wanda --budget 80% --calib films --samples 8 --seq 32 --out wanda");
+    gzip(&dir.join("films/000.srt"), &dir.join("film.srt.gz"));
+    let plain = json_of(dir, "eval run --data films/000.srt --seq 32");
+    assert_eq!(nll(&json_of(dir, "eval run --data film.srt.gz --seq 32")), nll(&plain));
     fs::write(dir.join("bad.srt"), "1\nno times\n").expect("a file");
-    fails(
-        dir,
+    for line in [
         "eval run --data bad.srt",
-        &["bad.srt: row 1: no subtitle begins here; begin each subtitle with"],
-    );
+        "convert dense --calib bad.srt --samples 8 --seq 32 --active-target 0.5 --out none",
+        "prune dense --method wanda --budget 80% --calib bad.srt --samples 8 --seq 32 --out none",
+    ] {
+        fails(dir, line, &["bad.srt: row 1: no subtitle begins here; begin each subtitle with"]);
+    }
 }
 
+/// A profile without its text and model.
 const PROFILE: &str = r#"
 name = "tiny"
 about = "seconds"
@@ -149,13 +172,11 @@ experts = 8
 active = 0.375
 paper = "1b"
 milestones = [0, 1]
-outputs = ["table1"]
-world = { seed = 0, bytes = 100_000, vocab = 512 }
-model = { hidden = 32, intermediate = 64, layers = 2, heads = 2, kv_heads = 2, positions = 512 }
-pretrain = { steps = 10, batch = 4, seq = 64, lr = 4e-3, bos = "always" }
+outputs = ["table1", "frontier"]
+# text and model
 train = { steps = 6, batch = 4, seq = 64, lr = 1e-3, bos = "always" }
 calibration = { samples = 8 }
-measure = { windows = 4, sweep_windows = 2, items = 4, thresholds = [0.5], late_step = 0.2, prefill = 32, decode = 4, resamples = 100 }
+measure = { windows = 4, sweep_windows = 2, items = 4, thresholds = [0.5], late_step = 0.2, prefill = 32, decode = 4, resamples = 100, tasks = ["capitals"] }
 
 [[method]]
 name = "dense"
@@ -174,18 +195,56 @@ make = "narrow"
 settings = { scale = 0.9 }
 "#;
 
-#[test]
-fn a_reproduction_has_a_row_of_the_added_method() {
-    let dir = tempfile::tempdir().expect("a folder");
-    let dir = dir.path();
-    fs::write(dir.join("tiny.toml"), PROFILE).expect("a file");
-    let (code, _, said) = run(dir, "reproduce --profile tiny.toml --out out --quiet");
+const WORLD: &str = r#"
+world = { seed = 0, bytes = 100_000, vocab = 512 }
+model = { hidden = 32, intermediate = 64, layers = 2, heads = 2, kv_heads = 2, positions = 512 }
+pretrain = { steps = 10, batch = 4, seq = 64, lr = 4e-3, bos = "always" }
+"#;
+
+const FILMS: &str = r#"
+source = [{ name = "films", data = "films" }]
+held_out = [{ name = "last", data = "last.srt.gz" }]
+model = {}
+"#;
+
+/// Reproduces with this text and model; the results have the added method, with a score in the added benchmark.
+fn reproduces(dir: &Path, text_and_model: &str, arguments: &str) -> Value {
+    fs::write(dir.join("tiny.toml"), PROFILE.replace("# text and model", text_and_model)).expect("a file");
+    fs::create_dir_all(dir.join("benchmarks/capitals")).expect("a folder");
+    write_rows(&dir.join("benchmarks/capitals/validation.jsonl"));
+    let line = format!("reproduce --profile tiny.toml --task-data benchmarks --out out --quiet {arguments}");
+    let (code, _, said) = run(dir, &line);
     assert_eq!(code, 0, "{said}");
     let results: Value =
         serde_json::from_str(&fs::read_to_string(dir.join("out/results.json")).expect("results"))
             .expect("JSON");
     let row = results["methods"].as_array().expect("rows").iter().find(|row| row["name"] == "first-neurons");
-    assert!(row.expect("the row")["ppl"]["mean"].as_f64().expect("a number") > 1.0);
+    let row = row.expect("the row");
+    assert!(row["ppl"]["mean"].as_f64().expect("a number") > 1.0, "{row}");
+    let tasks = row["tasks"].as_array().expect("a list");
+    assert_eq!(
+        (tasks.len(), &tasks[0]["task"], &tasks[0]["items"]),
+        (1, &"capitals".into(), &2.into()),
+        "{row}"
+    );
+    assert!((0.0..=100.0).contains(&tasks[0]["percent"]["mean"].as_f64().expect("a number")), "{row}");
     let report = fs::read_to_string(dir.join("out/report.html")).expect("the report");
-    assert!(report.contains("first-neurons"));
+    assert!([">first-neurons<", ">capitals<"].iter().all(|cell| report.contains(cell)));
+    results
+}
+
+#[test]
+fn a_reproduction_has_the_added_method_and_benchmark() {
+    let dir = tempfile::tempdir().expect("a folder");
+    reproduces(dir.path(), WORLD, "");
+}
+
+#[test]
+fn a_reproduction_reads_the_added_format() {
+    let dir = folder();
+    let dir = dir.path();
+    gzip(&dir.join("films/000.srt"), &dir.join("last.srt.gz"));
+    fs::remove_file(dir.join("films/000.srt")).expect("a file");
+    let results = reproduces(dir, FILMS, "--model dense --data .");
+    assert_eq!(results["methods"][0]["domains"][0]["name"], "last", "{results}");
 }
