@@ -1,4 +1,5 @@
-//! The server on loopback, with as many clients as wait at most: no error, the tokens of `generate`, memory that stays.
+//! The server on loopback, with as many clients as wait at most: no error, the tokens of `generate` in both precisions, memory
+//! that stays.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -12,7 +13,7 @@ use dsmoe_core::{Config, Inference};
 use dsmoe_datasets::world::{Domain, World};
 use dsmoe_datasets::{Bos, Tokenizer, train_bpe};
 use dsmoe_kernels::Precision;
-use dsmoe_serve::{Limits, http, start};
+use dsmoe_serve::{Event, Job, Limits, http, start};
 use serde_json::{Value, json};
 
 const CLIENTS: usize = 64;
@@ -41,15 +42,15 @@ fn make_model(dir: &Path) {
     std::fs::write(&path, config.to_string()).unwrap();
 }
 
-fn load(dir: &Path) -> (Inference, Tokenizer) {
-    let model = Inference::load(&dir.join("moe"), Precision::F32).unwrap();
+fn load(dir: &Path, precision: Precision) -> (Inference, Tokenizer) {
+    let model = Inference::load(&dir.join("moe"), precision).unwrap();
     let tokenizer = Tokenizer::load(&dir.join("moe"), model.config().bos_token_id, model.config().vocab_size);
     (model, tokenizer.unwrap())
 }
 
 /// Serves the model on a free port for as long as the process runs.
-fn serve(dir: &Path, limits: Limits) -> SocketAddr {
-    let (model, tokenizer) = load(dir);
+fn serve(dir: &Path, limits: Limits, precision: Precision) -> SocketAddr {
+    let (model, tokenizer) = load(dir, precision);
     let engine = start(model, tokenizer, limits).unwrap();
     let (sender, receiver) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
@@ -102,35 +103,78 @@ fn request(client: usize) -> Value {
     request
 }
 
-/// The text that the command would give.
-fn expected(model: &mut Inference, tokenizer: &Tokenizer, request: &Value) -> String {
-    model.set_active(request["active"].as_f64().unwrap_or(0.5)).unwrap();
-    let ids = tokenizer.encode(request["prompt"].as_str().unwrap(), Bos::Auto).unwrap();
-    let options = GenerateOptions {
+/// The options of a request, of a model whose texts end at the tokens `stop`.
+fn options(request: &Value, stop: &[u32]) -> GenerateOptions {
+    GenerateOptions {
         max_tokens: request["max_tokens"].as_u64().unwrap() as usize,
         temperature: request["temperature"].as_f64().unwrap() as f32,
         top_p: 0.9,
         seed: request["seed"].as_u64().unwrap(),
-        stop: model.config().eos_token_ids.clone(),
+        stop: stop.to_vec(),
         ..GenerateOptions::default()
-    };
+    }
+}
+
+/// The tokens that the command would give, and their text.
+fn expected(model: &mut Inference, tokenizer: &Tokenizer, request: &Value) -> (Vec<u32>, String) {
+    model.set_active(request["active"].as_f64().unwrap_or(0.5)).unwrap();
+    let ids = tokenizer.encode(request["prompt"].as_str().unwrap(), Bos::Auto).unwrap();
+    let options = options(request, &model.config().eos_token_ids);
     let tokens = generate(model, &ids, &options, |_| true).unwrap().tokens;
     let mut stream = tokenizer.stream(&ids).unwrap();
     let mut text: String = tokens.iter().filter_map(|&id| stream.push(id).unwrap()).collect();
     text += &stream.finish().unwrap().unwrap_or_default();
-    text
+    (tokens, text)
 }
 
-/// The text of an answer, streamed or whole.
-fn text_of(answer: &str) -> String {
-    let choice = |value: Value| value["choices"][0]["text"].as_str().unwrap().to_owned();
-    let mut parts = answer.lines().filter_map(|line| line.strip_prefix("data: ")).peekable();
-    if parts.peek().is_none() {
-        return choice(serde_json::from_str(answer).unwrap());
+/// The text of an answer, streamed or whole, and its `usage`.
+fn text_of(answer: &str) -> (String, Value) {
+    let mut parts: Vec<&str> = answer.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+    if parts.is_empty() {
+        parts.push(answer);
+    } else {
+        assert_eq!(parts.pop(), Some("[DONE]"), "{answer}");
     }
-    let parts: Vec<&str> = parts.collect();
-    assert_eq!(parts.last(), Some(&"[DONE]"), "{answer}");
-    parts[..parts.len() - 1].iter().map(|part| choice(serde_json::from_str(part).unwrap())).collect()
+    let parts: Vec<Value> = parts.into_iter().map(|part| serde_json::from_str(part).unwrap()).collect();
+    let text: String = parts.iter().map(|part| part["choices"][0]["text"].as_str().unwrap()).collect();
+    (text, parts.last().unwrap()["usage"].clone())
+}
+
+/// Posts the requests of all clients at once, and compares the answers with those that are wanted.
+fn round(address: SocketAddr, want: &[(Vec<u32>, String)]) {
+    let clients: Vec<_> = (0..want.len())
+        .map(|client| std::thread::spawn(move || post(address, &request(client).to_string())))
+        .collect();
+    for ((client, thread), (tokens, wanted)) in clients.into_iter().enumerate().zip(want) {
+        let (status, answer) = thread.join().unwrap();
+        assert_eq!(status, 200, "{client}: {answer}");
+        let (text, usage) = text_of(&answer);
+        assert_eq!(&text, wanted, "{client}");
+        assert_eq!(usage["completion_tokens"].as_u64(), Some(tokens.len() as u64), "{client}: {usage}");
+    }
+}
+
+/// The token ids of jobs that an engine of its own decodes side by side.
+fn tokens_of_engine(dir: &Path, precision: Precision) -> Vec<Vec<u32>> {
+    let (model, tokenizer) = load(dir, precision);
+    let engine = start(model, tokenizer, Limits { batch: 8, queue: CLIENTS, ..Limits::default() }).unwrap();
+    let submit = |client| {
+        let request = request(client);
+        let prompt = request["prompt"].as_str().unwrap().to_owned();
+        let options = options(&request, engine.eos());
+        engine.submit(Job { prompt, options, stop: Vec::new(), active: request["active"].as_f64() }).unwrap()
+    };
+    let jobs: Vec<_> = (0..CLIENTS).map(submit).collect();
+    let ends = jobs.into_iter().map(|mut events| {
+        loop {
+            match events.blocking_recv().unwrap() {
+                Event::Text(_) => {}
+                Event::End { tokens, .. } => break tokens,
+                Event::Failed(message) => panic!("{message}"),
+            }
+        }
+    });
+    ends.collect()
 }
 
 /// Resident bytes of this process, where the system tells them.
@@ -144,29 +188,32 @@ fn resident() -> Option<usize> {
 fn clients_get_the_tokens_of_generate() {
     let dir = tempfile::tempdir().unwrap();
     make_model(dir.path());
-    let address = serve(dir.path(), Limits { batch: 8, queue: CLIENTS, ..Limits::default() });
-    let (mut model, tokenizer) = load(dir.path());
-    let want: Vec<String> =
-        (0..CLIENTS).map(|client| expected(&mut model, &tokenizer, &request(client))).collect();
-    assert!(want.iter().any(|text| !text.is_empty()));
-
-    let round = || {
-        let clients: Vec<_> = (0..CLIENTS)
-            .map(|client| std::thread::spawn(move || post(address, &request(client).to_string())))
-            .collect();
-        for (client, thread) in clients.into_iter().enumerate() {
-            let (status, answer) = thread.join().unwrap();
-            assert_eq!(status, 200, "{client}: {answer}");
-            assert_eq!(text_of(&answer), want[client], "{client}");
+    for precision in [Precision::F32, Precision::Bf16] {
+        let limits = Limits { batch: 8, queue: CLIENTS, ..Limits::default() };
+        let address = serve(dir.path(), limits, precision);
+        let (mut model, tokenizer) = load(dir.path(), precision);
+        let want: Vec<(Vec<u32>, String)> =
+            (0..CLIENTS).map(|client| expected(&mut model, &tokenizer, &request(client))).collect();
+        assert!(want.iter().any(|(_, text)| !text.is_empty()));
+        for (client, (tokens, (wanted, _))) in
+            tokens_of_engine(dir.path(), precision).iter().zip(&want).enumerate()
+        {
+            assert_eq!(tokens, wanted, "{client} in {}", precision.name());
         }
-    };
-    round();
-    let first = resident();
-    for _ in 0..6 {
-        round();
-    }
-    if let (Some(first), Some(last)) = (first, resident()) {
-        assert!(last < first + (8 << 20), "resident bytes: {first} after one round, {last} after seven");
+        round(address, &want);
+        // One precision shows whether memory stays.
+        if precision == Precision::F32 {
+            let first = resident();
+            for _ in 0..6 {
+                round(address, &want);
+            }
+            if let (Some(first), Some(last)) = (first, resident()) {
+                assert!(
+                    last < first + (8 << 20),
+                    "resident bytes: {first} after one round, {last} after seven"
+                );
+            }
+        }
     }
 }
 
@@ -174,7 +221,7 @@ fn clients_get_the_tokens_of_generate() {
 fn wrong_requests_are_answered_and_a_full_queue_refuses() {
     let dir = tempfile::tempdir().unwrap();
     make_model(dir.path());
-    let address = serve(dir.path(), Limits { batch: 1, queue: 1, positions: 64 });
+    let address = serve(dir.path(), Limits { batch: 1, queue: 1, positions: 64 }, Precision::F32);
     for (body, part) in [
         ("", "EOF"),
         ("{\"prompt\": 5}", "string"),
