@@ -1,10 +1,21 @@
-"""The notebook of the examples runs from its first cell to its last."""
+"""The notebook of the examples runs from its first cell to its last, and the program beside it draws its chart."""
 
 import importlib.util
 import json
+import runpy
+import sys
 from pathlib import Path
 
-NOTEBOOK = Path(__file__).parent.parent / "examples/active_experts.ipynb"
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NOTEBOOK = EXAMPLES / "active_experts.ipynb"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def is_chart(path):
+    written = path.read_bytes()
+    return written.startswith(PNG) and len(written) > 1000
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):
@@ -22,3 +33,14 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     assert routing.counts.max() <= model.num_experts
     falling = list(shares.values())
     assert falling == sorted(falling, reverse=True) and falling[0] > falling[-1]
+    if importlib.util.find_spec("matplotlib"):
+        names["figure"].savefig("active.png")
+        assert is_chart(tmp_path / "active.png")
+
+
+def test_the_example_writes_a_chart(sparse, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.setattr(sys, "argv", ["active_experts.py", str(sparse), "--out", str(tmp_path / "active.png")])
+    runpy.run_path(str(EXAMPLES / "active_experts.py"), run_name="__main__")
+    assert is_chart(tmp_path / "active.png")
+    assert "layer   0" in capsys.readouterr().out
