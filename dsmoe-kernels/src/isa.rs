@@ -208,12 +208,13 @@ impl Isa {
 #[cfg(all(test, target_arch = "aarch64"))]
 mod tests {
     use super::Isa;
+    use crate::testing::skipped;
 
     /// `scripts/check-aarch64` sets the variable. An emulator without bf16 would leave the tests of that tier out in silence.
     #[test]
     fn the_emulator_has_the_tier_with_bf16() {
         if std::env::var_os("DSMOE_TEST_STEP").is_none() {
-            return println!("SKIP the_emulator_has_the_tier_with_bf16: not run by scripts/check-aarch64");
+            return skipped("the_emulator_has_the_tier_with_bf16", "not run by scripts/check-aarch64");
         }
         let tiers: Vec<&str> = Isa::available().into_iter().map(Isa::name).collect();
         assert!(tiers.contains(&"neonbf16"), "a newer emulator is needed; this one has {}", tiers.join(", "));
