@@ -213,6 +213,20 @@ gold = { column = "label" }
 metrics = ["acc"]
 "#;
 
+/// The blocks of docs/tasks.md are a whole definition, and keys of one.
+#[test]
+fn definitions_of_the_documents_are_read() {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/tasks.md");
+    let Ok(page) = fs::read_to_string(page) else { return }; // a package without the repository
+    let blocks = page.split("\n```toml\n").skip(1).map(|rest| rest.split("\n```").next().unwrap());
+    let blocks: Vec<&str> = blocks.collect();
+    let [whole, keys] = blocks[..] else { panic!("{} blocks", blocks.len()) };
+    let task = add_task(&whole.replace("\"capitals\"", "\"capitals_of_docs\""), "docs/tasks.md").unwrap();
+    assert_eq!(task.name, "capitals_of_docs");
+    let task = add_task(&(MINE.replace("\"mine\"", "\"keys_of_docs\"") + keys), "docs/tasks.md").unwrap();
+    assert_eq!(task.name, "keys_of_docs");
+}
+
 /// The definition with something else in place of `from`, under a name of its own.
 fn changed(at: usize, from: &str, to: &str) -> String {
     assert!(MINE.contains(from), "{from}");

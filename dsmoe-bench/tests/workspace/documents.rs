@@ -1,10 +1,14 @@
-//! Links between the documents of the repository lead somewhere, and the book has every page.
+//! Links between the documents of the repository lead somewhere, the book has every page, and files that pages show can be read.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use dsmoe_core::Config;
+use dsmoe_datasets::CorpusOptions;
+use dsmoe_datasets::mixture::from_toml;
 use regex::Regex;
+use serde_json::{Map, Value, json};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the repository")
@@ -107,4 +111,82 @@ fn the_book_has_every_page() {
         let name = page.file_name().and_then(|name| name.to_str()).expect("a plain name");
         assert!(name == "README.md" || decisions.contains(&format!("({name})")), "no {name}");
     }
+}
+
+/// Returns the fenced blocks of a page that are of this kind.
+fn blocks(page: &str, kind: &str) -> Vec<String> {
+    let text = fs::read_to_string(root().join(page)).expect("a document");
+    let pattern = Regex::new(&format!("(?ms)^```{kind}\n(.*?)^```$")).expect("a pattern");
+    pattern.captures_iter(&text).map(|found| found[1].to_owned()).collect()
+}
+
+/// Reads a block of JSON: an object, or keys of one.
+fn object(block: &str) -> Map<String, Value> {
+    let whole = if block.starts_with('{') { block.to_owned() } else { format!("{{{block}}}") };
+    serde_json::from_str(&whole).unwrap_or_else(|cause| panic!("{block}{cause}"))
+}
+
+/// Reads the configuration of a model of two layers with further keys.
+fn config_with(keys: &Map<String, Value>) -> Config {
+    let mut config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "dsmoe", "vocab_size": 320, "hidden_size": 64,
+        "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+        "tie_word_embeddings": false, "bos_token_id": 0, "eos_token_id": 1,
+    });
+    config.as_object_mut().expect("an object").extend(keys.clone());
+    Config::from_json(Path::new("config.json"), &config.to_string()).unwrap_or_else(|cause| panic!("{cause}"))
+}
+
+#[test]
+fn configurations_of_the_page_of_formats_are_read() {
+    dsmoe_baselines::register();
+    let objects: Vec<Map<String, Value>> =
+        blocks("docs/formats.md", "json").iter().map(|block| object(block)).collect();
+    let [dsmoe, parts, mixture, topk, duo, manifest] = &objects[..] else {
+        panic!("{} blocks", objects.len())
+    };
+    assert_eq!(config_with(dsmoe).moe.expect("experts").router.num_experts, 8);
+    // A core of 36 experts is one of more than 36.
+    let mut both = dsmoe["dsmoe"].as_object().expect("an object").clone();
+    both.extend(parts.clone());
+    both.extend([("format_version".to_owned(), json!(2)), ("num_experts".to_owned(), json!(192))]);
+    let both = Map::from_iter([("dsmoe".to_owned(), Value::Object(both))]);
+    let moe = config_with(&both).moe.expect("experts");
+    assert_eq!((moe.core(1), moe.budget()), (36, Some(0.375)));
+    // Layers have the neurons of their experts.
+    let shape = |experts: u64| json!({"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 352 * experts});
+    let mut keys = mixture.clone();
+    keys.extend([
+        ("base_model_type".to_owned(), json!("mixtral")),
+        ("intermediate_size".to_owned(), json!(6 * 352)),
+        ("layer_shapes".to_owned(), json!([shape(6), shape(4)])),
+    ]);
+    assert_eq!(config_with(&keys).mixture().expect("a mixture").experts, [6, 4]);
+    for (keys, kind) in [(topk, "topk"), (duo, "duo")] {
+        assert_eq!(config_with(keys).ffn.expect("an FFN").kind(), kind);
+    }
+    assert_eq!(manifest["format_version"], 1);
+    assert!(manifest["files"][0]["xxh3_128"].is_string());
+}
+
+#[test]
+fn the_mixture_of_the_page_of_text_is_read() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("mixture.toml");
+    let blocks = blocks("docs/text.md", "toml");
+    fs::write(&path, blocks.concat()).expect("a file");
+    let sources = from_toml(&path, &CorpusOptions::default()).expect("a mixture");
+    let named: Vec<(&str, f64)> = sources.iter().map(|source| (&source.name[..], source.weight)).collect();
+    assert_eq!(named, [("web", 4.0), ("math", 2.0)]);
+}
+
+#[test]
+fn the_program_of_the_page_of_additions_is_the_example() {
+    let comment = Regex::new(r"(?m)(?:^|\s)//.*$").expect("a pattern");
+    let bare = |text: &str| -> String { comment.replace_all(text, "").split_whitespace().collect() };
+    let program = blocks("docs/extending.md", "rust,ignore").concat();
+    let example = root().join("dsmoe-bench/examples/extend/src/main.rs");
+    let example = bare(&fs::read_to_string(example).expect("the example"));
+    assert!(!program.is_empty() && example.ends_with(&bare(&program)), "{program}\n{example}");
 }
