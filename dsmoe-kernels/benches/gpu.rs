@@ -1,6 +1,6 @@
 //! Measures the products of an FFN's active pairs on the first GPU, beside those of all pairs by cuBLASLt. It prints a line of
 //! JSON for each. With `slots` it measures every variant of the kernels for pairs in slots, beside the same dense products and
-//! the lists' kernels, and checks that all variants give the same bits.
+//! the lists' kernels, and checks that all variants give the same bits; then whole passes of the FFN by each of the three.
 //!
 //! `cargo bench -p dsmoe-kernels --features cuda --bench gpu [-- slots]`, with `DSMOE_CUDA_LIB_DIR` as for `dsmoe`.
 #![expect(clippy::print_stdout, reason = "a program that prints what it measured")]
@@ -8,12 +8,13 @@
 use std::time::Instant;
 
 use dsmoe_kernels::Activation;
-use dsmoe_kernels::cuda::ops::ffn::{Activate, Dims};
+use dsmoe_kernels::cuda::ops::choice::{Choice, Device, ExpertKernels, Passes, Variants, choose};
+use dsmoe_kernels::cuda::ops::ffn::{Activate, Backward, Dims};
 use dsmoe_kernels::cuda::ops::matmul::{Form, Product};
 use dsmoe_kernels::cuda::ops::products::{self, Variant};
 use dsmoe_kernels::cuda::ops::router::{Lists, Routed, Sort};
 use dsmoe_kernels::cuda::ops::slots::{self, Shape, Slots};
-use dsmoe_kernels::cuda::ops::{experts, linear};
+use dsmoe_kernels::cuda::ops::{experts, linear, slot_ffn};
 use dsmoe_kernels::cuda::{Float, Gpu, GpuBuf, Matrix, Result};
 use dsmoe_kernels::rng::Rng;
 use half::bf16;
@@ -65,6 +66,7 @@ fn main() -> Result<()> {
             run(gpu, tokens, active)?;
             if in_slots {
                 run_slots(gpu, tokens, active)?;
+                run_passes(gpu, tokens, active)?;
             }
         }
     }
@@ -169,6 +171,207 @@ fn run_slots(gpu: &Gpu, tokens: usize, share: f32) -> Result<()> {
     let sum = seconds(gpu, || products::Sum { y: &mut *y, parts, slots, routed: &routed }.run())?;
     show("sums of parts", "all", 0.0, sum, true);
     Ok(())
+}
+
+/// The operands of an FFN's passes that do not depend on its kernels.
+struct Layer {
+    x: GpuBuf<bf16>,
+    dy: GpuBuf<bf16>,
+    /// Gate and up.
+    both: GpuBuf<bf16>,
+    down: GpuBuf<bf16>,
+    y: GpuBuf<f32>,
+    grads: [GpuBuf<f32>; 3],
+    dcoefficients: GpuBuf<f32>,
+    routed: Routed,
+    tokens: usize,
+}
+
+/// The seconds of a forward pass that keeps nothing, of one that keeps what the backward pass needs, of the backward pass, and of
+/// one that sets the gradients of the weights, where there is such a pass.
+struct Seconds([Option<f64>; 4]);
+
+const PASSES: [&str; 4] = ["forward", "forward, kept", "backward", "backward, set"];
+
+/// Measures whole passes of an FFN with the sorting of its pairs: over slots, over lists, and dense. The variants over slots are
+/// those that the choice names.
+fn run_passes(gpu: &Gpu, tokens: usize, share: f32) -> Result<()> {
+    let width = INTERMEDIATE / EXPERTS;
+    let shape = Shape { tokens, hidden: HIDDEN, width, num_experts: EXPERTS, core: 0 };
+    let training = Passes::Training { all_pairs: false };
+    let choice = choose(ExpertKernels::Slots, &Device::of(gpu), &shape, training, f64::from(share));
+    let Choice::Slots(variants) = choice else { return Ok(()) };
+    let (routed, pairs) = routing(gpu, tokens, share)?;
+    let grad = || gpu.zero_rows::<f32>(INTERMEDIATE, HIDDEN);
+    let mut layer = Layer {
+        x: halves(gpu, tokens, HIDDEN, 2)?,
+        dy: halves(gpu, tokens, HIDDEN, 3)?,
+        both: halves(gpu, 2 * INTERMEDIATE, HIDDEN, 4)?,
+        down: halves(gpu, INTERMEDIATE, HIDDEN, 6)?,
+        y: gpu.zero_rows(tokens, HIDDEN)?,
+        grads: [grad()?, grad()?, grad()?],
+        dcoefficients: gpu.zero_rows(tokens, EXPERTS)?,
+        routed,
+        tokens,
+    };
+    let part = pairs as f64 / (tokens * EXPERTS) as f64;
+    let Seconds(dense) = layer.dense(gpu)?;
+    let all = [
+        ("dense", Seconds(dense)),
+        ("lists", layer.lists(gpu)?),
+        ("slots", layer.slots(gpu, &shape, &variants)?),
+    ];
+    for (kernels, Seconds(times)) in all {
+        for ((op, time), dense) in PASSES.iter().zip(times).zip(dense.iter().flatten()) {
+            let Some(time) = time else { continue };
+            println!(
+                "{{\"work\":\"passes\",\"op\":\"{op}\",\"kernels\":\"{kernels}\",\"tokens\":{tokens},\"hidden\":{HIDDEN},\
+                 \"intermediate\":{INTERMEDIATE},\"experts\":{EXPERTS},\"active\":{part:.4},\"gpu\":\"{}\",\
+                 \"us\":{:.1},\"ratio_to_dense\":{:.3},\"ratio_to_share\":{:.3}}}",
+                gpu.name(),
+                1e6 * time,
+                time / dense,
+                time / dense / part,
+            );
+        }
+    }
+    Ok(())
+}
+
+impl Layer {
+    /// Measures passes of all pairs. A dense model's gradients are always added to.
+    fn dense(&mut self, gpu: &Gpu) -> Result<Seconds> {
+        let Layer { x, dy, both, down, y, grads, tokens, .. } = self;
+        let (gate, up) = (&both.part(0..INTERMEDIATE), &both.part(INTERMEDIATE..2 * INTERMEDIATE));
+        let empty = || gpu.zero_rows::<bf16>(*tokens, INTERMEDIATE);
+        let [a, b, c, da, db, g] = &mut [empty()?, empty()?, empty()?, empty()?, empty()?, empty()?];
+        let [dgate, dup, ddown] = grads;
+        let activation = Activation::Silu;
+        let forward_time = seconds(gpu, || {
+            forward(a, x, gate)?;
+            forward(b, x, up)?;
+            Activate { c: &mut *c, a, b, coefficients: None, activation }.run()?;
+            times(y, c, down, false)
+        })?;
+        let backward = seconds(gpu, || {
+            forward(g, dy, down)?;
+            Backward {
+                da: &mut *da,
+                db: &mut *db,
+                c: &mut *c,
+                dcoefficients: None,
+                g,
+                a,
+                b,
+                coefficients: None,
+                all_pairs: false,
+                activation,
+            }
+            .run()?;
+            linear::BackwardWeight { dw: &mut *dgate, dy: da, x }.run()?;
+            linear::BackwardWeight { dw: &mut *dup, dy: db, x }.run()?;
+            linear::BackwardWeight { dw: &mut *ddown, dy: c, x: dy }.run()?;
+            times(y, da, gate, false)?;
+            times(y, db, up, true)
+        })?;
+        // Both forward passes keep a and b, and both backward passes are compared with the same.
+        Ok(Seconds([forward_time, forward_time, backward, backward].map(Some)))
+    }
+
+    /// Measures passes over lists.
+    fn lists(&mut self, gpu: &Gpu) -> Result<Seconds> {
+        let Layer { x, dy, both, down, y, grads, dcoefficients, routed, tokens } = self;
+        let (gate, up) = (&both.part(0..INTERMEDIATE), &both.part(INTERMEDIATE..2 * INTERMEDIATE));
+        let empty = || gpu.zero_rows::<bf16>(*tokens, INTERMEDIATE);
+        let [a, b, c, da, db, g] = &mut [empty()?, empty()?, empty()?, empty()?, empty()?, empty()?];
+        let [dgate, dup, ddown] = grads;
+        let mut lists = Lists::with_room(gpu, *tokens, EXPERTS)?;
+        let parts = &mut *gpu.zeros::<bf16>(*tokens * EXPERTS * HIDDEN)?;
+        let (coefficients, activation) = (&routed.coefficients(), Activation::Silu);
+        let mut forward_time = |kept: bool| {
+            seconds(gpu, || {
+                Sort { lists: &mut lists, routed }.run()?;
+                let (c, lists) = (&mut *c, &lists);
+                let projections = kept.then_some([&mut **a, &mut **b]);
+                experts::Up { c, projections, x, gate, up, coefficients, lists, activation }.run()?;
+                experts::Down { y: &mut *y, parts: &mut *parts, c, weight: down, lists }.run()
+            })
+        };
+        let (alone, kept) = (forward_time(false)?, forward_time(true)?);
+        let lists = &lists;
+        let backward = seconds(gpu, || {
+            experts::Project { out: &mut *g, x: dy, weight: down, lists }.run()?;
+            Backward {
+                da: &mut *da,
+                db: &mut *db,
+                c: &mut *c,
+                dcoefficients: Some(&mut *dcoefficients),
+                g,
+                a,
+                b,
+                coefficients: Some(coefficients),
+                all_pairs: false,
+                activation,
+            }
+            .run()?;
+            let (dgate, dup, ddown) = (&mut *dgate, &mut *dup, &mut *ddown);
+            let (da, db, c) = (&**da, &**db, &**c);
+            experts::BackwardWeights { dgate, dup, ddown, da, db, c, x, dy, lists }.run()?;
+            experts::BackwardInput { dx: &mut *y, parts: &mut *parts, da, db, gate, up, lists }.run()
+        })?;
+        Ok(Seconds([Some(alone), Some(kept), Some(backward), None]))
+    }
+
+    /// Measures passes over slots.
+    fn slots(&mut self, gpu: &Gpu, shape: &Shape, variants: &Variants) -> Result<Seconds> {
+        let Layer { x, dy, both, down, y, grads, dcoefficients, routed, .. } = self;
+        let (gate, up) = (&both.part(0..INTERMEDIATE), &both.part(INTERMEDIATE..2 * INTERMEDIATE));
+        let passes = Passes::Training { all_pairs: false };
+        let workspace = &mut *gpu.zeros::<bf16>(passes.workspace(shape))?;
+        let [a, b] = &mut [gpu.zeros::<bf16>(passes.kept(shape))?, gpu.zeros::<bf16>(passes.kept(shape))?];
+        let mut slots = Slots::with_room(gpu, *shape)?;
+        let activation = Activation::Silu;
+        let mut forward_time = |kept: bool| {
+            seconds(gpu, || {
+                slots::Sort { slots: &mut slots, routed }.run()?;
+                let slots = &slots;
+                let layer = slot_ffn::Layer {
+                    x,
+                    gate,
+                    up,
+                    down,
+                    activation,
+                    slots,
+                    routed,
+                    variants,
+                    all_pairs: false,
+                };
+                let kept = kept.then_some([&mut **a, &mut **b]);
+                slot_ffn::Forward { y: Some(&mut *y), kept, workspace: &mut *workspace, layer }.run()
+            })
+        };
+        let (alone, kept) = (forward_time(false)?, forward_time(true)?);
+        let slots = &slots;
+        let layer =
+            slot_ffn::Layer { x, gate, up, down, activation, slots, routed, variants, all_pairs: false };
+        let mut backward = |set: bool| {
+            seconds(gpu, || {
+                slot_ffn::Backward {
+                    dx: &mut *y,
+                    grads: grads.each_mut().map(|grad| &mut **grad),
+                    dcoefficients: &mut *dcoefficients,
+                    workspace: &mut *workspace,
+                    dy,
+                    kept: [&**a, &**b],
+                    set,
+                    layer,
+                }
+                .run()
+            })
+        };
+        let (added, set) = (backward(false)?, backward(true)?);
+        Ok(Seconds([alone, kept, added, set].map(Some)))
+    }
 }
 
 fn run(gpu: &Gpu, tokens: usize, share: f32) -> Result<()> {

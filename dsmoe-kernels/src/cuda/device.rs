@@ -10,6 +10,7 @@ use super::compile::{Define, Source};
 use super::detect::{Detection, detect};
 use super::error::{CudaError, Result};
 use super::kernel::Kernel;
+use super::ops::choice::ExpertKernels;
 use super::stream::Stream;
 
 /// A GPU: its context, one stream that all ops are queued in, compiled kernels and cuBLASLt. A clone is the same GPU.
@@ -21,6 +22,7 @@ struct Inner {
     name: String,
     multiprocessors: u32,
     shared_memory: u32,
+    expert_kernels: ExpertKernels,
     // Fields are dropped in this order: the stream and its context outlive their users.
     blas: Mutex<Option<Blas>>,
     kernels: Mutex<HashMap<String, Kernel>>,
@@ -37,8 +39,9 @@ impl Gpu {
     /// Opens device `ordinal`.
     ///
     /// # Errors
-    /// There is no driver or no such device.
+    /// There is no driver or no such device, or [`ExpertKernels::VARIABLE`] names no kernels.
     pub fn open(ordinal: usize) -> Result<Gpu> {
+        let expert_kernels = ExpertKernels::from_env()?;
         let found = detect();
         let missing = |problem| CudaError::Device { ordinal, problem };
         if let Some(problem) = found.problem() {
@@ -53,6 +56,7 @@ impl Gpu {
         let stream = Stream::open(ordinal)?;
         Ok(Gpu(Arc::new(Inner {
             ordinal,
+            expert_kernels,
             multiprocessors: stream.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             shared_memory: stream
                 .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
@@ -86,6 +90,11 @@ impl Gpu {
     /// Bytes of shared memory that a block may ask for.
     pub(crate) fn shared_memory(&self) -> u32 {
         self.0.shared_memory
+    }
+
+    /// The kernels of experts that models take on this device: those that [`ExpertKernels::VARIABLE`] named when it was opened.
+    pub fn expert_kernels(&self) -> ExpertKernels {
+        self.0.expert_kernels
     }
 
     /// Returns the bytes of memory that are free, and the bytes in all. It waits for the queue, which may free some.

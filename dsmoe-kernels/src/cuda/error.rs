@@ -64,6 +64,16 @@ pub enum CudaError {
         /// The product.
         shape: String,
     },
+    /// An environment variable has a value that means nothing.
+    #[error("{variable} is {asked:?}; set it to one of {values}")]
+    Setting {
+        /// The variable.
+        variable: &'static str,
+        /// Its value.
+        asked: String,
+        /// The values that it may have.
+        values: String,
+    },
     /// A size is one that no kernel takes.
     #[error("{0}")]
     Size(String),

@@ -4,7 +4,8 @@
 //! [`detect`] reports what it finds. Kernels are CUDA C++ in this crate. NVRTC compiles them for the device and the model's
 //! shapes, and their CUBIN files are cached in `DSMOE_CACHE_DIR`, or in `dsmoe` in the user's cache folder.
 //! `DSMOE_CUDA_LIB_DIR` names a folder of CUDA's libraries, such as `nvidia/cu13/lib` of PyTorch's wheels, and
-//! `DSMOE_NVRTC_DIR` one of NVRTC alone.
+//! `DSMOE_NVRTC_DIR` one of NVRTC alone. `DSMOE_EXPERT_KERNELS` chooses the kernels of experts; see
+//! [`ops::choice::ExpertKernels`].
 //!
 //! A [`Gpu`] has one stream: ops are queued in the order of the calls, and only copies to the host wait. Results are
 //! deterministic, as every sum has a fixed order. The residual stream, norms, routers, softmax and parameter gradients are

@@ -52,7 +52,10 @@ impl Tiled {
             (!(2..=5).contains(&rank) || tile.len() != rank || strides.len() + 1 != rank, "the rank"),
             (!base.is_multiple_of(16), "the address"),
             (sizes.iter().any(|&size| size == 0 || size > 1 << 32), "a size"),
-            (strides.iter().any(|&stride| !stride.is_multiple_of(16) || stride >= 1 << 40), "a stride"),
+            (
+                strides.iter().any(|&stride| stride == 0 || !stride.is_multiple_of(16) || stride >= 1 << 40),
+                "a stride",
+            ),
             (tile.iter().any(|&side| side == 0 || side > 256), "a side of the box"),
             (![SWIZZLE, SWIZZLE / 2].contains(&self.row_bytes()), "the row of the box"),
         ];

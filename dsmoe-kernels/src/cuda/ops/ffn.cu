@@ -104,6 +104,53 @@ backward(bf16* da, bf16* db, bf16* c, float* dcoefficients, const bf16* g, const
 
 // --- Pairs in slots, as `arrange` of router.cu orders them --------------------------------------------------------------
 
+// A row of a tile: its slot and pair, and where the values of the pair's neurons are in [slots, wide], or with `dense` in [T, dense].
+struct Row {
+  i64 slot, token, from;
+  int neurons, expert;   // 0 neurons behind a group's last pair; a negative expert in the core
+  float factor;
+  bool used;             // up to whole groups of 64 rows
+};
+DEV Row row_of(i64 r, const float* coefficients, const u32* tiles, const u32* tokens, int dense, int wide, int width, int pieces,
+               int core) {
+  const u32 what = tiles[2 * (r >> 7) + 1];
+  const int at = (int)(r & 127), count = what & 511, group = what >> 10;
+  Row row = {};
+  row.expert = group - pieces;
+  row.used = at < (count + 63) / 64 * 64;
+  row.slot = tiles[2 * (r >> 7)] + at;
+  const int first = group < pieces ? group * wide : core + row.expert * width;
+  if (at < count) {
+    row.token = tokens[row.slot];
+    row.neurons = group < pieces ? min(wide, core - first) : width;
+    row.factor = coefficients[row.slot];
+  }
+  row.from = dense ? row.token * dense + first : row.slot * wide;
+  return row;
+}
+
+// As `activate`, for pairs in slots: a warp per row of a tile. a and b are of all pairs [T, dense], c is [slots, wide]. Slots
+// behind a group's last, up to whole groups of 64, become zeros, as do columns behind its neurons.
+extern "C" __global__ void __launch_bounds__(256)
+activate_slots(bf16* c, const bf16* a, const bf16* b, const float* coefficients, const u32* tiles, const u32* pairs,
+               const u32* tokens, int dense, int wide, int width, int pieces, int core) {
+  const int lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+  const i64 rows = 2 * (i64)*pairs * 128;
+  for (i64 r = (i64)blockIdx.x * warps + (threadIdx.x >> 5); r < rows; r += (i64)gridDim.x * warps) {
+    const Row row = row_of(r, coefficients, tiles, tokens, dense, wide, width, pieces, core);
+    if (!row.used) continue;
+    for (int i = 8 * lane; i < wide; i += 256) {
+      Eight out = {};
+      if (i < row.neurons) {
+        const Eight x = load(a + row.from + i), y = load(b + row.from + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) out.v[j] = row.factor * act(x.v[j]) * y.v[j];
+      }
+      store(c + row.slot * wide + i, out);
+    }
+  }
+}
+
 // As `backward`, for pairs in slots: a warp per row of a tile. a, b and g are of slots [slots, wide], or with `dense` of all
 // pairs [T, dense]. Slots behind a group's last, up to whole groups of 64, become zeros, as do columns behind its neurons.
 extern "C" __global__ void __launch_bounds__(256)
@@ -113,30 +160,23 @@ backward_slots(bf16* da, bf16* db, bf16* c, float* dcoefficients, const bf16* g,
   const int lane = threadIdx.x & 31, warps = blockDim.x >> 5;
   const i64 rows = 2 * (i64)*pairs * 128;
   for (i64 r = (i64)blockIdx.x * warps + (threadIdx.x >> 5); r < rows; r += (i64)gridDim.x * warps) {
-    const u32 what = tiles[2 * (r >> 7) + 1];
-    const int at = (int)(r & 127), count = what & 511, group = what >> 10, e = group - pieces;
-    if (at >= (count + 63) / 64 * 64) continue;
-    const i64 slot = tiles[2 * (r >> 7)] + at;
-    const bool in = at < count;
-    const i64 t = in ? tokens[slot] : 0;
-    const int first = group < pieces ? group * wide : core + e * width;
-    const int neurons = !in ? 0 : group < pieces ? min(wide, core - first) : width;
-    const i64 from = dense ? t * dense + first : slot * wide;
-    const float k = in ? coefficients[slot] : 0.0f;
+    const Row row = row_of(r, coefficients, tiles, tokens, dense, wide, width, pieces, core);
+    if (!row.used) continue;
     float sum = 0.0f;
     for (int i = 8 * lane; i < wide; i += 256) {
       Eight of_a = {}, of_b = {}, of_c = {};
-      if (i < neurons) {
-        const Eight x = load(a + from + i), y = load(b + from + i), d = load(g + from + i);
+      if (i < row.neurons) {
+        const Eight x = load(a + row.from + i), y = load(b + row.from + i), d = load(g + row.from + i);
 #pragma unroll
-        for (int j = 0; j < 8; j++) sum += gradients(of_a.v[j], of_b.v[j], of_c.v[j], k, x.v[j], y.v[j], d.v[j]);
+        for (int j = 0; j < 8; j++)
+          sum += gradients(of_a.v[j], of_b.v[j], of_c.v[j], row.factor, x.v[j], y.v[j], d.v[j]);
       }
-      store(c + slot * wide + i, of_c);
-      store(da + slot * wide + i, of_a);
-      store(db + slot * wide + i, of_b);
+      store(c + row.slot * wide + i, of_c);
+      store(da + row.slot * wide + i, of_a);
+      store(db + row.slot * wide + i, of_b);
     }
     sum = warp_sum(sum);
-    if (lane == 0 && in && e >= 0) dcoefficients[t * n + e] = sum;
+    if (lane == 0 && row.neurons > 0 && row.expert >= 0) dcoefficients[row.token * n + row.expert] = sum;
   }
 }
 

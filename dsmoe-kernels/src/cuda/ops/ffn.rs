@@ -136,6 +136,25 @@ pub(super) struct Values {
     pub(super) b: u64,
 }
 
+/// Makes the call of the activation of pairs in slots, from the products of all pairs.
+pub(super) fn activate_slots(
+    (shape, slots): (&Shape, &Places),
+    [c, a, b]: [u64; 3],
+    activation: Activation,
+    blocks: usize,
+) -> Call {
+    let pointers = [c, a, b, slots.coefficients, slots.tiles, slots.pairs, slots.tokens];
+    let sizes = [shape.intermediate(), shape.wide(), shape.width, shape.pieces(), shape.core];
+    let args = pointers.into_iter().map(Arg::Ptr).chain(sizes.map(Arg::Size)).collect();
+    let grid = rows_of_tiles(shape, blocks);
+    Call { source: &SOURCE, entry: "activate_slots", defines: vec![define(activation)], grid, args }
+}
+
+/// Returns the grid of a kernel whose blocks take eight rows of tiles at a time, a warp for each.
+fn rows_of_tiles(shape: &Shape, blocks: usize) -> Grid {
+    Grid::row(blocks.min((shape.tiles() * ROWS).div_ceil(8)), 256)
+}
+
 /// Makes the call of the backward pass of the activation of pairs in slots; with `dense`, `g`, `a` and `b` are of all pairs.
 pub(super) fn backward_slots(
     (shape, slots): (&Shape, &Places),
@@ -149,9 +168,7 @@ pub(super) fn backward_slots(
     let dense = if dense { shape.intermediate() } else { 0 };
     let sizes = [dense, shape.num_experts, shape.wide(), shape.width, shape.pieces(), shape.core];
     let args = pointers.into_iter().map(Arg::Ptr).chain(sizes.map(Arg::Size)).collect();
-    // Each of a block's eight warps takes a row at a time.
-    let most = (shape.tiles() * ROWS).div_ceil(8);
-    let grid = Grid::row(blocks.min(most), 256);
+    let grid = rows_of_tiles(shape, blocks);
     Call { source: &SOURCE, entry: "backward_slots", defines: vec![define(activation)], grid, args }
 }
 

@@ -2,6 +2,7 @@
 //! Sizes come from the shapes of the matrices. No op waits for the device.
 
 pub mod attention;
+pub mod choice;
 pub mod cross_entropy;
 pub mod decode;
 pub mod elementwise;
@@ -16,6 +17,7 @@ pub mod products;
 pub mod rms_norm;
 pub mod rope;
 pub mod router;
+pub mod slot_ffn;
 pub mod slots;
 #[cfg(test)]
 mod tests;

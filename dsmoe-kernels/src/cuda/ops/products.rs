@@ -2,10 +2,12 @@
 //! of a cluster share weights, and results leave by descriptors. Activations of pairs are `[slots, wide]`: [`Shape::slots`] and
 //! [`Shape::wide`] of the slots' shape. Weights are `[intermediate, hidden]`, the core's neurons first.
 //!
-//! All variants of the kernels give the same bits. None has run on a device yet; [`super::experts`] has the kernels in use.
+//! All variants of the kernels give the same bits. None has run on a device yet: [`super::experts`] has the kernels that models use
+//! unless [`super::choice::ExpertKernels`] says otherwise.
 
 use half::bf16;
 
+use super::choice::Device;
 use super::ffn;
 use super::router::Routed;
 use super::slots::{COLUMNS, Places, ROWS, Shape, Slots};
@@ -118,6 +120,22 @@ pub enum Form {
     Weights,
 }
 
+impl Form {
+    /// All of them.
+    pub const ALL: [Form; 5] = [Form::Up, Form::Project, Form::Down, Form::Input, Form::Weights];
+
+    /// Returns the name of the kernel.
+    pub(super) fn entry(self) -> &'static str {
+        match self {
+            Form::Up => "up",
+            Form::Project => "project",
+            Form::Down => "down",
+            Form::Input => "input",
+            Form::Weights => "weights",
+        }
+    }
+}
+
 /// Addresses of the operands of a product. Names are those of the ops.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Operands {
@@ -129,7 +147,7 @@ pub(crate) enum Operands {
 }
 
 impl Operands {
-    fn form(&self) -> Form {
+    pub(super) fn form(&self) -> Form {
         match self {
             Operands::Up { .. } => Form::Up,
             Operands::Project { .. } => Form::Project,
@@ -178,6 +196,15 @@ pub(crate) struct Values {
     _end: i32,
 }
 
+#[cfg(test)]
+impl Values {
+    /// Returns the addresses of the rows that are gathered, and of the slots and their tiles.
+    pub(super) fn addresses(&self) -> [u64; 8] {
+        let Values { rows: [one, other], tokens, coefficients, starts, sizes, tiles, pairs, .. } = *self;
+        [one, other, tokens, coefficients, starts, sizes, tiles, pairs]
+    }
+}
+
 /// A launch of a product.
 #[derive(Clone, Debug)]
 pub(crate) struct Launch {
@@ -214,6 +241,10 @@ fn describe(shape: &Shape, variant: &Variant, operands: &Operands) -> Described 
     let up_columns = if turned { COLUMNS / 2 } else { COLUMNS };
     let side = if turned { COLUMNS } else { ROWS };
     match *operands {
+        // One descriptor reaches from one projection to the other.
+        Operands::Up { gate, up, .. } if up <= gate => {
+            panic!("cuda products::up: the gate projection at {gate:#x} is not before the other at {up:#x}")
+        }
         Operands::Up { c, kept, x, gate, up } => Described {
             a: vec![],
             // Rows of the gate and of the up projection in turns of eight.
@@ -221,7 +252,7 @@ fn describe(shape: &Shape, variant: &Variant, operands: &Operands) -> Described 
                 base: gate,
                 size: 2,
                 sizes: vec![hidden, 8, 2, all / 8],
-                strides: vec![2 * hidden, up.saturating_sub(gate) as usize, 16 * hidden],
+                strides: vec![2 * hidden, (up - gate) as usize, 16 * hidden],
                 tile: vec![COLUMNS, 8, 2, shared / 16],
             }],
             out: [c]
@@ -313,20 +344,13 @@ pub(crate) fn launch(
         flags,
         _end: 0,
     };
-    let entry = match form {
-        Form::Up => "up",
-        Form::Project => "project",
-        Form::Down => "down",
-        Form::Input => "input",
-        Form::Weights => "weights",
-    };
     // Only the first of them have an activation; the others are compiled once.
     let activation = if form == Form::Up { activation } else { Activation::Silu };
     let blocks = (blocks / variant.cluster).max(1) * variant.cluster;
     let grid = Grid { shared: variant.shared_bytes() as u32, ..Grid::row(blocks, THREADS) };
     Ok(Launch {
         source: variant.source(),
-        entry,
+        entry: form.entry(),
         defines: variant.defines(activation).to_vec(),
         grid,
         maps,
@@ -336,17 +360,30 @@ pub(crate) fn launch(
 
 /// Tells whether a device has what these kernels are made of.
 pub fn fits(gpu: &Gpu, variant: &Variant) -> bool {
-    gpu.capability() == (9, 0) && gpu.shared_memory() as usize >= variant.shared_bytes()
+    Device::of(gpu).takes(variant)
 }
 
 fn run(slots: &Slots, gpu: &Gpu, how: (&Variant, Activation), operands: &Operands) -> Result<()> {
     let shape = slots.shape();
+    assert!(fits(gpu, how.0), "cuda products: {:?} on {gpu:?}", how.0);
     let blocks = gpu.multiprocessors() as usize;
     let launch = launch((&shape, &slots.places()), how, operands, blocks, |tiled| tiled.encode(gpu))?;
-    let Launch { source, entry, defines, grid, maps, values } = &launch;
-    // SAFETY: the parameters are those of the kernels in products.cu and turned.cu. The callers checked that the operands have the sizes of
-    // the shape, which the descriptors have as well; slots, tiles and tokens were made by the kernels of `slots` for this shape.
-    unsafe { source.launch_structs(gpu, entry, defines, *grid, (maps, values)) }
+    // SAFETY: the callers checked that the operands have the sizes of the shape, which the descriptors have as well; slots, tiles
+    // and tokens were made by the kernels of `slots` for this shape.
+    unsafe { launch.queue(gpu) }
+}
+
+impl Launch {
+    /// Queues the launch.
+    ///
+    /// # Safety
+    /// The operands have the sizes of the shape that the launch was made for, and slots, tiles and tokens were made by the
+    /// kernels of `slots` for it.
+    pub(crate) unsafe fn queue(&self, gpu: &Gpu) -> Result<()> {
+        let Launch { source, entry, defines, grid, maps, values } = self;
+        // SAFETY: the parameters are those of the kernels in products.cu and turned.cu; the caller promises the rest.
+        unsafe { source.launch_structs(gpu, entry, defines, *grid, (maps, values)) }
+    }
 }
 
 /// Checks the numbers of values: of slots, of rows of tokens, of weights, and of parts.
@@ -388,7 +425,7 @@ impl Up<'_> {
     /// Queues the op, or returns the device's error.
     ///
     /// # Panics
-    /// A size does not fit, or [`fits`] or [`Variant::takes`] is false.
+    /// A size does not fit, the gate projection is not before the other in memory, or [`fits`] or [`Variant::takes`] is false.
     pub fn run(self) -> Result<()> {
         let Up { c, projections, x, gate, up, slots, activation, variant } = self;
         let mut of_slots = vec![c.len()];

@@ -77,6 +77,30 @@ forward_sum(bf16* h, float* rstd, float* out, const float* x, const float* y, co
   normalize(h + row, rstd + blockIdx.x, v, weight, eps VARIANT_ARGS);
 }
 
+// As forward_sum; y is the sum of the parts [slots, HIDDEN] of a token, in the order of its groups. `slots` is [T, pieces + n].
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+forward_parts(bf16* h, float* rstd, float* out, const float* x, const bf16* parts, const u32* slots, const u32* active,
+              int pieces, int n, const float* weight, float eps VARIANT OF_SUM) {
+  const i64 t = blockIdx.x, row = t * HIDDEN;
+  const u32* mine = slots + t * (pieces + n);
+  const int count = pieces + active[t];
+  float v[PER] = {};
+  for (int s = 0; s < count; s++) {
+    const bf16* part = parts + (i64)mine[s] * HIDDEN;
+#pragma unroll
+    for (int j = 0; j < PER; j++) {
+      const int i = j * THREADS + threadIdx.x;
+      if (i < HIDDEN) v[j] += to_f32(part[i]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < PER; j++) {
+    const int i = j * THREADS + threadIdx.x;
+    if (i < HIDDEN) out[row + i] = v[j] = x[row + i] + PART(v[j]);
+  }
+  normalize(h + row, rstd + blockIdx.x, v, weight, eps VARIANT_ARGS);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 restore(bf16* h, const float* x, const float* weight, const float* rstd VARIANT) {
   const i64 row = (i64)blockIdx.x * HIDDEN;

@@ -2,8 +2,11 @@
 
 use half::bf16;
 
+use super::router::Routed;
+use super::slots::{Shape, Slots};
 use super::{Arg, Define, Gpu, Grid, Matrix, Result, Source, optional};
 use crate::cuda::Float;
+use crate::cuda::kernel::Call;
 
 pub(super) static SOURCE: Source = Source { name: "rms_norm", text: include_str!("rms_norm.cu") };
 
@@ -43,6 +46,18 @@ fn start_scaled(
     args: &[Arg],
     [offset, scale]: [f32; 2],
 ) -> Result<()> {
+    let call = call(entry, [rows, hidden], args, [offset, scale]);
+    // SAFETY: the callers checked that the buffers have `rows` rows, or parts, of `hidden` values.
+    unsafe { call.queue(gpu) }
+}
+
+/// Makes the call of such a kernel.
+pub(super) fn call(
+    entry: &'static str,
+    [rows, hidden]: [usize; 2],
+    args: &[Arg],
+    [offset, scale]: [f32; 2],
+) -> Call {
     let variant = Variant { offset: offset != 0.0, scaled: scale != 1.0 };
     let defines = defines(hidden, variant);
     let grid = Grid::row(rows, defines[1].1 as u32);
@@ -50,8 +65,7 @@ fn start_scaled(
     if variant.scaled {
         args.push(Arg::F32(scale));
     }
-    // SAFETY: the callers checked that the buffers have `rows` rows, or parts, of `hidden` values.
-    unsafe { SOURCE.launch(gpu, entry, &defines, grid, &args) }
+    Call { source: &SOURCE, entry, defines: defines.to_vec(), grid, args }
 }
 
 /// Returns what kernels for a weight with an offset take at their end.
@@ -131,6 +145,88 @@ impl ForwardSum<'_> {
         let [rows, hidden] = check("forward_sum", &[h.len(), out.len(), x.len(), y.len()], weight, rstd);
         let args = [h.arg(), rstd.arg(), out.arg(), x.arg(), y.arg(), weight.arg(), Arg::F32(eps)];
         start_scaled(x.gpu(), "forward_sum", [rows, hidden], &args, [offset, scale])
+    }
+}
+
+/// Addresses of the operands of [`ForwardParts`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PartsAt {
+    pub(super) h: u64,
+    pub(super) rstd: u64,
+    pub(super) out: u64,
+    pub(super) x: u64,
+    pub(super) parts: u64,
+    pub(super) of_tokens: u64,
+    pub(super) active: u64,
+    pub(super) weight: u64,
+}
+
+/// Makes the call of [`ForwardParts`] with the weight's offset, the factor of the sums, and the term of the division.
+pub(super) fn forward_parts(shape: &Shape, at: &PartsAt, [offset, scale, eps]: [f32; 3]) -> Call {
+    let PartsAt { h, rstd, out, x, parts, of_tokens, active, weight } = *at;
+    let pointers = [h, rstd, out, x, parts, of_tokens, active].map(Arg::Ptr);
+    let sizes = [shape.pieces(), shape.num_experts].map(Arg::Size);
+    let args = [&pointers[..], &sizes, &[Arg::Ptr(weight), Arg::F32(eps)]].concat();
+    call("forward_parts", [shape.tokens, shape.hidden], &args, [offset, scale])
+}
+
+/// Does what [`super::products::Sum`] and [`ForwardSum`] of its result do, with the same bits.
+#[derive(Debug)]
+pub struct ForwardParts<'a> {
+    /// `[T, hidden]`
+    pub h: &'a mut Matrix<bf16>,
+    /// `[T]`
+    pub rstd: &'a mut Matrix<f32>,
+    /// `[T, hidden]`
+    pub out: &'a mut Matrix<f32>,
+    /// `[T, hidden]`
+    pub x: &'a Matrix<f32>,
+    /// `[slots, hidden]`
+    pub parts: &'a Matrix<bf16>,
+    /// The active pairs.
+    pub slots: &'a Slots,
+    /// Their routing.
+    pub routed: &'a Routed,
+    /// `[hidden]`
+    pub weight: &'a Matrix<f32>,
+    /// Added to the weight: 0, or 1 where the weights are stored as their distance from 1.
+    pub offset: f32,
+    /// The factor of the sums.
+    pub scale: f32,
+    /// The term that keeps the division finite.
+    pub eps: f32,
+}
+
+impl ForwardParts<'_> {
+    /// Queues the op, or returns the device's error.
+    ///
+    /// # Panics
+    /// A size does not fit.
+    pub fn run(self) -> Result<()> {
+        let ForwardParts { h, rstd, out, x, parts, slots, routed, weight, offset, scale, eps } = self;
+        let [rows, hidden] = check("forward_parts", &[h.len(), out.len(), x.len()], weight, rstd);
+        let shape = slots.shape();
+        let lens = [rows, hidden, parts.len(), routed.tokens(), routed.num_experts()];
+        let want =
+            [shape.tokens, shape.hidden, shape.slots() * shape.hidden, shape.tokens, shape.num_experts];
+        assert_eq!(
+            lens, want,
+            "cuda rms_norm::forward_parts: rows, hidden, parts, tokens, experts for {shape:?}"
+        );
+        let at = PartsAt {
+            h: h.ptr(),
+            rstd: rstd.ptr(),
+            out: out.ptr(),
+            x: x.ptr(),
+            parts: parts.ptr(),
+            of_tokens: slots.of_tokens.ptr(),
+            active: routed.active.ptr(),
+            weight: weight.ptr(),
+        };
+        let call = forward_parts(&shape, &at, [offset, scale, eps]);
+        // SAFETY: a block per token of buffers whose lengths were checked above; those of the slots are by `with_room`, and name
+        // slots of this shape.
+        unsafe { call.queue(x.gpu()) }
     }
 }
 

@@ -69,6 +69,29 @@ impl Shape {
         self.tokens.div_ceil(TOKENS)
     }
 
+    /// Returns the numbers of values of a [`Slots`] in the order of its fields, but for those of one value.
+    fn lens(&self) -> [usize; 10] {
+        [
+            self.slots(),
+            self.slots(),
+            self.tokens * self.groups(),
+            self.groups() + 1,
+            self.groups(),
+            2 * self.tiles(),
+            2 * self.tiles(),
+            self.num_experts * self.blocks(),
+            2 * self.groups(),
+            2 * self.blocks(),
+        ]
+    }
+
+    /// Returns the bytes of a [`Slots`].
+    pub fn bytes(&self) -> usize {
+        let [lists @ .., partials] = self.lens();
+        // Two numbers of pairs of tiles are values of their own.
+        4 * (lists.iter().sum::<usize>() + 2) + 8 * partials
+    }
+
     /// Tells whether the kernels take such sizes: rows of weights are whole groups of 8 values, and places fit 32 bits.
     pub fn fits(&self) -> bool {
         let Shape { tokens, hidden, width, num_experts, core } = *self;
@@ -132,22 +155,63 @@ impl Slots {
     /// # Panics
     /// [`Shape::fits`] is false.
     pub fn with_room(gpu: &Gpu, shape: Shape) -> Result<Slots> {
-        assert!(shape.fits(), "cuda slots: {shape:?}");
+        Slots::for_all(gpu, &[shape])
+    }
+
+    /// Allocates room for any routing of each of these sizes; they are the first until [`Slots::resize`].
+    ///
+    /// # Errors
+    /// The device's memory does not suffice.
+    ///
+    /// # Panics
+    /// There are none, or [`Shape::fits`] is false.
+    pub fn for_all(gpu: &Gpu, shapes: &[Shape]) -> Result<Slots> {
+        assert!(!shapes.is_empty() && shapes.iter().all(Shape::fits), "cuda slots: {shapes:?}");
+        let shape = shapes[0];
+        let mut lens = shape.lens();
+        for other in shapes {
+            lens.iter_mut().zip(other.lens()).for_each(|(len, other)| *len = other.max(*len));
+        }
+        let [tokens, coefficients, of_tokens, starts, sizes, tiles, wide_tiles, counts, order, partials] =
+            lens;
         Ok(Slots {
-            tokens: gpu.zeros(shape.slots())?,
-            coefficients: gpu.zeros(shape.slots())?,
-            of_tokens: gpu.zero_rows(shape.tokens, shape.groups())?,
-            starts: gpu.zeros(shape.groups() + 1)?,
-            sizes: gpu.zeros(shape.groups())?,
-            tiles: gpu.zeros(2 * shape.tiles())?,
+            tokens: gpu.zeros(tokens)?,
+            coefficients: gpu.zeros(coefficients)?,
+            of_tokens: gpu.zeros(of_tokens)?,
+            starts: gpu.zeros(starts)?,
+            sizes: gpu.zeros(sizes)?,
+            tiles: gpu.zeros(tiles)?,
             pairs: gpu.zeros(1)?,
-            wide_tiles: gpu.zeros(2 * shape.tiles())?,
+            wide_tiles: gpu.zeros(wide_tiles)?,
             wide_pairs: gpu.zeros(1)?,
-            counts: gpu.zero_rows(shape.num_experts, shape.blocks())?,
-            order: gpu.zeros(2 * shape.groups())?,
-            partials: gpu.zeros(2 * shape.blocks())?,
+            counts: gpu.zeros(counts)?,
+            order: gpu.zeros(order)?,
+            partials: gpu.zeros(partials)?,
             shape,
         })
+    }
+
+    /// Takes sizes for which there is room: those of a smaller batch, or of another FFN. With other sizes than before, the pairs
+    /// are those of no batch until the next [`Route`] or [`Sort`].
+    ///
+    /// # Panics
+    /// There is no room, or [`Shape::fits`] is false.
+    pub fn resize(&mut self, shape: Shape) {
+        assert!(
+            shape.fits() && self.has_room(&shape),
+            "cuda slots: no room for {shape:?} in that for {:?}",
+            self.shape
+        );
+        self.shape = shape;
+    }
+
+    /// Tells whether there is room for any routing of these sizes.
+    pub fn has_room(&self, shape: &Shape) -> bool {
+        let Slots { tokens, coefficients, of_tokens, starts, sizes, tiles, wide_tiles, .. } = self;
+        let Slots { counts, order, partials, .. } = self;
+        let lists = [tokens.len(), coefficients.len(), of_tokens.len(), starts.len(), sizes.len()];
+        let others = [tiles.len(), wide_tiles.len(), counts.len(), order.len(), partials.len()];
+        lists.iter().chain(&others).zip(shape.lens()).all(|(&room, len)| len <= room)
     }
 
     /// Returns the sizes.

@@ -47,6 +47,12 @@ impl Emulator {
         bytemuck::pod_collect_to_vec(&self.buffers[buffer.0].1)
     }
 
+    /// Sets the values of a buffer from a byte on.
+    pub(super) fn write<T: bytemuck::Pod>(&mut self, buffer: Buffer, at: usize, values: &[T]) {
+        let bytes = bytemuck::cast_slice::<T, u8>(values);
+        self.buffers[buffer.0].1[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
     /// Fills a buffer with what is no number and no place.
     pub(super) fn poison(&mut self, buffer: Buffer) {
         self.buffers[buffer.0].1.fill(0xff);

@@ -1,6 +1,7 @@
 //! Every kernel is compiled where NVRTC is installed. Every op is compared with its reference where there is a GPU.
 
 mod attention;
+mod choice;
 mod compiled;
 mod emulated;
 mod experts;
@@ -10,6 +11,7 @@ mod matmul;
 mod products;
 mod router;
 mod rows;
+mod slot_ffn;
 mod slots;
 mod tree;
 

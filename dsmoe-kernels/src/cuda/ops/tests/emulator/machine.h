@@ -443,6 +443,7 @@ using std::min;
 inline float __uint_as_float(unsigned v) { return emulator::from_bits<float>(v); }
 inline float __int_as_float(int v) { return emulator::from_bits<float>((unsigned)v); }
 inline unsigned __float_as_uint(float v) { return (unsigned)emulator::bits_of(v); }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline void __syncwarp() { uint64_t none = 0; emulator::exchange(&none, 1); }
 inline void __syncthreads() { emulator::arrive_named(emulator::now->block->named[0], emulator::block_dim.x, true); }
