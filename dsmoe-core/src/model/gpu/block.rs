@@ -2,6 +2,8 @@
 
 use dsmoe_kernels::cuda::Matrix;
 use dsmoe_kernels::cuda::ops::attention::Heads;
+use dsmoe_kernels::cuda::ops::router::Routed;
+use dsmoe_kernels::cuda::ops::slots::Slots;
 use dsmoe_kernels::cuda::ops::{elementwise, rms_norm};
 use half::bf16;
 
@@ -26,10 +28,18 @@ pub(crate) struct Join<'a> {
     pub(crate) rstd: &'a mut Matrix<f32>,
     /// The stream before it.
     pub(crate) residual: &'a Matrix<f32>,
-    /// The block's output.
-    pub(crate) branch: &'a Matrix<f32>,
+    pub(crate) branch: Branch<'a>,
     /// The weight of the norm that the next block reads.
     pub(crate) next: Option<&'a Matrix<f32>>,
+}
+
+/// A block's output.
+#[derive(Clone, Copy)]
+pub(crate) enum Branch<'a> {
+    /// `[T, hidden]`
+    Rows(&'a Matrix<f32>),
+    /// The parts of pairs in slots, which are added up on the way. Only a norm takes them.
+    Parts { parts: &'a Matrix<bf16>, slots: &'a Slots, routed: &'a Routed },
 }
 
 /// The norm that follows a block.
@@ -93,11 +103,18 @@ impl Block {
 
     /// Adds a block's output to the residual stream and sets what the next block reads.
     pub(crate) fn join(self, join: Join<'_>) -> Result<()> {
-        let Join { out, h, rstd, residual: x, branch: y, next } = join;
+        let Join { out, h, rstd, residual: x, branch, next } = join;
         let Block { offset, eps, residual_scale: scale } = self;
-        match next {
-            Some(weight) => rms_norm::ForwardSum { h, rstd, out, x, y, weight, offset, scale, eps }.run()?,
-            None => elementwise::Join { h, out, x, y, scale }.run()?,
+        match (next, branch) {
+            (Some(weight), Branch::Rows(y)) => {
+                rms_norm::ForwardSum { h, rstd, out, x, y, weight, offset, scale, eps }.run()?;
+            }
+            (Some(weight), Branch::Parts { parts, slots, routed }) => {
+                rms_norm::ForwardParts { h, rstd, out, x, parts, slots, routed, weight, offset, scale, eps }
+                    .run()?;
+            }
+            (None, Branch::Rows(y)) => elementwise::Join { h, out, x, y, scale }.run()?,
+            (None, Branch::Parts { .. }) => unreachable!("parts of a block that no norm follows"),
         }
         Ok(())
     }

@@ -1,11 +1,14 @@
 //! The forward pass of an FFN on a device. The core runs as a dense FFN of its neurons. Products of routed experts run over
-//! lists of the active pairs where the kernels take the sizes, else over all pairs.
+//! lists of the active pairs where the kernels take the sizes, else over all pairs. Where the kernels for slots are chosen,
+//! products of the core and of routed experts are the same.
 
 use std::ops::Range;
 
 use dsmoe_kernels::Activation;
+use dsmoe_kernels::cuda::ops::choice::Variants;
 use dsmoe_kernels::cuda::ops::router::{Lists, Routed, Sort};
-use dsmoe_kernels::cuda::ops::{experts, ffn, linear};
+use dsmoe_kernels::cuda::ops::slots::Slots;
+use dsmoe_kernels::cuda::ops::{experts, ffn, linear, slot_ffn};
 use dsmoe_kernels::cuda::{Matrix, View, ViewMut};
 use half::bf16;
 
@@ -57,7 +60,50 @@ pub(crate) struct Forward<'a> {
     pub(crate) all_pairs: bool,
 }
 
+/// The forward pass of a routed FFN whose pairs lie in slots.
+pub(crate) struct ForwardSlots<'a> {
+    /// The output; set. None leaves the parts of its sums, to which no bias is added.
+    pub(crate) y: Option<&'a mut Matrix<f32>>,
+    /// The products a and b for the backward pass; set.
+    pub(crate) kept: Option<[&'a mut Matrix<bf16>; 2]>,
+    pub(crate) workspace: &'a mut Matrix<bf16>,
+    /// The active pairs.
+    pub(crate) slots: &'a Slots,
+    /// The input.
+    pub(crate) x: &'a Matrix<bf16>,
+    pub(crate) projections: Projections<'a>,
+    pub(crate) routed: &'a Routed,
+    pub(crate) variants: &'a Variants,
+    /// Keeps the products of inactive pairs too.
+    pub(crate) all_pairs: bool,
+}
+
+impl ForwardSlots<'_> {
+    pub(crate) fn run(self) -> Result<()> {
+        let ForwardSlots { mut y, kept, workspace, slots, x, projections, routed, variants, all_pairs } =
+            self;
+        let layer = projections.layer(x, (slots, routed), variants, all_pairs);
+        slot_ffn::Forward { y: y.as_deref_mut(), kept, workspace, layer }.run()?;
+        match y.zip(projections.output_bias) {
+            Some((y, bias)) => Ok(linear::AddBias { y, bias }.run()?),
+            None => Ok(()),
+        }
+    }
+}
+
 impl<'a> Projections<'a> {
+    /// Returns the FFN as the kernels for slots take it.
+    pub(crate) fn layer(
+        &self,
+        x: &'a Matrix<bf16>,
+        (slots, routed): (&'a Slots, &'a Routed),
+        variants: &'a Variants,
+        all_pairs: bool,
+    ) -> slot_ffn::Layer<'a> {
+        let Projections { gate, up, down, activation, .. } = *self;
+        slot_ffn::Layer { x, gate, up, down, activation, slots, routed, variants, all_pairs }
+    }
+
     /// Returns those of some neurons, of inputs of width `hidden`.
     pub(crate) fn rows(&self, neurons: Range<usize>, hidden: usize) -> Rows<'a> {
         let part = |matrix: &'a Matrix<bf16>| matrix.part(neurons.start * hidden..neurons.end * hidden);

@@ -8,6 +8,7 @@ use dsmoe_kernels::cuda::Matrix;
 use dsmoe_kernels::cuda::ops::elementwise::Cast;
 use dsmoe_kernels::cuda::ops::linear;
 use dsmoe_kernels::cuda::ops::router::{self, Gates, Normed, Routed};
+use dsmoe_kernels::cuda::ops::slots::{self, FromRouter, Slots};
 use half::bf16;
 
 use crate::error::Result;
@@ -47,13 +48,17 @@ pub(crate) struct Forward<'a> {
     /// The threshold of the logits, and the logit at which a gate is one half.
     pub(crate) thresholds: &'a Matrix<f32>,
     pub(crate) gates: Gates,
+    /// Set to the active pairs, if products run over slots.
+    pub(crate) slots: Option<&'a mut Slots>,
 }
 
 impl Forward<'_> {
     pub(crate) fn run(self) -> Result<()> {
-        let Forward { routed, z, low, normed, tensors, thresholds, gates } = self;
+        let Forward { routed, z, low, normed, tensors, thresholds, gates, slots } = self;
         let Tensors { first, second, bias, correction } = tensors;
         match second {
+            // The routing into slots computes them.
+            None if slots.is_some() => {}
             None => router::Logits { z: &mut *z, normed, router: first, bias }.run()?,
             Some(second) => {
                 let Low { values, rounded, ones } = low;
@@ -66,7 +71,15 @@ impl Forward<'_> {
                 }
             }
         }
-        Ok(router::Route { routed, z, thresholds, gates: &gates }.run()?)
+        let gates = &gates;
+        match slots {
+            None => router::Route { routed, z, thresholds, gates }.run()?,
+            Some(slots) => {
+                let router = second.is_none().then_some(FromRouter { normed, weight: first, bias });
+                slots::Route { slots, routed, z, router, thresholds, gates, stats: None }.run()?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -9,6 +9,8 @@ pub(crate) mod turns;
 
 use dsmoe_kernels::attention::{self, Scores};
 use dsmoe_kernels::cuda::ops::attention::{Heads, MAX_HEAD_DIM};
+use dsmoe_kernels::cuda::ops::choice::{Choice, Device, ExpertKernels, Passes, Variants, choose};
+use dsmoe_kernels::cuda::ops::slots::Shape;
 use dsmoe_kernels::cuda::ops::{self, router};
 use dsmoe_kernels::cuda::{Gpu, GpuBuf};
 use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
@@ -112,6 +114,70 @@ pub(crate) fn by_lists(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Option<ops:
     (is_wide(ffn) && !ffn.gated().bias && dims.fit_lists(gpu)).then_some(dims)
 }
 
+/// The share of active experts among those that have a gate, of a model that was made for none.
+const UNKNOWN_SHARE: f64 = 0.5;
+
+/// The kernels of the products of an FFN's experts.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Experts {
+    /// Products of all pairs.
+    Dense,
+    /// Products over lists of the active pairs of these sizes; those of the core are dense.
+    Lists(ops::ffn::Dims),
+    /// Products of the active pairs in slots, the core among them.
+    Slots(Shape, Box<Variants>),
+}
+
+/// Chooses the kernels of an FFN. They depend on the device, the sizes and the configuration alone.
+pub(crate) fn experts(gpu: &Gpu, config: &Config, ffn: &DeviceFfn, tokens: usize, passes: Passes) -> Experts {
+    let lists = || by_lists(gpu, ffn, tokens).map_or(Experts::Dense, Experts::Lists);
+    let Some(shape) = slots_shape(ffn, tokens) else { return lists() };
+    match choose(gpu.expert_kernels(), &Device::of(gpu), &shape, passes, share(config, ffn)) {
+        Choice::Dense => Experts::Dense,
+        Choice::Lists => lists(),
+        Choice::Slots(variants) => Experts::Slots(shape, Box::new(variants)),
+    }
+}
+
+/// Returns the sizes of an FFN of which passes over up to `tokens` tokens may choose slots.
+pub(crate) fn slots_at_most(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Option<Shape> {
+    let forced = match gpu.expert_kernels() {
+        ExpertKernels::Lists => return None,
+        ExpertKernels::Slots | ExpertKernels::Auto => ExpertKernels::Slots,
+    };
+    let shape = slots_shape(ffn, tokens)?;
+    let choice = choose(forced, &Device::of(gpu), &shape, Passes::Inference, UNKNOWN_SHARE);
+    matches!(choice, Choice::Slots(_)).then_some(shape)
+}
+
+/// Returns the sizes of an FFN whose pairs lie in slots as far as the experts are concerned. Those kernels add no biases to
+/// projections.
+pub(crate) fn slots_shape(ffn: &DeviceFfn, tokens: usize) -> Option<Shape> {
+    let (Gated { hidden, bias, .. }, [core, rest]) = (*ffn.gated(), ffn.cut());
+    let num_experts = ffn.routed().filter(|&n| n > 0 && rest.is_multiple_of(n))?;
+    let shape = Shape { tokens, hidden, width: rest / num_experts, num_experts, core };
+    (is_wide(ffn) && !bias && shape.fits()).then_some(shape)
+}
+
+/// Returns the configured share of active experts among those that have a gate.
+fn share(config: &Config, ffn: &DeviceFfn) -> f64 {
+    let target = config.moe.as_ref().and_then(|moe| moe.active_target);
+    let (Some(target), Some(routed)) = (target, ffn.routed()) else { return UNKNOWN_SHARE };
+    share_of_routed(target, ffn.core(), routed)
+}
+
+/// Converts a share of all experts to one of those that have a gate.
+fn share_of_routed(target: f64, core: usize, routed: usize) -> f64 {
+    let active = target * (core + routed) as f64 - core as f64;
+    (active / routed.max(1) as f64).clamp(0.0, 1.0)
+}
+
+/// Returns the passes that training runs.
+pub(crate) fn training_passes(ffn: &DeviceFfn) -> Passes {
+    let all_pairs = matches!(ffn, DeviceFfn::Routed { form, .. } if form.router.ste);
+    Passes::Training { all_pairs }
+}
+
 /// Tells whether products run over lists of active pairs as far as the experts are concerned.
 pub(crate) fn is_wide(ffn: &DeviceFfn) -> bool {
     ffn.num_experts().is_some_and(|n| ffn.gated().intermediate >= LEAST_WIDTH * n)
@@ -151,4 +217,17 @@ pub(crate) fn move_thresholds<'a>(
     ffns: impl Iterator<Item = &'a DeviceFfn>,
 ) -> Result<()> {
     Ok(thresholds.upload_from(&threshold_values(ffns))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::share_of_routed;
+
+    #[test]
+    fn the_share_of_experts_with_a_gate_leaves_the_core_out() {
+        assert_eq!(share_of_routed(0.375, 0, 8), 0.375);
+        assert_eq!(share_of_routed(0.5, 2, 6), 2.0 / 6.0);
+        assert_eq!(share_of_routed(0.25, 4, 4), 0.0);
+        assert_eq!(share_of_routed(1.0, 1, 7), 1.0);
+    }
 }

@@ -150,7 +150,8 @@ pub fn parts<'a>(workspace: &'a Matrix<bf16>, passes: Passes, shape: &Shape) -> 
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
     Call(Call),
-    Product(products::Launch),
+    /// Descriptors are large.
+    Product(Box<products::Launch>),
 }
 
 impl Step {
@@ -262,7 +263,7 @@ impl Planner<'_> {
     fn product(&self, operands: &Operands, encode: Encode<'_>) -> Result<Step> {
         let how = (self.variants.of(operands.form()), self.activation);
         let launch = products::launch((self.shape, self.slots), how, operands, self.multiprocessors, encode)?;
-        Ok(Step::Product(launch))
+        Ok(Step::Product(Box::new(launch)))
     }
 
     fn sum(&self, to: u64, parts: u64) -> Step {

@@ -1,8 +1,10 @@
 //! Activations of inference on a device.
 
-use dsmoe_kernels::cuda::GpuBuf;
+use dsmoe_kernels::cuda::ops::choice::{ExpertKernels, Passes};
 use dsmoe_kernels::cuda::ops::gemv::FEW;
-use dsmoe_kernels::cuda::ops::router;
+use dsmoe_kernels::cuda::ops::slots::{Shape, Slots};
+use dsmoe_kernels::cuda::ops::{router, slot_ffn};
+use dsmoe_kernels::cuda::{GpuBuf, View};
 use dsmoe_router::RoutingStats;
 use dsmoe_router::counts::BINS;
 use half::bf16;
@@ -10,7 +12,7 @@ use half::bf16;
 use super::weights::{CudaInference, Layer};
 use crate::config::{Architecture, QkNorm};
 use crate::error::Result;
-use crate::model::gpu::{by_lists, ffn_dims, widest_heads};
+use crate::model::gpu::{by_lists, ffn_dims, slots_at_most, widest_heads};
 
 /// Rows of logits at a time.
 pub(super) const LOGIT_ROWS: usize = 1024;
@@ -87,6 +89,9 @@ pub(super) struct Wide {
     /// The active pairs and their parts of the sums of tokens, of FFNs that run over lists.
     pub(super) lists: Option<router::Lists>,
     pub(super) parts: GpuBuf<bf16>,
+    /// The active pairs and the values of passes over slots.
+    pub(super) slots: Option<Slots>,
+    pub(super) workspace: GpuBuf<bf16>,
 }
 
 impl CudaWorkspace {
@@ -148,8 +153,12 @@ impl Acts {
             && self.qkv.len() == self.room * heads.joined_width()
             && self.is_of(&config.architecture)
             && ffn.wide.as_ref().is_none_or(|wide| {
+                let [workspace, slots] = [wide.workspace.len(), usize::from(wide.slots.is_some())];
+                let shapes = slots_shapes(model, self.room);
                 wide.c.len() == self.room * model.widest()
-                    && [wide.a.len(), wide.parts.len()] == wide_lens(model, self.room)
+                    && [wide.a.len(), wide.parts.len(), workspace] == wide_lens(model, self.room)
+                    && slots == usize::from(!shapes.is_empty())
+                    && wide.slots.iter().all(|slots| shapes.iter().all(|shape| slots.has_room(shape)))
             })
     }
 
@@ -202,6 +211,16 @@ impl FfnActs {
         })
     }
 
+    /// Returns the parts of the sums that a pass over slots left.
+    ///
+    /// # Panics
+    /// The last pass of an FFN was none over slots.
+    pub(super) fn parts(&self) -> (View<'_, bf16>, &Slots, &router::Routed) {
+        let Wide { slots, workspace, .. } = self.wide.as_ref().expect("memory of many tokens");
+        let (slots, routed) = slots.as_ref().zip(self.routed.as_ref()).expect("slots");
+        (slot_ffn::parts(workspace, Passes::Inference, &slots.shape()), slots, routed)
+    }
+
     pub(super) fn clear_counts(&mut self) -> Result<()> {
         self.active.fill_zero()?;
         Ok(self.counts.fill_zero()?)
@@ -236,25 +255,44 @@ impl FfnActs {
 impl Wide {
     fn new(model: &CudaInference, room: usize) -> Result<Wide> {
         let (gpu, n) = (&model.gpu, model.num_experts());
-        let [all_pairs, parts] = wide_lens(model, room);
+        let [all_pairs, parts, workspace] = wide_lens(model, room);
+        let shapes = slots_shapes(model, room);
         Ok(Wide {
             a: gpu.zeros(all_pairs)?,
             b: gpu.zeros(all_pairs)?,
             c: gpu.zeros(room * model.widest())?,
             lists: n.filter(|_| parts > 0).map(|n| router::Lists::with_room(gpu, room, n)).transpose()?,
             parts: gpu.zeros(parts)?,
+            slots: (!shapes.is_empty()).then(|| Slots::for_all(gpu, &shapes)).transpose()?,
+            workspace: gpu.zeros(workspace)?,
         })
     }
 }
 
-/// Returns the number of values of the projections of cores and of FFNs that run all pairs, and of the parts of those that run
-/// over lists.
-fn wide_lens(model: &CudaInference, room: usize) -> [usize; 2] {
-    let lists = |layer: &Layer| by_lists(&model.gpu, &layer.ffn.kind, room);
+/// Returns the sizes of the layers of which passes of up to `room` tokens may choose slots.
+fn slots_shapes(model: &CudaInference, room: usize) -> Vec<Shape> {
+    model.layers.iter().filter_map(|layer| slots_at_most(&model.gpu, &layer.ffn.kind, room)).collect()
+}
+
+/// Returns the number of values of the projections of cores and of FFNs that run all pairs, of the parts of those that run over
+/// lists, and of the values of those that run over slots.
+fn wide_lens(model: &CudaInference, room: usize) -> [usize; 3] {
+    let gpu = &model.gpu;
+    let lists = |layer: &Layer| {
+        let kind = &layer.ffn.kind;
+        by_lists(gpu, kind, room).filter(|_| slots_at_most(gpu, kind, room).is_none())
+    };
+    // A pass may choose dense products, which depends on its number of tokens.
+    let fixed = gpu.expert_kernels() == ExpertKernels::Lists;
     let neurons = |layer: &Layer| {
         let [core, rest] = layer.ffn.kind.cut();
-        if lists(layer).is_some() { core } else { core + rest }
+        if lists(layer).is_some() && fixed { core } else { core + rest }
     };
     let parts = model.layers.iter().filter_map(lists).map(|dims| dims.parts());
-    [room * model.layers.iter().map(neurons).max().unwrap_or(0), parts.max().unwrap_or(0)]
+    let workspace = slots_shapes(model, room).iter().map(|shape| Passes::Inference.workspace(shape)).max();
+    [
+        room * model.layers.iter().map(neurons).max().unwrap_or(0),
+        parts.max().unwrap_or(0),
+        workspace.unwrap_or(0),
+    ]
 }

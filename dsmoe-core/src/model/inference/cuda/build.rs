@@ -8,7 +8,7 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use super::super::pack::{Parts, Source};
-use super::weights::{CudaInference, Layer, LayerFfn, Router};
+use super::weights::{CudaInference, Layer, LayerFfn, Router, up_start};
 use crate::error::{Error, Result};
 use crate::ffn::DeviceFfn;
 use crate::model::gpu::turns::Turns;
@@ -78,9 +78,12 @@ impl LayerFfn {
         let router = gating_of(&kind).map(|gating| Router::build(gpu, gating.ranges(gated.len()), params));
         let gate_params = if kind.is_hosted() { kind.gate_params(params.len()) } else { 0..0 };
         let (router, gate_params) = (router.transpose()?, params[gate_params].to_vec());
-        let [gate, up, down] = [gate, up, down].map(|values| rounded(gpu, values));
-        let (gate, up, down) = (gate?, up?, down?);
-        Ok(LayerFfn { kind, gate, up, down, biases, output_bias, router, gate_params })
+        let start = up_start(gate.len());
+        let mut gate_up = gpu.zeros(start + up.len())?;
+        gate_up.part_mut(0..gate.len()).upload_from(&halves(gate))?;
+        gate_up.part_mut(start..start + up.len()).upload_from(&halves(up))?;
+        let down = rounded(gpu, down)?;
+        Ok(LayerFfn { kind, gate_up, down, biases, output_bias, router, gate_params })
     }
 }
 
@@ -123,7 +126,11 @@ fn matrix(gpu: &Gpu, source: &mut dyn Source, range: &Range<usize>) -> Result<Gp
 
 /// Uploads rounded values.
 fn rounded(gpu: &Gpu, values: &[f32]) -> Result<GpuBuf<bf16>> {
+    Ok(gpu.upload(&halves(values))?)
+}
+
+fn halves(values: &[f32]) -> Vec<bf16> {
     let mut halves = vec![bf16::ZERO; values.len()];
     halves.convert_from_f32_slice(values);
-    Ok(gpu.upload(&halves)?)
+    halves
 }

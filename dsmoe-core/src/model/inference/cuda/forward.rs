@@ -2,10 +2,12 @@
 
 use dsmoe_kernels::cuda::Matrix;
 use dsmoe_kernels::cuda::ops::attention::{self, Heads, Segments};
+use dsmoe_kernels::cuda::ops::choice::{Passes, Variants};
 use dsmoe_kernels::cuda::ops::decode::{self, At};
 use dsmoe_kernels::cuda::ops::gemv::{self, FEW, Factors};
 use dsmoe_kernels::cuda::ops::rope::Positions;
 use dsmoe_kernels::cuda::ops::router::{self, CountLogits, Normed, Routed};
+use dsmoe_kernels::cuda::ops::slots::{Slots, Sort};
 use dsmoe_kernels::cuda::ops::{cross_entropy, embedding, linear, rms_norm};
 use dsmoe_router::counts::PER_UNIT;
 use half::bf16;
@@ -15,11 +17,11 @@ use super::cache::LayerCache;
 use super::weights::{CudaInference, Layer, LayerFfn};
 use crate::error::Result;
 use crate::ffn::DeviceFfn;
-use crate::model::gpu::block::{After, Block, Join};
-use crate::model::gpu::ffn::{Forward, Projections};
+use crate::model::gpu::block::{After, Block, Branch, Join};
+use crate::model::gpu::ffn::{Forward, ForwardSlots, Projections};
 use crate::model::gpu::gating::{self, Low};
 use crate::model::gpu::turns::{PassAngles, Place};
-use crate::model::gpu::{by_lists, gates, gating_of, heads, hosted};
+use crate::model::gpu::{Experts, experts, gates, gating_of, heads, hosted};
 use crate::model::tensors::logits_of;
 
 /// The tokens that attend to each other in a pass.
@@ -100,7 +102,7 @@ impl CudaInference {
             })?;
             let (out, next) = (&mut x_mid, layer.before_ffn.as_deref());
             let (h, rstd) = (&mut h, &mut rstd);
-            block.join(Join { out, h, rstd, residual: &x, branch: &y, next })?;
+            block.join(Join { out, h, rstd, residual: &x, branch: Branch::Rows(&y), next })?;
             let normed = match next {
                 Some(weight) => Normed { x: &x_mid, rstd, weight, offset: block.offset },
                 None => Normed { x: &x_mid, rstd: &ones_rstd, weight: &ones.weight, offset: 0.0 },
@@ -108,9 +110,19 @@ impl CudaInference {
             self.route(i, &layer.ffn, ffn, normed)?;
             let norm = layer.after_ffn.as_deref();
             let after = norm.map(|weight| After { weight, x: &mut raw, rstd: &mut rstd_raw });
-            block.give(&mut y, after, |y| self.ffn(&layer.ffn, ffn, h, y))?;
             let (out, next) = (&mut x, self.norm_before(i + 1));
-            block.join(Join { out, h, rstd, residual: &x_mid, branch: &y, next })?;
+            // The norm that follows adds up the parts of tokens.
+            let in_parts = after.is_none() && next.is_some() && self.leaves_parts(&layer.ffn, ffn, tokens);
+            match in_parts {
+                true => self.ffn(&layer.ffn, ffn, h, None)?,
+                false => block.give(&mut y, after, |y| self.ffn(&layer.ffn, ffn, h, Some(y)))?,
+            }
+            let left = in_parts.then(|| ffn.parts());
+            let branch = match &left {
+                Some((parts, slots, routed)) => Branch::Parts { parts, slots, routed },
+                None => Branch::Rows(&y),
+            };
+            block.join(Join { out, h, rstd, residual: &x_mid, branch, next })?;
         }
         Ok(())
     }
@@ -124,52 +136,116 @@ impl CudaInference {
         }
     }
 
-    /// Sets `y` to the output of a routed FFN.
-    fn ffn(&self, layer: &LayerFfn, acts: &mut FfnActs, h: &Matrix<bf16>, y: &mut Matrix<f32>) -> Result<()> {
-        let (tokens, gated, projections) = (h.rows(), layer.kind.gated(), layer.projections());
+    /// Tells whether an FFN can leave the parts of its sums, to which nothing else is added.
+    fn leaves_parts(&self, layer: &LayerFfn, acts: &mut FfnActs, tokens: usize) -> bool {
+        let correction = layer.router.as_ref().is_some_and(|router| router.correction.is_some());
+        let slots = acts.wide.as_mut().and_then(|wide| self.slots(&layer.kind, wide, tokens));
+        slots.is_some() && acts.routed.is_some() && layer.output_bias.is_none() && !correction
+    }
+
+    /// Sets `y` to the output of a routed FFN, or without it leaves [`FfnActs::parts`].
+    ///
+    /// # Panics
+    /// There is no `y` and [`CudaInference::leaves_parts`] is false.
+    fn ffn(
+        &self,
+        layer: &LayerFfn,
+        acts: &mut FfnActs,
+        h: &Matrix<bf16>,
+        mut y: Option<&mut Matrix<f32>>,
+    ) -> Result<()> {
+        let (tokens, gated, matrices) = (h.rows(), layer.kind.gated(), layer.matrices());
         let FfnActs { routed, wide, few, low_rounded, .. } = acts;
         match wide.as_mut().filter(|_| tokens > FEW || gated.bias) {
             None => {
                 let coefficients = routed.as_ref().map(Routed::coefficients);
                 let core = layer.kind.core();
                 let factors = coefficients.as_deref().map(|coefficients| Factors { core, coefficients });
-                let Projections { gate, up, down, output_bias, activation, .. } = projections;
+                let Projections { gate, up, down, output_bias, activation, .. } =
+                    layer.projections(&matrices);
                 let weights = gemv::Weights { gate, up, down };
+                let y = y.as_deref_mut().expect("an output");
                 gemv::Ffn { y: &mut *y, h, weights, factors, activation, scratch: few }.run()?;
                 if let Some(bias) = output_bias {
-                    linear::AddBias { y: &mut *y, bias }.run()?;
+                    linear::AddBias { y, bias }.run()?;
                 }
             }
-            Some(Wide { a, b, c, lists, parts }) => {
-                let lists = lists.as_mut().filter(|_| by_lists(&self.gpu, &layer.kind, tokens).is_some());
-                let cut = layer.kind.cut();
-                let products = if lists.is_some() { [cut[0], 0] } else { cut };
-                Forward {
-                    y: &mut *y,
-                    c: c.blocks_mut(tokens, cut),
-                    products: [a, b].map(|buf| buf.blocks_mut(tokens, products)),
-                    parts,
-                    x: h,
-                    projections,
-                    routed: routed.as_ref(),
-                    lists,
-                    all_pairs: false,
-                }
-                .run()?;
+            Some(wide) => {
+                let projections = layer.projections(&matrices);
+                self.ffn_of_many(&layer.kind, (wide, routed.as_ref()), projections, h, y.as_deref_mut())?;
             }
         }
         let (rank, tensors) = (gating_of(&layer.kind).and_then(|gating| gating.rank), &layer.router);
         let correction = tensors.as_ref().and_then(|router| router.tensors().correction);
-        gating::correct(y, &low_rounded.shaped(tokens, rank.unwrap_or(0)), correction)
+        match (y, correction) {
+            (Some(y), Some(_)) => {
+                gating::correct(y, &low_rounded.shaped(tokens, rank.unwrap_or(0)), correction)
+            }
+            (_, None) => Ok(()),
+            (None, Some(_)) => unreachable!("parts of a sum with a correction"),
+        }
+    }
+
+    /// Does the same for more than a few tokens.
+    fn ffn_of_many(
+        &self,
+        kind: &DeviceFfn,
+        (wide, routed): (&mut Wide, Option<&Routed>),
+        projections: Projections<'_>,
+        x: &Matrix<bf16>,
+        y: Option<&mut Matrix<f32>>,
+    ) -> Result<()> {
+        let (tokens, cut) = (x.rows(), kind.cut());
+        if let (Some((slots, workspace, variants)), Some(routed)) = (self.slots(kind, wide, tokens), routed) {
+            let (slots, variants) = (&*slots, &variants);
+            let (kept, all_pairs) = (None, false);
+            return ForwardSlots { y, kept, workspace, slots, x, projections, routed, variants, all_pairs }
+                .run();
+        }
+        let Wide { a, b, c, lists, parts, .. } = wide;
+        let chosen = experts(&self.gpu, &self.config, kind, tokens, Passes::Inference);
+        let lists = lists.as_mut().filter(|_| matches!(chosen, Experts::Lists(_)));
+        let products = if lists.is_some() { [cut[0], 0] } else { cut };
+        Forward {
+            y: y.expect("an output"),
+            c: c.blocks_mut(tokens, cut),
+            products: [a, b].map(|buf| buf.blocks_mut(tokens, products)),
+            parts,
+            x,
+            projections,
+            routed,
+            lists,
+            all_pairs: false,
+        }
+        .run()
+    }
+
+    /// Returns the memory and the variants of a pass over slots of so many tokens, where it is chosen.
+    fn slots<'a>(
+        &self,
+        kind: &DeviceFfn,
+        wide: &'a mut Wide,
+        tokens: usize,
+    ) -> Option<(&'a mut Slots, &'a mut Matrix<bf16>, Variants)> {
+        let chosen = experts(&self.gpu, &self.config, kind, tokens, Passes::Inference);
+        let Experts::Slots(shape, variants) = chosen else { return None };
+        // Passes of a few tokens have kernels of their own.
+        let slots = wide.slots.as_mut().filter(|_| tokens > FEW)?;
+        slots.resize(shape);
+        Some((slots, &mut *wide.workspace, *variants))
     }
 
     /// Sets the routing of layer `i` and counts it, where there is a gate.
     fn route(&self, i: usize, layer: &LayerFfn, acts: &mut FfnActs, normed: Normed<'_>) -> Result<()> {
-        let FfnActs { gate_logits, low, low_rounded, low_ones: ones, routed, counts, .. } = acts;
+        let FfnActs { gate_logits, low, low_rounded, low_ones: ones, routed, counts, wide, .. } = acts;
         let (Some(n), Some(routed)) = (layer.kind.routed(), routed) else { return Ok(()) };
+        let slots = wide.as_mut().and_then(|wide| Some(self.slots(&layer.kind, wide, normed.x.rows())?.0));
         match (&layer.kind, &layer.router) {
             (DeviceFfn::Hosted { gate, .. }, _) => {
                 hosted::route(gate.as_ref(), routed, normed, &layer.gate_params)?;
+                if let Some(slots) = slots {
+                    Sort { slots, routed }.run()?;
+                }
             }
             (DeviceFfn::Routed { form, .. }, Some(router)) => {
                 let (tokens, rank) = (normed.x.rows(), form.router_rank.unwrap_or(0));
@@ -184,6 +260,7 @@ impl CudaInference {
                     tensors: router.tensors(),
                     thresholds: &self.thresholds.part(i..i + 1),
                     gates: gates(&form.gates()),
+                    slots,
                 }
                 .run()?;
                 if let Some(bins) = &mut acts.bins {

@@ -1,6 +1,6 @@
 //! A model's weights on a device.
 
-use dsmoe_kernels::cuda::{Gpu, GpuBuf};
+use dsmoe_kernels::cuda::{Gpu, GpuBuf, View};
 use half::bf16;
 
 use crate::accounting::Accounting;
@@ -50,8 +50,9 @@ pub(super) struct Layer {
 #[derive(Debug)]
 pub(super) struct LayerFfn {
     pub(super) kind: DeviceFfn,
-    pub(super) gate: GpuBuf<bf16>,
-    pub(super) up: GpuBuf<bf16>,
+    /// The gate projection, and from [`up_start`] on the up projection: descriptors of the kernels for slots reach from one to
+    /// the other.
+    pub(super) gate_up: GpuBuf<bf16>,
     /// Transposed.
     pub(super) down: GpuBuf<bf16>,
     /// Of gate, up and down.
@@ -89,8 +90,9 @@ impl Layer {
     fn bytes(&self) -> usize {
         let Layer { before_attention, qkv, o, qkv_bias, o_bias, qk_norm, .. } = self;
         let Layer { after_attention, before_ffn, ffn, after_ffn, .. } = self;
-        let LayerFfn { gate, up, down, biases, output_bias, router, gate_params, .. } = ffn;
-        let halves: usize = [qkv, o, gate, up, down].map(|buf| buf.len()).iter().sum();
+        let LayerFfn { down, biases, output_bias, router, gate_params, .. } = ffn;
+        let halves: usize =
+            [qkv.len(), o.len(), down.len()].iter().chain(&ffn.matrices().map(|part| part.len())).sum();
         let norms = [before_attention, after_attention, before_ffn, after_ffn].into_iter().flatten();
         let others = [qkv_bias, o_bias, output_bias].into_iter().flatten();
         let several = qk_norm.iter().flatten().chain(biases.iter().flatten());
@@ -99,9 +101,22 @@ impl Layer {
     }
 }
 
+/// Returns where the up projection starts behind a gate projection of `len` values: at a multiple of 128 bytes, as a buffer of
+/// its own would.
+pub(super) fn up_start(len: usize) -> usize {
+    len.next_multiple_of(64)
+}
+
 impl LayerFfn {
-    pub(super) fn projections(&self) -> Projections<'_> {
-        let LayerFfn { kind, gate, up, down, biases, output_bias, .. } = self;
+    /// Returns the gate and the up projection.
+    pub(super) fn matrices(&self) -> [View<'_, bf16>; 2] {
+        let (len, start) = (self.down.len(), up_start(self.down.len()));
+        [self.gate_up.part(0..len), self.gate_up.part(start..start + len)]
+    }
+
+    /// Returns the projections with those of [`LayerFfn::matrices`].
+    pub(super) fn projections<'a>(&'a self, [gate, up]: &'a [View<'_, bf16>; 2]) -> Projections<'a> {
+        let LayerFfn { kind, down, biases, output_bias, .. } = self;
         let biases = biases.as_ref().map(|biases| biases.each_ref().map(|bias| &**bias));
         Projections {
             gate,

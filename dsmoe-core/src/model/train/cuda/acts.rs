@@ -1,5 +1,6 @@
 //! Activations of a micro-batch, and the sums of a step.
 
+use dsmoe_kernels::cuda::ops::choice::ExpertKernels;
 use dsmoe_kernels::cuda::ops::{embedding, linear, optim, rms_norm, router};
 use dsmoe_kernels::cuda::{Element, Gpu, GpuBuf};
 use half::bf16;
@@ -119,7 +120,7 @@ impl Activations {
                 rstd_mid: rstd()?,
                 heads: of_heads.map(|widths| NormActs::pair(gpu, tokens, widths)).transpose()?,
                 after: after.then(|| NormActs::pair(gpu, tokens, [[hidden, 1]; 2])).transpose()?,
-                ffn: Acts::new(gpu, ffn, tokens)?,
+                ffn: Acts::new(gpu, config, ffn, tokens)?,
             })
         });
         let streams =
@@ -140,7 +141,7 @@ impl Activations {
             dqkv: gpu.zero_rows(tokens, widest.joined_width())?,
             da: gpu.zero_rows(tokens, widest.width())?,
             deltas: gpu.zeros(deltas.unwrap_or(0))?,
-            ffn: Scratch::new(gpu, ffns, tokens)?,
+            ffn: Scratch::new(gpu, config, ffns, tokens)?,
             partials: gpu.zeros(partials_len(config, tokens))?,
             sums: gpu.zeros(optim::PARTIALS)?,
             losses: gpu.zeros(tokens)?,
@@ -203,17 +204,22 @@ fn partials_len(config: &Config, tokens: usize) -> usize {
 }
 
 /// Returns the bytes of the activations of all layers, and those of the memory that layers share.
-pub(super) fn bytes(config: &Config, ffns: &[DeviceFfn], tokens: usize) -> [usize; 2] {
+pub(super) fn bytes(
+    config: &Config,
+    ffns: &[DeviceFfn],
+    tokens: usize,
+    kernels: ExpertKernels,
+) -> [usize; 2] {
     let per_layer = ffns.iter().enumerate().map(|(i, ffn)| {
         let heads = heads(config, i);
         let of_heads = head_norm_widths(config, i).into_iter().flatten();
         let of_heads: usize = of_heads.map(|[width, heads]| 2 * width + 4 * heads).sum();
         let after = if config.architecture.norms_after() { 8 * (config.hidden + 1) } else { 0 };
         let attention = 2 * heads.joined_width() + 2 * heads.width() + 4 * heads.heads;
-        tokens * (8 * config.hidden + attention + 8 + of_heads + after) + Acts::bytes(ffn, tokens)
+        tokens * (8 * config.hidden + attention + 8 + of_heads + after) + Acts::bytes(ffn, tokens, kernels)
     });
     let joined = widest_heads(config).joined_width();
-    let widest = ffns.iter().map(|ffn| Scratch::bytes(ffn, tokens)).max().unwrap_or(0);
+    let widest = ffns.iter().map(|ffn| Scratch::bytes(ffn, tokens, kernels)).max().unwrap_or(0);
     let shared = tokens * (4 * 3 * config.hidden + 2 * 2 * config.hidden + 2 * 2 * joined)
         + widest
         + logit_rows(config, tokens) * config.vocab_size * 6;

@@ -3,21 +3,25 @@
 //! The core of experts that every token runs is a dense FFN of its neurons. Products of the other experts run over lists of the active pairs, which the device sorts by expert; nothing waits for the routing. The
 //! straight-through gradient of a router needs `silu(a) b g` of inactive pairs too: with it, the three products a, b and g
 //! are those of all pairs. Sizes that the kernels of lists do not take run all products of all pairs, with coefficients
-//! that are 0 where an expert is inactive.
+//! that are 0 where an expert is inactive. Where the kernels for slots are chosen, the core is part of the products of the
+//! active pairs.
 
 use std::ops::Range;
 
+use dsmoe_kernels::cuda::ops::choice::{ExpertKernels, Variants};
 use dsmoe_kernels::cuda::ops::router::{self, Lists, Normed, Routed, Sparsity};
-use dsmoe_kernels::cuda::ops::{elementwise, experts, ffn, linear};
+use dsmoe_kernels::cuda::ops::slots::{Slots, Sort};
+use dsmoe_kernels::cuda::ops::{elementwise, experts, ffn, linear, slot_ffn};
 use dsmoe_kernels::cuda::{Gpu, GpuBuf, Matrix, View, ViewMut};
 use half::bf16;
 
+use crate::config::Config;
 use crate::error::Result;
 use crate::ffn::{DeviceFfn, DsmoeForm, GateTraining, Gated};
-use crate::model::gpu::ffn::{Forward, Projections, Rows};
+use crate::model::gpu::ffn::{Forward, ForwardSlots, Projections, Rows};
 use crate::model::gpu::gating::{self, Low, Tensors};
 use crate::model::gpu::hosted::{Hosted, Staging};
-use crate::model::gpu::{by_lists, gates, gating_of, is_wide, rank};
+use crate::model::gpu::{Experts, experts, gates, gating_of, is_wide, rank, slots_shape, training_passes};
 
 /// One layer's parameters, in f32 and rounded.
 pub(super) struct Weights<'a> {
@@ -45,8 +49,10 @@ pub(super) struct Acts {
     /// The values between the products of a router of low rank, `[T, r]`.
     low: GpuBuf<f32>,
     routed: Option<Routed>,
-    /// The active pairs, where products run over them.
+    /// The active pairs, where products run over lists.
     lists: Option<Lists>,
+    /// The active pairs, where products run over slots, with the variants of those.
+    slots: Option<(Slots, Variants)>,
     hosted: Option<Hosted>,
 }
 
@@ -72,31 +78,65 @@ pub(super) struct Scratch {
     partials: GpuBuf<f32>,
     /// The experts' parts of the sums of tokens.
     parts: GpuBuf<bf16>,
+    /// The values of passes over slots.
+    workspace: GpuBuf<bf16>,
     staging: Option<Staging>,
 }
 
 impl Acts {
-    pub(super) fn new(gpu: &Gpu, ffn: &DeviceFfn, tokens: usize) -> Result<Acts> {
-        let width = ffn.gated().intermediate;
+    pub(super) fn new(gpu: &Gpu, config: &Config, ffn: &DeviceFfn, tokens: usize) -> Result<Acts> {
+        let passes = training_passes(ffn);
+        let kernels = experts(gpu, config, ffn, tokens, passes);
+        let listed = ffn.routed().filter(|_| matches!(kernels, Experts::Lists(_)));
+        let (slots, kept) = match kernels {
+            Experts::Slots(shape, variants) => {
+                (Some((Slots::with_room(gpu, shape)?, *variants)), passes.kept(&shape))
+            }
+            Experts::Dense | Experts::Lists(_) => (None, tokens * ffn.gated().intermediate),
+        };
         Ok(Acts {
-            a: gpu.zero_rows(tokens, width)?,
-            b: gpu.zero_rows(tokens, width)?,
+            a: gpu.zeros(kept)?,
+            b: gpu.zeros(kept)?,
             low: gpu.zero_rows(tokens, rank(std::slice::from_ref(ffn)))?,
             routed: ffn.routed().map(|n| Routed::with_room(gpu, tokens, n)).transpose()?,
-            lists: by_lists(gpu, ffn, tokens)
-                .map(|dims| Lists::with_room(gpu, tokens, dims.num_experts))
-                .transpose()?,
+            lists: listed.map(|n| Lists::with_room(gpu, tokens, n)).transpose()?,
+            slots,
             hosted: Hosted::new(ffn),
         })
     }
 
-    pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
+    pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize, kernels: ExpertKernels) -> usize {
         let rank = rank(std::slice::from_ref(ffn));
-        tokens * (4 * (ffn.gated().intermediate + rank) + ffn.routed().map_or(0, |n| 17 * n + 8))
+        let others = tokens * (4 * rank + ffn.routed().map_or(0, |n| 9 * n + 4));
+        // The lists' own are 8 bytes a pair and 4 a token.
+        let lists = tokens * (4 * ffn.gated().intermediate + ffn.routed().map_or(0, |n| 8 * n + 4));
+        let slots = slots_shape(ffn, tokens).filter(|_| kernels != ExpertKernels::Lists);
+        let slots = slots.map_or(0, |shape| 4 * training_passes(ffn).kept(&shape) + shape.bytes());
+        // Which of them it is depends on the device.
+        others + lists.max(slots)
     }
 
     pub(super) fn routed(&self) -> Option<&Routed> {
         self.routed.as_ref()
+    }
+
+    /// Returns the parts of the sums that a forward pass left.
+    ///
+    /// # Panics
+    /// [`Weights::leaves_parts`] is false.
+    pub(super) fn parts<'a>(
+        &'a self,
+        scratch: &'a Scratch,
+        ffn: &DeviceFfn,
+    ) -> (View<'a, bf16>, &'a Slots, &'a Routed) {
+        let ((slots, _), routed) = self.slots.as_ref().zip(self.routed.as_ref()).expect("slots");
+        let parts = slot_ffn::parts(&scratch.workspace, training_passes(ffn), &slots.shape());
+        (parts, slots, routed)
+    }
+
+    /// Tells whether a backward pass can set the gradients of weights instead of adding to them.
+    pub(super) fn sets(&self) -> bool {
+        self.slots.is_some()
     }
 
     /// Returns the term that the gate adds to the loss, after the forward pass.
@@ -106,16 +146,27 @@ impl Acts {
 }
 
 impl Scratch {
-    pub(super) fn new(gpu: &Gpu, ffns: &[DeviceFfn], tokens: usize) -> Result<Scratch> {
-        let widest = tokens * ffns.iter().map(|ffn| ffn.gated().intermediate).max().unwrap_or(0);
+    pub(super) fn new(gpu: &Gpu, config: &Config, ffns: &[DeviceFfn], tokens: usize) -> Result<Scratch> {
+        let (mut widest, mut parts, mut workspace) = (0, 0, 0);
+        for ffn in ffns {
+            let passes = training_passes(ffn);
+            match experts(gpu, config, ffn, tokens, passes) {
+                Experts::Slots(shape, _) => workspace = passes.workspace(&shape).max(workspace),
+                Experts::Dense => widest = (tokens * ffn.gated().intermediate).max(widest),
+                Experts::Lists(dims) => {
+                    widest = (tokens * ffn.gated().intermediate).max(widest);
+                    parts = dims.parts().max(parts);
+                }
+            }
+        }
         let experts = ffns.iter().filter_map(DeviceFfn::routed).max().unwrap_or(0);
         let rank = rank(ffns);
         let hidden = ffns.first().map_or(0, |ffn| ffn.gated().hidden);
         let pairs = tokens * experts;
-        let parts = ffns.iter().filter_map(|ffn| by_lists(gpu, ffn, tokens)).map(|dims| dims.parts());
         let hosted = ffns.iter().any(DeviceFfn::is_hosted);
         Ok(Scratch {
-            parts: gpu.zeros(parts.max().unwrap_or(0))?,
+            parts: gpu.zeros(parts)?,
+            workspace: gpu.zeros(workspace)?,
             c: gpu.zeros(widest)?,
             da: gpu.zeros(widest)?,
             db: gpu.zeros(widest)?,
@@ -132,13 +183,16 @@ impl Scratch {
         })
     }
 
-    pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize) -> usize {
+    pub(super) fn bytes(ffn: &DeviceFfn, tokens: usize, kernels: ExpertKernels) -> usize {
         let Gated { hidden, intermediate, .. } = *ffn.gated();
         let staged = if ffn.is_hosted() { 4 * hidden } else { 0 };
         let (experts, rank) = (ffn.routed().unwrap_or(0), rank(std::slice::from_ref(ffn)));
         // The parts of sums are as many as pairs where products run over lists, which depends on the device.
         let parts = if is_wide(ffn) { 2 * hidden * experts } else { 0 };
-        tokens * (8 * intermediate + 12 * experts + parts + 6 * rank + staged)
+        let lists = tokens * (8 * intermediate + parts);
+        let slots = slots_shape(ffn, tokens).filter(|_| kernels != ExpertKernels::Lists);
+        let slots = slots.map_or(0, |shape| 2 * training_passes(ffn).workspace(&shape));
+        lists.max(slots) + tokens * (12 * experts + 6 * rank + staged)
     }
 }
 
@@ -198,42 +252,58 @@ impl Weights<'_> {
         self.router().is_some_and(|router| router.form.router.ste)
     }
 
-    /// Sets `y`.
+    /// Tells whether a forward pass can leave the parts of its sums, to which nothing else is added.
+    pub(super) fn leaves_parts(&self, acts: &Acts) -> bool {
+        let correction = self.router().is_some_and(|router| router.correction.is_some());
+        acts.slots.is_some() && !self.kind.gated().output_bias && !correction
+    }
+
+    /// Sets `y`, or without it leaves [`Acts::parts`].
+    ///
+    /// # Panics
+    /// There is no `y` and [`Weights::leaves_parts`] is false.
     pub(super) fn forward(
         &self,
-        y: &mut Matrix<f32>,
+        mut y: Option<&mut Matrix<f32>>,
         acts: &mut Acts,
         input: Input<'_>,
         scratch: &mut Scratch,
     ) -> Result<()> {
         self.route(acts, input, scratch)?;
-        let (x, gated, cut) = (input.h, self.kind.gated(), self.kind.cut());
-        let Acts { a, b, low, routed, lists, .. } = acts;
-        let Scratch { c, parts, low_rounded, .. } = scratch;
+        let (x, activation, cut) = (input.h, self.kind.gated().activation, self.kind.cut());
+        let Acts { a, b, low, routed, lists, slots, .. } = acts;
+        let Scratch { c, parts, low_rounded, workspace, .. } = scratch;
         let ([gate, up, down], biases, output_bias) = (&self.matrices(), &self.biases(), &self.output_bias());
         let biases = biases.as_ref().map(|biases| biases.each_ref().map(|bias| &**bias));
-        Forward {
-            y: &mut *y,
-            c: c.blocks_mut(x.rows(), cut),
-            products: [a, b].map(|buf| buf.blocks_mut(x.rows(), cut)),
-            parts,
-            x,
-            projections: Projections {
-                gate,
-                up,
-                down,
-                biases,
-                output_bias: output_bias.as_deref(),
-                activation: gated.activation,
-            },
-            routed: routed.as_ref(),
-            lists: lists.as_mut(),
-            all_pairs: self.all_pairs(),
+        let output_bias = output_bias.as_deref();
+        let projections = Projections { gate, up, down, biases, output_bias, activation };
+        let all_pairs = self.all_pairs();
+        match (slots, &routed) {
+            (Some((slots, variants)), Some(routed)) => {
+                let (y, kept) = (y.as_deref_mut(), Some([&mut **a, &mut **b]));
+                ForwardSlots { y, kept, workspace, slots, x, projections, routed, variants, all_pairs }
+                    .run()?;
+            }
+            _ => Forward {
+                y: y.as_deref_mut().expect("an output"),
+                c: c.blocks_mut(x.rows(), cut),
+                products: [a, b].map(|buf| buf.blocks_mut(x.rows(), cut)),
+                parts,
+                x,
+                projections,
+                routed: routed.as_ref(),
+                lists: lists.as_mut(),
+                all_pairs,
+            }
+            .run()?,
         }
-        .run()?;
         let router = self.router();
         let correction = router.as_ref().and_then(|router| router.tensors().correction);
-        gating::correct(y, &low_rounded.shaped(low.rows(), low.cols()), correction)
+        match (y, correction) {
+            (Some(y), Some(_)) => gating::correct(y, &low_rounded.shaped(low.rows(), low.cols()), correction),
+            (_, None) => Ok(()),
+            (None, Some(_)) => unreachable!("parts of a sum with a correction"),
+        }
     }
 
     /// Sets the routing, where there is a gate.
@@ -242,7 +312,9 @@ impl Weights<'_> {
         let Some(routed) = &mut acts.routed else { return Ok(()) };
         if let Some(hosted) = &mut acts.hosted {
             let params = self.master.part(self.kind.gate_params(self.master.len()));
-            return hosted.forward(routed, normed, &params, training);
+            hosted.forward(routed, normed, &params, training)?;
+            let Some((slots, _)) = &mut acts.slots else { return Ok(()) };
+            return Ok(Sort { slots, routed }.run()?);
         }
         let Some(router) = self.router() else { return Ok(()) };
         let Scratch { logits, low_rounded, ones, .. } = scratch;
@@ -256,37 +328,80 @@ impl Weights<'_> {
             tensors: router.tensors(),
             thresholds: &self.thresholds,
             gates: gates(&router.form.gates()),
+            slots: acts.slots.as_mut().map(|(slots, _)| slots),
         }
         .run()
     }
 
-    /// Sets `dh` from `dy`, and adds to `grads`, which is laid out as the parameters.
+    /// Sets `dh` from `dy`, and adds to `grads`, which is laid out as the parameters; see [`Backward::set`].
     pub(super) fn backward(&self, args: Backward<'_>, scratch: &mut Scratch) -> Result<()> {
-        let Backward { dh, grads, dy, acts, input, sparsity, partials } = args;
-        let (tokens, gated, cut) = (input.h.rows(), self.kind.gated(), self.kind.cut());
-        let [core, width] = [cut[0], gated.intermediate];
-        let Scratch { c, da, db, g, dcoefficients, parts, .. } = &mut *scratch;
-        let [[c_core, c], [da_core, da], [db_core, db], [g_core, g]] =
-            [c, da, db, g].map(|buf| buf.blocks_mut(tokens, cut));
-        let [[a_core, a], [b_core, b]] = [&acts.a, &acts.b].map(|buf| buf.blocks(tokens, cut));
-        let mut grads_of = Gradients { dh: &mut *dh, grads: &mut *grads, partials: &mut *partials };
-        let signal = Signal { dy, h: input.h };
-        let pairs = Pairs { neurons: core..width, a, b, c, da, db, g };
-        let routed = acts.routed.as_ref().map(|routed| {
-            let dcoefficients = dcoefficients.shaped_mut(tokens, routed.num_experts());
-            Of { routed, lists: acts.lists.as_ref(), dcoefficients, parts, all_pairs: self.all_pairs() }
-        });
-        self.backward_pairs(pairs, routed, &mut grads_of, signal)?;
-        if core > 0 {
-            let (a, b, c) = (a_core, b_core, c_core);
-            let pairs = Pairs { neurons: 0..core, a, b, c, da: da_core, db: db_core, g: g_core };
-            self.backward_pairs(pairs, None, &mut grads_of, signal)?;
+        let Backward { dh, grads, dy, acts, input, sparsity, partials, set } = args;
+        let gated = self.kind.gated();
+        let mut to = Gradients { dh: &mut *dh, grads: &mut *grads, partials: &mut *partials };
+        let signal = Signal { dy, h: input.h, set };
+        match (&acts.slots, &acts.routed) {
+            (Some((slots, variants)), Some(routed)) => {
+                self.backward_slots((slots, routed), variants, (acts, scratch), &mut to, signal)?;
+            }
+            _ => self.backward_blocks(acts, scratch, &mut to, signal)?,
         }
         let [.., of_down, of_output] = gated.ranges();
         for range in [of_down, of_output].into_iter().filter(|range| !range.is_empty()) {
             linear::BackwardBias { db: &mut grads.part_mut(range), dy, partials: &mut *partials }.run()?;
         }
-        self.route_backward(Backward { dh, grads, dy, acts, input, sparsity, partials }, scratch)
+        self.route_backward(Backward { dh, grads, dy, acts, input, sparsity, partials, set }, scratch)
+    }
+
+    /// Sets `dh` and the gradients of coefficients, and adds to the gradients of the weights or sets them, where pairs lie in
+    /// slots.
+    fn backward_slots(
+        &self,
+        (slots, routed): (&Slots, &Routed),
+        variants: &Variants,
+        (acts, scratch): (&Acts, &mut Scratch),
+        to: &mut Gradients<'_>,
+        Signal { dy, h, set }: Signal<'_>,
+    ) -> Result<()> {
+        let gated = self.kind.gated();
+        let [gate, up, down] = &self.matrices();
+        let activation = gated.activation;
+        let projections = Projections { gate, up, down, biases: None, output_bias: None, activation };
+        let layer = projections.layer(h, (slots, routed), variants, self.all_pairs());
+        let [of_gate, of_up, of_down, ..] = gated.ranges();
+        let mut grads = to.grads.parts([of_gate, of_up, of_down]);
+        let Scratch { dcoefficients, workspace, .. } = scratch;
+        let dcoefficients = &mut dcoefficients.shaped_mut(h.rows(), routed.num_experts());
+        let (dx, grads) = (&mut *to.dh, grads.each_mut().map(|grad| &mut **grad));
+        let kept = [&*acts.a, &*acts.b];
+        Ok(slot_ffn::Backward { dx, grads, dcoefficients, workspace, dy, kept, set, layer }.run()?)
+    }
+
+    /// Does the same where values of pairs are in blocks of the core and of the other neurons.
+    fn backward_blocks(
+        &self,
+        acts: &Acts,
+        scratch: &mut Scratch,
+        to: &mut Gradients<'_>,
+        signal: Signal<'_>,
+    ) -> Result<()> {
+        let (tokens, width, cut) = (signal.h.rows(), self.kind.gated().intermediate, self.kind.cut());
+        let core = cut[0];
+        let Scratch { c, da, db, g, dcoefficients, parts, .. } = scratch;
+        let [[c_core, c], [da_core, da], [db_core, db], [g_core, g]] =
+            [c, da, db, g].map(|buf| buf.blocks_mut(tokens, cut));
+        let [[a_core, a], [b_core, b]] = [&acts.a, &acts.b].map(|buf| buf.blocks(tokens, cut));
+        let pairs = Pairs { neurons: core..width, a, b, c, da, db, g };
+        let routed = acts.routed.as_ref().map(|routed| {
+            let dcoefficients = dcoefficients.shaped_mut(tokens, routed.num_experts());
+            Of { routed, lists: acts.lists.as_ref(), dcoefficients, parts, all_pairs: self.all_pairs() }
+        });
+        self.backward_pairs(pairs, routed, to, signal)?;
+        if core > 0 {
+            let (a, b, c) = (a_core, b_core, c_core);
+            let pairs = Pairs { neurons: 0..core, a, b, c, da: da_core, db: db_core, g: g_core };
+            self.backward_pairs(pairs, None, to, signal)?;
+        }
+        Ok(())
     }
 
     /// Sets `dh`, or adds to it from the core, and adds to the gradients of the neurons' weights and biases.
@@ -295,7 +410,7 @@ impl Weights<'_> {
         pairs: Pairs<'_>,
         of: Option<Of<'_>>,
         to: &mut Gradients<'_>,
-        Signal { dy, h }: Signal<'_>,
+        Signal { dy, h, .. }: Signal<'_>,
     ) -> Result<()> {
         let Pairs { neurons, a, b, mut c, mut da, mut db, mut g } = pairs;
         let (gated, add) = (self.kind.gated(), neurons.start == 0 && self.kind.core() > 0);
@@ -445,6 +560,8 @@ struct Gradients<'a> {
 struct Signal<'a> {
     dy: &'a Matrix<bf16>,
     h: &'a Matrix<bf16>,
+    /// See [`Backward::set`].
+    set: bool,
 }
 
 /// Arguments of the backward pass.
@@ -457,4 +574,6 @@ pub(super) struct Backward<'a> {
     pub(super) sparsity: Sparsity<'a>,
     /// Scratch memory for the gradients of biases.
     pub(super) partials: &'a mut Matrix<f32>,
+    /// Sets the gradients of the three projections where [`Acts::sets`], instead of adding to them.
+    pub(super) set: bool,
 }

@@ -11,6 +11,7 @@ mod passes;
 use std::ops::Range;
 
 use dsmoe_kernels::adamw;
+use dsmoe_kernels::cuda::ops::choice::ExpertKernels;
 use dsmoe_kernels::cuda::ops::elementwise::{Cast, Keep};
 use dsmoe_kernels::cuda::ops::optim::{AdamW, AddSum};
 use dsmoe_kernels::cuda::{Gpu, GpuBuf, Matrix, Recorded};
@@ -73,8 +74,10 @@ pub struct CudaTrainer {
     thresholds: GpuBuf<f32>,
     /// Per layer the counts of the last micro-batch's logits, where they are wanted.
     bins: Option<GpuBuf<u64>>,
-    /// The ops of a micro-batch.
-    recorded: Recorded<()>,
+    /// No micro-batch of this step has run.
+    first: bool,
+    /// The ops of a micro-batch that adds to all gradients, and of one that sets some.
+    recorded: [Recorded<()>; 2],
     recorded_for: Option<Recording>,
 }
 
@@ -109,12 +112,13 @@ impl CudaTrainer {
     /// Returns the device memory that training a model of `config` on micro-batches of `tokens` tokens takes.
     ///
     /// # Errors
-    /// The model's FFNs do not run on a GPU.
+    /// The model's FFNs do not run on a GPU, or [`ExpertKernels::VARIABLE`] names no kernels.
     pub fn memory(config: &Config, tokens: usize) -> Result<Vec<MemoryUse>> {
         let all = ffns_of(config);
         let ffns = device_ffns(config, &all)?;
         let params = lay_out(config, &all).0.len();
-        let [activations, shared] = acts::bytes(config, &ffns, tokens);
+        let kernels = ExpertKernels::from_env()?;
+        let [activations, shared] = acts::bytes(config, &ffns, tokens, kernels);
         Ok(vec![
             MemoryUse { what: "  parameters", bytes: 4 * params },
             MemoryUse { what: "  parameters in bf16", bytes: 2 * params },
@@ -165,7 +169,8 @@ impl CudaTrainer {
             keep,
             balance_loss: 0.0,
             sparsity_weight: gpu.zeros(1)?,
-            recorded: Recorded::new(()),
+            first: false,
+            recorded: [(); 2].map(Recorded::new),
             recorded_for: None,
         })
     }
@@ -200,7 +205,7 @@ impl CudaTrainer {
     /// # Errors
     /// The memory does not suffice.
     pub fn count_logits(&mut self) -> Result<()> {
-        self.recorded.forget();
+        self.forget();
         self.bins = Some(self.gpu.zero_rows(self.ffns.len(), BINS)?);
         Ok(())
     }
@@ -227,8 +232,39 @@ impl CudaTrainer {
     /// The device fails.
     pub fn begin(&mut self) -> Result<()> {
         self.balance_loss = 0.0;
-        self.grads.fill_zero()?;
+        self.first = true;
+        // The first micro-batch sets the others.
+        let mut start = 0;
+        for range in self.set_by_first() {
+            self.grads.part_mut(start..range.start).fill_zero()?;
+            start = range.end;
+        }
+        self.grads.part_mut(start..self.layout.len()).fill_zero()?;
         self.report.clear()
+    }
+
+    /// Returns the ranges of gradients, in order, that the first micro-batch of a step sets: those of weights whose products run
+    /// over slots.
+    fn set_by_first(&self) -> Vec<Range<usize>> {
+        let layers = self.ranges.layers.iter().zip(&self.ffns).zip(&self.acts.layers);
+        let set = layers.filter(|(_, acts)| acts.ffn.sets()).flat_map(|((layer, ffn), _)| {
+            let [gate, up, down, ..] = ffn.gated().ranges();
+            let start = layer.ffn.start;
+            [gate, up, down].map(|range| start + range.start..start + range.end)
+        });
+        let mut set: Vec<Range<usize>> = set.collect();
+        set.sort_by_key(|range| range.start);
+        set
+    }
+
+    /// Forgets the ops of micro-batches.
+    fn forget(&mut self) {
+        self.recorded.iter_mut().for_each(Recorded::forget);
+    }
+
+    /// Tells whether the next micro-batch sets gradients.
+    fn sets(&self) -> bool {
+        self.first && self.acts.layers.iter().any(|layer| layer.ffn.sets())
     }
 
     /// Queues the forward and backward pass of a micro-batch, or runs it if gates are computed by the host. As
@@ -263,26 +299,29 @@ impl CudaTrainer {
         self.bins.iter_mut().try_for_each(|bins| bins.fill_zero())?;
         let made_for = Recording { seq, loss_scale: args.loss_scale, sparsity_over: args.sparsity_over };
         if self.recorded_for != Some(made_for) {
-            self.recorded.forget();
+            self.forget();
             self.recorded_for = Some(made_for);
         }
-        let (gpu, mut recorded) = (self.gpu.clone(), std::mem::take(&mut self.recorded));
+        let set = self.sets();
+        self.first = false;
+        let which = usize::from(set);
+        let (gpu, mut recorded) = (self.gpu.clone(), std::mem::take(&mut self.recorded[which]));
         let hosted = self.ffns.iter().any(DeviceFfn::is_hosted);
         let mut pass = |_: &mut ()| {
             self.forward(seq, args)?;
             self.loss(args.loss_scale)?;
-            self.backward(seq, args)
+            self.backward(seq, args, set)
         };
         // Ops between which the host computes cannot be recorded.
         let done = if hosted { pass(&mut ()) } else { recorded.run(&gpu, pass) };
-        self.recorded = recorded;
+        self.recorded[which] = recorded;
         done
     }
 
     /// Tells whether the next micro-batch with the same settings replays a CUDA graph. This is so from the second on, unless
     /// the host computes gates.
     pub fn is_recorded(&self) -> bool {
-        self.recorded.is_recorded()
+        self.recorded[usize::from(self.sets())].is_recorded()
     }
 
     /// Waits for the micro-batches of the step, returns their results, and adds their routing to `stats`.
@@ -290,6 +329,10 @@ impl CudaTrainer {
     /// # Errors
     /// The device fails.
     pub fn finish(&mut self, stats: Option<&mut RoutingStats>) -> Result<CudaStep> {
+        if std::mem::take(&mut self.first) {
+            // Nothing has set them.
+            self.grads.fill_zero()?;
+        }
         if let Some(mask) = &self.keep {
             Keep { x: &mut self.grads, mask }.run()?;
         }

@@ -16,7 +16,7 @@ use super::CudaTrainer;
 use super::acts::{Activations, LayerActs, NormActs, Stream, logit_rows};
 use super::ffn::{Backward, Input, Weights};
 use crate::error::Result;
-use crate::model::gpu::block::{After, Block, Join};
+use crate::model::gpu::block::{After, Block, Branch, Join};
 use crate::model::gpu::heads;
 use crate::model::gpu::turns::rotate;
 use crate::model::tensors::{Ranges, logits_of};
@@ -62,7 +62,14 @@ impl CudaTrainer {
             let norm = layer.before_ffn.as_ref().map(param);
             let next_norm = norm.as_deref();
             let rstd = &mut **rstd_mid;
-            block.join(Join { out: x_mid, h, rstd, residual: x, branch: y, next: next_norm })?;
+            block.join(Join {
+                out: x_mid,
+                h,
+                rstd,
+                residual: x,
+                branch: Branch::Rows(y),
+                next: next_norm,
+            })?;
             let ffn = Weights {
                 kind: &self.ffns[i],
                 master: param(&layer.ffn),
@@ -73,15 +80,25 @@ impl CudaTrainer {
             let input = Input { h, normed, training: args.gate_training(i, config.num_layers) };
             let norm = layer.after_ffn.as_ref().map(param);
             let after = after_of(norm.as_deref(), after_ffn);
-            block.give(y, after, |y| ffn.forward(y, saved, input, scratch))?;
+            let norm = norm_before(ranges, i + 1).map(param);
+            // The norm that follows adds up the parts of tokens.
+            let in_parts = after.is_none() && norm.is_some() && ffn.leaves_parts(saved);
+            match in_parts {
+                true => ffn.forward(None, saved, input, scratch)?,
+                false => block.give(y, after, |y| ffn.forward(Some(y), saved, input, scratch))?,
+            }
             if let (Some(bins), Some(z)) = (&mut self.bins, ffn.logits(scratch, h.rows())) {
                 CountLogits { bins: &mut bins.part_mut(i..i + 1), z: &z, per_unit: PER_UNIT }.run()?;
             }
             self.report.add(i, saved)?;
             self.balance_loss += saved.balance_loss();
-            let norm = norm_before(ranges, i + 1).map(param);
             let Stream { x: out, rstd } = next;
-            block.join(Join { out, h, rstd, residual: x_mid, branch: y, next: norm.as_deref() })?;
+            let left = in_parts.then(|| saved.parts(scratch, &self.ffns[i]));
+            let branch = match &left {
+                Some((parts, slots, routed)) => Branch::Parts { parts, slots, routed },
+                None => Branch::Rows(y),
+            };
+            block.join(Join { out, h, rstd, residual: x_mid, branch, next: norm.as_deref() })?;
         }
         Ok(())
     }
@@ -107,7 +124,8 @@ impl CudaTrainer {
         Ok(AddSum { out, x: losses, squares: false, partials: sums }.run()?)
     }
 
-    pub(super) fn backward(&mut self, seq: usize, args: &StepArgs) -> Result<()> {
+    /// Queues the backward pass. With `set`, it sets the gradients that the first micro-batch of a step sets.
+    pub(super) fn backward(&mut self, seq: usize, args: &StepArgs, set: bool) -> Result<()> {
         let (config, ranges, block) = (&self.config, &self.ranges, Block::of(&self.config));
         let grads = &mut self.grads;
         let param = |range: &Range<usize>| self.params.part(range.clone());
@@ -161,7 +179,7 @@ impl CudaTrainer {
             let Gradients { grads, partials, .. } = &mut gradients;
             let of_ffn = &mut grads.part_mut(layer.ffn.clone());
             ffn.backward(
-                Backward { dh, grads: of_ffn, dy, acts: saved, input, sparsity, partials },
+                Backward { dh, grads: of_ffn, dy, acts: saved, input, sparsity, partials, set },
                 scratch,
             )?;
             gradients.input(layer.before_ffn.as_ref(), dx, dh, [x_mid, rstd_mid])?;

@@ -174,7 +174,8 @@ fn shown(step: &Step) -> String {
         Step::Call(Call { source, entry, defines, grid, args }) => {
             format!("{} {entry} {defines:?} {grid:?} {args:?}", source.name)
         }
-        Step::Product(Launch { source, entry, defines, grid, maps, values }) => {
+        Step::Product(launch) => {
+            let Launch { source, entry, defines, grid, maps, values } = &**launch;
             format!("{} {entry} {defines:?} {grid:?} {maps:?} {values:?}", source.name)
         }
     }
@@ -206,7 +207,8 @@ fn check_step(memory: &Memory, set: &mut Vec<&'static str>, (step, described): &
             let writes = all.by_ref().take(outs).collect();
             (*entry, all.collect(), writes)
         }
-        Step::Product(Launch { entry, values, .. }) => {
+        Step::Product(launch) => {
+            let Launch { entry, values, .. } = &**launch;
             let outs = match *entry {
                 "weights" => described.len() - 3,
                 "up" => described.len() - 1,
@@ -296,7 +298,8 @@ fn check_source(step: &Step, variants: &Variants, activation: Activation) {
                 "{entry} with {defines:?}"
             );
         }
-        Step::Product(Launch { source, entry, defines, .. }) => {
+        Step::Product(launch) => {
+            let Launch { source, entry, defines, .. } = &**launch;
             let form = products::Form::ALL.into_iter().find(|form| form.entry() == *entry).unwrap();
             let variant = variants.of(form);
             let compiled = super::compiled::product_builds().into_iter().any(|(_, of, with)| {
