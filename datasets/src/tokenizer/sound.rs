@@ -5,6 +5,11 @@ use tokenizers::Tokenizer;
 
 use crate::panics::caught;
 
+/// Most characters that a normalizer or a decoder may make of one.
+const MOST_GROWTH: f64 = 4096.0;
+/// Most tokens that a post-processor may add to a text.
+const MOST_ADDED: usize = 1024;
+
 /// Parses `tokenizer.json`, given also as `json`. Whatever else the crate panics on is an error too.
 pub(super) fn parse(bytes: &[u8], json: &Value) -> tokenizers::Result<Tokenizer> {
     check(json)?;
@@ -19,6 +24,8 @@ pub(super) fn guarded<T>(use_tokenizer: impl FnOnce() -> tokenizers::Result<T>) 
 /// Checks what the crate takes for granted.
 fn check(json: &Value) -> Result<(), String> {
     check_merges(&json["model"])?;
+    check_growth("normalizer", &json["normalizer"], "normalizers")?;
+    check_growth("decoder", &json["decoder"], "decoders")?;
     each(&json["post_processor"], "processors", &mut check_template)?;
     each(&json["pre_tokenizer"], "pretokenizers", &mut |part| {
         let empty = part["type"] == "FixedLength" && part["length"] == 0;
@@ -39,11 +46,27 @@ fn each(
     }
 }
 
+/// Steps that put a text in the place of others, or before them, multiply their lengths: forty that double a character make a text
+/// that no memory holds.
+fn check_growth(name: &str, part: &Value, sequence: &str) -> Result<(), String> {
+    let chars = |value: &Value| value.as_str().map_or(1, |text| text.chars().count().max(1)) as f64;
+    let mut all = 1.0;
+    each(part, sequence, &mut |part| {
+        let replaced = chars(&part["pattern"]["String"]);
+        all *= (chars(&part["content"]) / replaced).max(1.0) * chars(&part["prepend"]);
+        match all > MOST_GROWTH {
+            true => Err(format!("the {name} may make more than {MOST_GROWTH} characters of one")),
+            false => Ok(()),
+        }
+    })
+}
+
 /// Every special token of a template has to be listed, and the template of one text holds that text alone.
 fn check_template(processor: &Value) -> Result<(), String> {
     let none = Map::new();
     let listed = processor["special_tokens"].as_object().unwrap_or(&none);
     for kind in ["single", "pair"] {
+        let mut added = 0;
         for piece in processor[kind].as_array().unwrap_or(&Vec::new()) {
             if let Some(id) = piece["SpecialToken"]["id"].as_str()
                 && !listed.contains_key(id)
@@ -51,6 +74,11 @@ fn check_template(processor: &Value) -> Result<(), String> {
                 return Err(format!(
                     "the post-processor uses {id:?}, which is missing from its special_tokens"
                 ));
+            }
+            let id = piece["SpecialToken"]["id"].as_str().unwrap_or_default();
+            added += listed.get(id).and_then(|token| token["ids"].as_array()).map_or(1, Vec::len);
+            if added > MOST_ADDED {
+                return Err(format!("the post-processor adds more than {MOST_ADDED} tokens to a text"));
             }
             if kind == "single" && piece["Sequence"]["id"] == "B" {
                 return Err("the post-processor's template of one text uses a second one".into());
@@ -118,6 +146,33 @@ mod tests {
             Ok(_) => String::new(),
             Err(cause) => cause.to_string(),
         }
+    }
+
+    #[test]
+    fn growth_has_a_limit() {
+        let replace = |pattern: &str, content: String| json!({"type": "Replace", "pattern": {"String": pattern}, "content": content});
+        let steps = |kind: &str, list: &str, steps: Vec<Value>| json!({"type": kind, list: steps});
+        let normalizers = |all: Vec<Value>| json!({"/normalizer": steps("Sequence", "normalizers", all)});
+        let decoders = |all: Vec<Value>| json!({"/decoder": steps("Sequence", "decoders", all)});
+        let double = || replace("a", "aa".to_owned());
+        let prepend = |text: &str| json!({"type": "Prepend", "prepend": text});
+        // Those of LLaMA's tokenizers.
+        assert_eq!(message(normalizers(vec![prepend("▁"), replace(" ", "▁".to_owned())])), "");
+        assert_eq!(message(decoders(vec![replace("▁", " ".to_owned())])), "");
+        assert_eq!(message(normalizers(vec![double(); 12])), "");
+        for (changes, wanted) in [
+            (normalizers(vec![double(); 13]), "the normalizer may make more than 4096"),
+            (normalizers(vec![prepend(&"x".repeat(100)); 2]), "the normalizer may make"),
+            (decoders(vec![replace("a", "b".repeat(5000))]), "the decoder may make more than 4096"),
+        ] {
+            let message = message(changes);
+            assert!(message.contains(wanted), "{message}");
+        }
+        let special = json!({"<s>": {"id": "<s>", "ids": vec![3; 200], "tokens": vec!["<s>"; 200]}});
+        let pieces = vec![json!({"SpecialToken": {"id": "<s>", "type_id": 0}}); 6];
+        let template =
+            json!({"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": special});
+        assert!(message(json!({"/post_processor": template})).contains("adds more than 1024 tokens"));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::cli::verify::Verify;
 use crate::files::lossy;
 use crate::format;
 use crate::progress::{Progress, Unit};
+use crate::reproduce::RESULT;
 use crate::ui::Ui;
 
 /// The exit status for a file that is not what was written.
@@ -98,7 +99,8 @@ fn check(place: &Path, report: &mut Report, ui: &mut Ui) -> Result<()> {
     if let Some(manifest) = Manifest::read(place)? {
         let found = Progress::during(ui, title, Unit::Bytes, |show| manifest.verify(place, show))?;
         let (path, good) = (place.to_path_buf(), found.good);
-        report.checked.push(Checked { path, good, missing: found.missing, changed: found.changed });
+        let missing = found.missing.into_iter().filter(|name| !may_be_gone(place, name)).collect();
+        report.checked.push(Checked { path, good, missing, changed: found.changed });
     } else if place.join(MANIFEST).is_file() {
         let found = Progress::during(ui, title, Unit::Bytes, |show| manifest::verify(place, show))?;
         let (path, good) = (place.to_path_buf(), found.good);
@@ -107,6 +109,14 @@ fn check(place: &Path, report: &mut Report, ui: &mut Ui) -> Result<()> {
         report.unchecked.push(place.display().to_string());
     }
     Ok(())
+}
+
+/// Tells whether a stage of a reproduction does without a file once it is done: checkpoints of its training, and weights of a model
+/// that was discarded when it had been measured.
+fn may_be_gone(place: &Path, name: &str) -> bool {
+    let is_stage = |path: &Path| path.join(RESULT).is_file();
+    let of_stage = is_stage(place) || place.parent().is_some_and(is_stage);
+    of_stage && (name.split('/').any(|part| part == "checkpoints") || name.ends_with(".safetensors"))
 }
 
 fn name_of(path: &Path) -> String {

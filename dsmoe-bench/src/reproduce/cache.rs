@@ -19,7 +19,7 @@ use crate::interrupts::STOP;
 
 /// Version of the computations of stages: it is raised when the same settings give another result.
 const CODE_FORMAT: u32 = 3;
-const RESULT: &str = "result.json";
+pub(crate) const RESULT: &str = "result.json";
 /// A file that the process which does the stage holds a lock of. The system releases the lock of a process that ends.
 const CLAIM: &str = ".claim";
 /// How often a stage that another process does is looked at.

@@ -33,6 +33,7 @@ impl Collected {
                 bail!("{first} and {dir} are not parts of one reproduction: their {SETUP} differ");
             }
         }
+        setup.check(&dirs[0].join(SETUP))?;
         let find = |id: &str| -> Result<Option<Run>> {
             let mut found: Option<(Run, &PathBuf)> = None;
             for dir in dirs {
@@ -42,6 +43,7 @@ impl Collected {
                 }
                 let run: Run = read_part(&path)?;
                 sound::check(&path, &run)?;
+                sound::check_run(&path, id, &run)?;
                 // Results may differ all the same: the last bits of a stage depend on the machine.
                 match &found {
                     Some((other, place)) if other.key != run.key => {

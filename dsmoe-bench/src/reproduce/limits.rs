@@ -30,6 +30,9 @@ const TOKEN_BYTES: u64 = 1 << 10;
 const SOURCES: u64 = 4;
 const MOST_THREADS: usize = 1024;
 const MOST_SEEDS: u64 = 1024;
+const MOST_ROWS: u64 = 1 << 13;
+/// Most bootstrap resamples: beyond it intervals do not change any more.
+pub(super) const MOST_RESAMPLES: usize = 1_000_000;
 
 /// The memory and disk that a reproduction may use.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +74,10 @@ fn fits(name: &str, value: u64, each: u64, memory: u64) -> Result<()> {
 pub(super) fn check_seeds(profile: &Profile) -> Result<()> {
     if profile.seeds > MOST_SEEDS {
         bail!("seeds is {}; use at most {MOST_SEEDS}", profile.seeds);
+    }
+    let rows = profile.method.len();
+    if rows as u64 * profile.seeds > MOST_ROWS {
+        bail!("{rows} methods of {} seeds are too many; use at most {MOST_ROWS} in all", profile.seeds);
     }
     Ok(())
 }

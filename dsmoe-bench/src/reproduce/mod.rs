@@ -37,6 +37,8 @@ mod text;
 mod training;
 mod work;
 
+pub(crate) use cache::RESULT;
+
 use std::collections::VecDeque;
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -18,6 +18,7 @@ use dsmoe_train::config::NearDuplicates;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::limits::MOST_RESAMPLES;
 use crate::files;
 
 /// The token of the embedded world that separates documents.
@@ -517,6 +518,9 @@ impl Profile {
             if value == 0 {
                 bail!("{name} is 0; use 1 or more");
             }
+        }
+        if measure.resamples > MOST_RESAMPLES {
+            bail!("measure.resamples is {}; use at most {MOST_RESAMPLES}", measure.resamples);
         }
         if !(LEAST_STEP..1.0).contains(&measure.late_step) {
             bail!("measure.late_step is {}; use a number from {LEAST_STEP} and below 1", measure.late_step);

@@ -1,14 +1,18 @@
 //! The settings file of a reproduction.
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Result, bail};
 use dsmoe_core::accounting::Accounting;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::inputs::Base;
+use super::limits::{self, MOST_RESAMPLES};
 use super::outputs::Output;
 use super::profile::Profile;
 use super::records::FORMAT_VERSION;
+use super::sound;
 use super::text::Text;
 
 /// The definition and the inputs of a reproduction.
@@ -55,6 +59,25 @@ impl Setup {
             dense_params: Accounting::of(&base.config).total,
             num_layers: base.config.num_layers,
         })
+    }
+
+    /// Refuses values that no reproduction writes into the file `path`.
+    pub(crate) fn check(&self, path: &Path) -> Result<()> {
+        sound::check_setup(path, self)?;
+        limits::check_seeds(&self.profile)?;
+        let resamples = self.profile.measure.resamples;
+        if !(1..=MOST_RESAMPLES).contains(&resamples) {
+            bail!("{}: resamples is {resamples}; use 1 to {MOST_RESAMPLES}", path.display());
+        }
+        // A method runs a part of the dense model, and routers.
+        if !(1.0..=2.0 * self.dense_params as f64).contains(&self.budget) {
+            let (budget, dense) = (self.budget, self.dense_params);
+            bail!(
+                "{}: budget is {budget} of a dense model of {dense} parameters; run the reproduction again",
+                path.display()
+            );
+        }
+        Ok(())
     }
 
     /// Adds the runs of another part. The order is that of the tables: by seed, then as the profile lists the methods.

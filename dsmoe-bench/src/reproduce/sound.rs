@@ -7,6 +7,8 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 use serde_json::Value;
 
+use super::records::{BASE, Run};
+
 /// Numbers that are shares, scores or probabilities.
 const SHARES: [&str; 9] = [
     "share",
@@ -24,20 +26,58 @@ const ROUNDING: f64 = 1e-3;
 /// Values of a method's own, which may be anything.
 const OWN: [&str; 2] = ["settings", "measured"];
 
+/// Shares of the settings of a reproduction.
+const SETTINGS: [&str; 6] = ["active", "budgets", "curve", "late_step", "milestones", "thresholds"];
+
 /// Refuses a record of the file `path` with a value that cannot be.
 pub(super) fn check(path: &Path, record: &impl Serialize) -> Result<()> {
-    walk(path, "", &serde_json::to_value(record)?)
+    walk(path, ("", &SHARES), &serde_json::to_value(record)?)
 }
 
-fn walk(path: &Path, key: &str, value: &Value) -> Result<()> {
+/// Does the same for the settings of a reproduction.
+pub(super) fn check_setup(path: &Path, setup: &impl Serialize) -> Result<()> {
+    walk(path, ("", &[&SHARES[..], &SETTINGS].concat()), &serde_json::to_value(setup)?)
+}
+
+/// Refuses the run of the file `path` whose values contradict each other, or its name `id`.
+pub(super) fn check_run(path: &Path, id: &str, run: &Run) -> Result<()> {
+    let wrong = |what: String| bail!("{}: {what}; measure that model again", path.display());
+    if id != BASE && id != format!("{}-s{}", run.method, run.seed) {
+        return wrong(format!("it is of {} and seed {}", run.method, run.seed));
+    }
+    let made = run.made.as_ref().map(|made| (made.params_activated, made.params_total));
+    let means = &run.text.means;
+    for (activated, total) in made.into_iter().chain([(means.params_activated, means.params_total as f64)]) {
+        if activated > total * (1.0 + ROUNDING) {
+            return wrong(format!("params_activated is {activated} of {total}"));
+        }
+    }
+    let (nll, ppl) = (means.nll, means.ppl);
+    if (nll - ppl.ln()).abs() > ROUNDING {
+        return wrong(format!("nll is {nll} and ppl {ppl}"));
+    }
+    for score in run.tasks.iter().flatten() {
+        if score.items == 0 || score.right.len() != score.items {
+            return wrong(format!(
+                "{} has {} items and {} answers",
+                score.task,
+                score.items,
+                score.right.len()
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn walk(path: &Path, (key, shares): (&str, &[&str]), value: &Value) -> Result<()> {
     match value {
         Value::Object(fields) => fields
             .iter()
             .filter(|(key, _)| !OWN.contains(&key.as_str()))
-            .try_for_each(|(key, value)| walk(path, key, value)),
-        Value::Array(values) => values.iter().try_for_each(|value| walk(path, key, value)),
+            .try_for_each(|(key, value)| walk(path, (key, shares), value)),
+        Value::Array(values) => values.iter().try_for_each(|value| walk(path, (key, shares), value)),
         Value::Number(number) => {
-            let allowed = range(key);
+            let allowed = range(key, shares);
             match number.as_f64().filter(|number| allowed.contains(number)) {
                 Some(_) => Ok(()),
                 None => {
@@ -57,11 +97,11 @@ fn walk(path: &Path, key: &str, value: &Value) -> Result<()> {
 }
 
 /// Returns the values that a measurement may give.
-fn range(key: &str) -> RangeInclusive<f64> {
+fn range(key: &str, shares: &[&str]) -> RangeInclusive<f64> {
     match key {
         "correlation" => -1.0..=1.0,
         "kl" => -ROUNDING..=f64::MAX,
-        key if SHARES.contains(&key) => 0.0..=1.0,
+        key if shares.contains(&key) => 0.0..=1.0,
         _ => 0.0..=f64::MAX,
     }
 }

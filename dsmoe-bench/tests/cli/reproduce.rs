@@ -207,6 +207,47 @@ fn parts_put_together_are_the_whole() {
         assert!(path("reproduce/parts").join(file).is_file(), "{file}");
     }
     fails(&merge, &["is not empty"]);
+    // What stages do without once they are done is no damage.
+    shows(
+        &succeeds("verify reproduce/part1 reproduce/part2 reproduce/stages reproduce/parts"),
+        &["as it was written"],
+    );
+    // Values that no reproduction writes are refused before they are used.
+    fs::remove_file(path("reproduce/part1/checksums.json")).unwrap();
+    let setup = read_json("reproduce/part1/setup.json");
+    for (at, value, wanted) in [
+        (
+            "/profile/measure/resamples",
+            json!(1_000_000_000_000_000u64),
+            "resamples is 1000000000000000; use 1 to",
+        ),
+        ("/profile/active", json!(1.5), "active is 1.5"),
+        ("/profile/milestones/0", json!(-1.0), "milestones is -1"),
+        ("/budget", json!(-5.0), "budget is -5"),
+        ("/dense_params", json!(1), "of a dense model of 1 parameters"),
+        ("/profile/seeds", json!(1_000_000_000u64), "seeds is"),
+    ] {
+        let mut changed = setup.clone();
+        *changed.pointer_mut(at).unwrap() = value;
+        write("reproduce/part1/setup.json", changed.to_string());
+        fails("reproduce merge reproduce/part1 --out reproduce/refused", &[wanted]);
+    }
+    write("reproduce/part1/setup.json", setup.to_string());
+    fs::remove_file(path("reproduce/part1/runs/checksums.json")).unwrap();
+    let run = read_json("reproduce/part1/runs/base.json");
+    for (at, value, wanted) in [
+        ("/text/params_activated", json!(1e15), "params_activated is 1000000000000000"),
+        ("/text/nll", json!(1e308), "nll is"),
+        ("/text/nll", json!(0.5), "nll is 0.5 and ppl"),
+    ] {
+        let mut changed = run.clone();
+        *changed.pointer_mut(at).unwrap() = value;
+        write("reproduce/part1/runs/base.json", changed.to_string());
+        fails(
+            "reproduce merge reproduce/part1 reproduce/part2 --out reproduce/refused",
+            &["base.json", wanted],
+        );
+    }
 }
 
 /// A row computed by itself joins a table.
