@@ -111,6 +111,37 @@ pub(crate) fn remove_dir(dir: &Path) -> Result<()> {
     }
 }
 
+/// Fills the new directory `temporary` with `write` and gives it the place `place`, of what is there. Removes it where that fails.
+pub(crate) fn make_dir(
+    temporary: &Path,
+    place: &Path,
+    write: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
+    let made = || -> Result<()> {
+        new_dir(temporary)?;
+        write(temporary)?;
+        sync_dir(temporary)?;
+        remove_dir(place)?;
+        fs::rename(temporary, place).map_err(Error::io(place))?;
+        place.parent().map_or(Ok(()), sync_dir)
+    };
+    // Frees the disk; the error that matters is the first one.
+    made().inspect_err(|_| drop(remove_dir(temporary)))
+}
+
+/// Removes `dir` and all in it, if it is there. It is `.NAME.tmp` meanwhile: if the process is killed, what is left of it is not
+/// taken for the whole.
+pub(crate) fn retire_dir(dir: &Path) -> Result<()> {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let gone = dir.with_file_name(format!(".{name}.tmp"));
+    remove_dir(&gone)?;
+    match fs::rename(dir, &gone) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(cause) => Err(Error::io(dir)(cause)),
+        Ok(()) => remove_dir(&gone),
+    }
+}
+
 /// Moves all files of `from` into `to`, `config.json` last, and removes `from`.
 pub(crate) fn move_into(from: &Path, to: &Path) -> Result<()> {
     let mut names = names(from)?;
@@ -135,4 +166,37 @@ pub(crate) fn names(dir: &Path) -> Result<Vec<String>> {
     }
     names.sort_unstable();
     Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_is_removed_leaves_nothing_of_an_earlier_try() {
+        let work = tempfile::tempdir().unwrap();
+        let (dir, gone) = (work.path().join("layer"), work.path().join(".layer.tmp"));
+        for dir in [&dir, &gone] {
+            fs::create_dir(dir).unwrap();
+            fs::write(dir.join("weights"), "w").unwrap();
+        }
+        retire_dir(&dir).unwrap();
+        assert!(names(work.path()).unwrap().is_empty());
+        retire_dir(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_cannot_get_its_place_is_not_left() {
+        let work = tempfile::tempdir().unwrap();
+        let (temporary, place) = (work.path().join(".01-a.tmp"), work.path().join("01-a"));
+        let write = |dir: &Path| fs::write(dir.join("weights"), "w").map_err(Error::io(dir));
+        // A file is in its place, which no directory replaces.
+        fs::write(&place, "").unwrap();
+        make_dir(&temporary, &place, write).unwrap_err();
+        assert_eq!(names(work.path()).unwrap(), ["01-a"]);
+        fs::remove_file(&place).unwrap();
+        make_dir(&temporary, &place, write).unwrap();
+        assert_eq!(names(work.path()).unwrap(), ["01-a"]);
+        assert_eq!(names(&place).unwrap(), ["weights"]);
+    }
 }

@@ -51,6 +51,10 @@ const HELD_OUT: usize = 8;
 const FEWEST_SEQUENCES: usize = 2;
 const WORK: &str = "reconstruct";
 const STATE_FILE: &str = "state.json";
+/// The reports of all layers, once the model is written: what is left of the layers is not needed any more.
+const REPORTS_FILE: &str = "reports.json";
+/// The name of the work directory while it is removed.
+const WORK_REMOVED: &str = ".reconstruct.tmp";
 const FINAL_TEMPORARY: &str = ".final.tmp";
 /// Difference of attention weights, relative to their norm, up to which they count as the dense model's, rounded.
 const SAME_WEIGHTS: f64 = 0.01;
@@ -190,6 +194,10 @@ pub fn reconstruct(
     let mut model = Model::load(&paths.model)?;
     let mut streams = Streams::open(paths, &model, sequences)?;
     let work = Work::prepare(paths, &model, sequences, options)?;
+    if let Some(reports) = work.reports()? {
+        work.clear()?;
+        return Ok(reports);
+    }
     let mut thresholds = Thresholds::of(&model)?;
     let layers = model.config().num_layers;
     let mut reports = Vec::with_capacity(layers);
@@ -221,7 +229,7 @@ pub fn reconstruct(
         }
     }
     thresholds.store(&mut model)?;
-    work.finish(&model, paths)?;
+    work.finish(&model, paths, &reports)?;
     Ok(reports)
 }
 
@@ -648,6 +656,10 @@ impl Work {
         if !names.is_empty() && !paths.resume {
             return Err(Error::OutToResume(paths.out.clone()));
         }
+        if names.iter().any(|name| name == WORK_REMOVED) {
+            // Left by a process that was killed at its very end.
+            files::remove_dir(&paths.out.join(WORK_REMOVED))?;
+        }
         if !names.is_empty() && !is_ours {
             return Err(Error::NotARun(paths.out.clone()));
         }
@@ -688,7 +700,7 @@ impl Work {
             shape: entry.spec.shape.clone(),
         });
         let temporary = self.dir.join(format!(".layer-{layer:04}.tmp"));
-        files::fill_dir(&temporary, |dir| {
+        files::make_dir(&temporary, &self.file(layer), |dir| {
             let mut writer = Writer::create_file(&dir.join("ffn.safetensors"), infos.collect())?;
             for entry in entries() {
                 writer.write_f32(&entry.spec.name, &model.params()[entry.range.clone()])?;
@@ -701,10 +713,7 @@ impl Work {
             write_synced(&file, json.as_bytes()).map_err(Error::io(&file))?;
             Manifest::write(dir, &sums)?;
             Ok(())
-        })?;
-        let path = self.file(layer);
-        fs::rename(&temporary, &path).map_err(Error::io(&path))?;
-        files::sync_dir(&self.dir)
+        })
     }
 
     /// Reads a finished layer into `model` and `thresholds`; returns none if it is not done.
@@ -740,7 +749,7 @@ impl Work {
     }
 
     /// Puts the model into the output directory, `config.json` last, and removes the finished layers.
-    fn finish(self, model: &Model, paths: &ReconstructPaths) -> Result<()> {
+    fn finish(self, model: &Model, paths: &ReconstructPaths, reports: &[LayerReport]) -> Result<()> {
         let temporary = paths.out.join(FINAL_TEMPORARY);
         files::fill_dir(&temporary, |dir| {
             let sums = model.save(dir, Dtype::F32)?;
@@ -749,7 +758,23 @@ impl Work {
             Ok(())
         })?;
         files::move_into(&temporary, &paths.out)?;
-        files::remove_dir(&self.dir)
+        // A process that is killed while it removes them leaves layers that cannot be read.
+        files::write_json(&self.dir.join(REPORTS_FILE), &reports)?;
+        self.clear()
+    }
+
+    /// Returns the reports of all layers, if the model is written.
+    fn reports(&self) -> Result<Option<Vec<LayerReport>>> {
+        let path = self.dir.join(REPORTS_FILE);
+        path.is_file().then(|| files::read_json(&path)).transpose()
+    }
+
+    /// Removes the finished layers, then what says that all are done.
+    fn clear(&self) -> Result<()> {
+        for name in files::names(&self.dir)?.iter().filter(|name| name.contains("layer-")) {
+            files::remove_dir(&self.dir.join(name))?;
+        }
+        files::retire_dir(&self.dir)
     }
 }
 

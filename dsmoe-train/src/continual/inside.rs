@@ -5,7 +5,6 @@
 //! ```
 //! A checkpoint appears complete. Those before it are then removed, and all of a task when it is done.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::Model;
@@ -69,14 +68,12 @@ impl Checkpoints {
     pub(super) fn save(&self, inside: &Inside, model: &Model, optimizer: &AdamW) -> Result<()> {
         let name = format!("{}{:08}", self.prefix(), inside.step);
         let temporary = self.dir.join(format!(".{name}.tmp"));
-        let sums = write_together(&temporary, model, optimizer, &Alone)?;
-        files::write_json(&temporary.join(STATE_FILE), inside)?;
-        Manifest::write(&temporary, &sums)?;
-        files::sync_dir(&temporary)?;
-        let place = self.dir.join(&name);
-        files::remove_dir(&place)?;
-        fs::rename(&temporary, &place).map_err(Error::io(&place))?;
-        files::sync_dir(&self.dir)?;
+        files::make_dir(&temporary, &self.dir.join(&name), |dir| {
+            let sums = write_together(dir, model, optimizer, &Alone)?;
+            files::write_json(&dir.join(STATE_FILE), inside)?;
+            Manifest::write(dir, &sums)?;
+            Ok(())
+        })?;
         for other in files::names(&self.dir)?.iter().filter(|other| **other != name) {
             files::remove_dir(&self.dir.join(other))?;
         }

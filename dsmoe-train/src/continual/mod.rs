@@ -503,16 +503,13 @@ impl Folder {
     fn write(&self, place: &Path, model: &Model, report: &TaskReport) -> Result<()> {
         let name = place.file_name().unwrap_or_default().to_string_lossy();
         let temporary = place.with_file_name(format!(".{name}.tmp"));
-        files::fill_dir(&temporary, |dir| {
+        files::make_dir(&temporary, place, |dir| {
             let sums = model.save(dir, dsmoe_core::checkpoint::Dtype::F32)?;
             copy_companions(&self.source, dir)?;
             files::write_json(&dir.join(REPORT_FILE), report)?;
             Manifest::write(dir, &sums)?;
-            files::sync_dir(dir)
-        })?;
-        files::remove_dir(place)?;
-        fs::rename(&temporary, place).map_err(Error::io(place))?;
-        files::sync_dir(&self.out.join(TASKS))
+            Ok(())
+        })
     }
 }
 

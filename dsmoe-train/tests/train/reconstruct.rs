@@ -104,9 +104,20 @@ fn an_interrupted_reconstruction_goes_on_after_its_last_layer() {
     assert_eq!(first.len(), 1);
     let parts = models.dir.path().join("parts");
     assert!(!parts.join("config.json").exists());
+    // The work of a process that was killed while it removed the finished layers.
+    let (work, removed) = (parts.join("reconstruct"), models.dir.path().join("removed"));
+    std::fs::create_dir_all(removed.join("layer-0000")).unwrap();
+    for file in ["state.json", "layer-0000/checksums.json", "layer-0000/ffn.safetensors"] {
+        std::fs::copy(work.join(file), removed.join(file)).unwrap();
+    }
     let rest = models.run("parts", true, 9).unwrap();
     let errors = |reports: &[LayerReport]| reports.iter().map(|r| (r.before, r.after)).collect::<Vec<_>>();
     assert_eq!(errors(&rest), errors(&whole));
+    assert_eq!(weights(&parts), weights(&models.dir.path().join("whole")));
+    std::fs::write(removed.join("reports.json"), serde_json::to_vec(&rest).unwrap()).unwrap();
+    std::fs::rename(&removed, &work).unwrap();
+    assert_eq!(models.run("parts", true, 9).unwrap(), rest);
+    assert!(!work.exists() && !parts.join(".reconstruct.tmp").exists());
     assert_eq!(weights(&parts), weights(&models.dir.path().join("whole")));
 }
 
