@@ -424,12 +424,17 @@ fn finish(dir: &Path, temporary: &Path, state: &State, sums: &Sums) -> Result<()
     files::remove_dir(&path)?;
     fs::rename(temporary, &path).map_err(Error::io(&path))?;
     files::sync_dir(dir)?;
+    tidy(dir, state.step, state.config.keep)
+}
 
+/// Removes the checkpoints in `dir` but the `keep` newest ones up to `step`, and what killed processes left of others. An old one
+/// that a process did not get to remove, or not whole, goes too.
+pub(crate) fn tidy(dir: &Path, step: u64, keep: usize) -> Result<()> {
     let mut kept = 0;
-    for (step, old) in list(dir)? {
-        kept += usize::from(step <= state.step);
-        if step > state.step || kept > state.config.keep {
-            files::remove_dir(&old)?;
+    for (at, old) in list(dir)? {
+        kept += usize::from(at <= step);
+        if at > step || kept > keep {
+            files::retire_dir(&old)?;
         }
     }
     for name in files::names(dir)? {
@@ -621,6 +626,18 @@ mod tests {
         let steps: Vec<u64> = list(dir.path()).unwrap().into_iter().map(|(step, _)| step).collect();
         assert_eq!(steps, [123_456_789, 10]);
         assert!(list(&dir.path().join("none")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn only_the_newest_checkpoints_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["step-00000002", "step-00000004", "step-00000006", ".step-00000004.tmp", "other"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            std::fs::write(dir.path().join(name).join("config.json"), "{}").unwrap();
+        }
+        tidy(dir.path(), 4, 1).unwrap();
+        assert_eq!(files::names(dir.path()).unwrap(), ["other", "step-00000004"]);
+        tidy(&dir.path().join("none"), 4, 1).unwrap();
     }
 
     #[test]

@@ -262,6 +262,9 @@ impl Trainer {
         let total = self.state.config.steps.unwrap_or(0);
         if self.state.step >= total {
             observer.note(&format!("all {total} steps are done; writing the trained model"));
+            let (dir, keep) = (self.options.out.join(CHECKPOINTS), self.state.config.keep);
+            // A process that was killed after its last checkpoint may not have removed the ones before.
+            by_first(&*self.options.comm, START, || checkpoint::tidy(&dir, self.state.step, keep))?;
             self.write_final()?;
             return Ok(Outcome::Finished);
         }

@@ -52,6 +52,20 @@ fn a_finished_run_is_a_model_with_its_history() {
 }
 
 #[test]
+fn a_finished_run_removes_what_a_killed_process_left_of_old_checkpoints() {
+    let bed = Bed::new(true);
+    bed.whole("out", &["steps=4", "save_every=2", "keep=1"]);
+    let checkpoints = bed.path("out/checkpoints");
+    assert_eq!(names(&checkpoints), ["step-00000004"]);
+    for name in ["step-00000002", ".step-00000001.tmp"] {
+        std::fs::create_dir(checkpoints.join(name)).unwrap();
+        std::fs::write(checkpoints.join(name).join("config.json"), "{}").unwrap();
+    }
+    bed.rest("out", &["steps=4", "save_every=2", "keep=1"]).noted(&["all 4 steps are done"]);
+    assert_eq!(names(&checkpoints), ["step-00000004"]);
+}
+
+#[test]
 fn training_learns_and_a_dense_model_has_no_routing() {
     let bed = Bed::new(false);
     let heard = bed.whole("out", &["sparsity=1", "steps=60", "lr=1e-2"]);
