@@ -23,7 +23,7 @@ use dsmoe_core::params::{Entry, Layout};
 use dsmoe_core::shard::Shards;
 use dsmoe_core::{Masks, Model};
 use dsmoe_datasets::TokenSource;
-use dsmoe_datasets::files::{hex, read_at_most};
+use dsmoe_datasets::files::hex;
 use dsmoe_datasets::tokens::identity;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::comm::{Communicator, What, gather};
@@ -467,7 +467,7 @@ fn damaged(file: &Path) -> Error {
 /// Reads the state of the run in the checkpoint `path`.
 pub(crate) fn read_state(path: &Path) -> Result<State> {
     let file = path.join(STATE_FILE);
-    let bytes = read_at_most(&file, LARGEST_STATE).map_err(Error::io(&file))?;
+    let bytes = files::read_own(&file, LARGEST_STATE)?;
     let not_text = |_| Error::checkpoint(&file, "it is not UTF-8");
     let text = String::from_utf8(bytes).map_err(not_text)?;
     if let Some(manifest) = Manifest::read(path)?
@@ -593,6 +593,15 @@ mod tests {
             let message = written(&text.replacen(from, to, 1)).unwrap_err().to_string();
             assert!(message.contains(wanted) && message.lines().count() == 1, "{message}");
         }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_state_that_is_no_regular_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/dev/null", dir.path().join(STATE_FILE)).unwrap();
+        let message = read_state(dir.path()).unwrap_err().to_string();
+        assert!(message.contains("state.json: it is not a regular file"), "{message}");
     }
 
     #[test]

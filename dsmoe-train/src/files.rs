@@ -19,9 +19,17 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     files::replace(path, |file| file.write_all(bytes)).map_err(Error::io(path))
 }
 
+/// Reads a file of at most `limit` bytes that this crate wrote. A pipe or a device is none, and reading a pipe would block.
+pub(crate) fn read_own(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    if !fs::metadata(path).map_err(Error::io(path))?.is_file() {
+        return Err(Error::checkpoint(path, "it is not a regular file"));
+    }
+    files::read_at_most(path, limit).map_err(Error::io(path))
+}
+
 /// Reads a file of JSON that this crate wrote.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = files::read_at_most(path, LARGEST_JSON).map_err(Error::io(path))?;
+    let bytes = read_own(path, LARGEST_JSON)?;
     serde_json::from_slice(&bytes).map_err(|cause| Error::checkpoint(path, cause.to_string()))
 }
 
@@ -171,6 +179,16 @@ pub(crate) fn names(dir: &Path) -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn a_device_is_no_file_of_a_run() {
+        let work = tempfile::tempdir().unwrap();
+        let path = work.path().join("state.json");
+        std::os::unix::fs::symlink("/dev/null", &path).unwrap();
+        let error = read_json::<u64>(&path).unwrap_err().to_string();
+        assert!(error.contains("state.json: it is not a regular file"), "{error}");
+    }
 
     #[test]
     fn a_directory_that_is_removed_leaves_nothing_of_an_earlier_try() {
