@@ -120,6 +120,20 @@ fn name_of(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
+/// Removes a folder, if it is there. It has another name meanwhile: if the process is killed, what is left of it is not taken for the
+/// whole, and the next call removes it.
+pub(crate) fn discard(folder: &Path) -> Result<()> {
+    let gone = folder.with_file_name(format!(".{}.gone", name_of(folder)));
+    let missing_or = |outcome: std::io::Result<()>| match outcome {
+        Err(cause) if cause.kind() != ErrorKind::NotFound => Err(cause),
+        _ => Ok(()),
+    };
+    let removed = missing_or(fs::remove_dir_all(&gone))
+        .and_then(|()| missing_or(fs::rename(folder, &gone)))
+        .and_then(|()| missing_or(fs::remove_dir_all(&gone)));
+    removed.with_context(|| folder.display().to_string())
+}
+
 /// Writes atomically what `fill` writes.
 pub(crate) fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<()> {
     let folder = folder_of(path);
@@ -188,4 +202,22 @@ pub(crate) fn check_folder(path: &Path, anyway: bool, remedy: &str) -> Result<()
         bail!("{} is not empty; {remedy}", path.display());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_discarded_folder_leaves_nothing_of_an_earlier_try() {
+        let work = tempfile::tempdir().unwrap();
+        let (run, gone) = (work.path().join("run"), work.path().join(".run.gone"));
+        for folder in [&run, &gone] {
+            fs::create_dir(folder).unwrap();
+            fs::write(folder.join("weights"), "w").unwrap();
+        }
+        discard(&run).unwrap();
+        assert_eq!(fs::read_dir(work.path()).unwrap().count(), 0);
+        discard(&run).unwrap();
+    }
 }

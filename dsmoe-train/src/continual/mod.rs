@@ -447,8 +447,12 @@ struct Folder {
 impl Folder {
     fn open(options: &ContinualOptions, identity: &Value) -> Result<Folder> {
         let out = &options.out;
-        let names = files::names(out)?;
+        let mut names = files::names(out)?;
         let path = out.join(SETTINGS_FILE);
+        if options.resume {
+            // A process that was killed while it wrote the settings leaves a part of them.
+            names.retain(|name| !name.starts_with(".tmp"));
+        }
         if !names.is_empty() && !options.resume {
             return Err(Error::OutToResume(out.clone()));
         }

@@ -8,6 +8,7 @@ use serde_json::json;
 use super::experiment::{Claim, Experiment, Value};
 use super::lab::Lab;
 use super::sketch::shortened;
+use crate::files::discard;
 
 const STEPS: u64 = 25;
 /// Those of all tasks, in a profile of four sources.
@@ -97,16 +98,18 @@ fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
                 Ok(Task { name: name.clone(), steps: STEPS, source: source.context("no text")? })
             };
             let tasks = sources.iter().map(task).collect::<Result<Vec<Task>>>()?;
+            let run = dir.join("run");
             let options = ContinualOptions {
                 model: dense.dir.clone(),
-                out: dir.join("run"),
+                out: run.clone(),
                 // A killed process has left what it had done.
                 resume: true,
                 train: train.clone(),
                 method,
             };
             let report = learn(&options, &tasks, &mut |_| true)?;
-            std::fs::remove_dir_all(dir.join("run"))?;
+            // Its result is not written yet: a run that is removed in part could not be resumed.
+            discard(&run)?;
             let jumps: Vec<f64> = report.learnt.iter().filter_map(|task| task.jump).collect();
             let jump = jumps.iter().sum::<f64>() / jumps.len().max(1) as f64;
             let last = report.mean_final.context("no task was learnt")?;
