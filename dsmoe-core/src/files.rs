@@ -64,7 +64,9 @@ impl Leftover {
     }
 }
 
-/// Lists what processes that no longer run left in `dir`, by name. Where processes are not listed in /proc it is nothing.
+/// Lists what processes that no longer run left in `dir`, by name. Where processes are not listed in /proc it is nothing. What has
+/// the number of this process counts as left by an earlier one, as in a container, where every process has number 1; so this is
+/// for before an output is begun.
 ///
 /// # Errors
 /// The directory cannot be read.
@@ -77,7 +79,7 @@ pub fn leftovers(dir: &Path) -> Result<Vec<Leftover>> {
         let entry = entry?;
         let name = entry.file_name();
         if let Some((of, is_old, pid)) = name.to_str().and_then(Leftover::parse)
-            && !Path::new("/proc").join(pid.to_string()).exists()
+            && (pid == std::process::id() || !Path::new("/proc").join(pid.to_string()).exists())
         {
             found.push(Leftover { path: entry.path(), of: of.to_owned(), is_old });
         }
@@ -270,6 +272,24 @@ mod tests {
         recover(&out).unwrap();
         assert!(!old.exists());
         assert_eq!(fs::read(out.join("config.json")).unwrap(), b"first");
+    }
+
+    #[test]
+    fn what_an_earlier_process_of_the_same_number_left_is_recovered() {
+        let dir = tempfile::tempdir().unwrap();
+        if !Path::new("/proc/self").exists() {
+            return;
+        }
+        let [old, part] = ["old", "tmp"].map(|kind| {
+            let path = dir.path().join(format!(".out.{kind}-{}", std::process::id()));
+            fs::create_dir(&path).unwrap();
+            fs::write(path.join("config.json"), kind).unwrap();
+            path
+        });
+        let out = dir.path().join("out");
+        recover(&out).unwrap();
+        assert_eq!(fs::read(out.join("config.json")).unwrap(), b"old");
+        assert!(!old.exists() && !part.exists());
     }
 
     #[test]
