@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use twox_hash::xxhash3_128::Hasher;
 
 use crate::error::{Error, Result};
-use crate::files::{open_regular, write_synced};
+use crate::files::{open_regular, recover, write_synced};
 use crate::json::{parse, read_json};
 
 /// Name of the manifest in its directory.
@@ -250,9 +250,34 @@ impl Manifest {
     fn with(mut self, dir: &Path, name: &str) -> Result<()> {
         let sum = FileSum::of_file(&dir.join(name), &mut |_| ())?;
         self.files.insert(name.to_owned(), sum);
-        let (path, temporary) = (dir.join(MANIFEST_FILE), dir.join(format!(".{MANIFEST_FILE}.new")));
+        self.replace(dir)
+    }
+
+    /// Takes the file `name` out of the manifest of `dir`, if there is one that can be read. Called before the file is replaced, it
+    /// keeps a process that is killed before it enters the new content from leaving one that counts as damaged.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn forget(dir: &Path, name: &str) -> Result<()> {
+        let Some(mut manifest) = Manifest::read(dir).ok().flatten() else { return Ok(()) };
+        match manifest.files.remove(name) {
+            Some(_) => manifest.replace(dir),
+            None => Ok(()),
+        }
+    }
+
+    /// Replaces the manifest of `dir`.
+    fn replace(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(MANIFEST_FILE);
+        recover(&path).map_err(Error::io(&path))?;
+        let temporary = dir.join(format!(".{MANIFEST_FILE}.tmp-{}", std::process::id()));
         write_synced(&temporary, self.to_json().as_bytes()).map_err(Error::io(&temporary))?;
         fs::rename(&temporary, &path).map_err(Error::io(&path))
+    }
+
+    /// Returns whether it names every file of `dir`.
+    pub(super) fn names_all_of(&self, dir: &Path) -> Result<bool> {
+        Ok(names(dir)?.iter().all(|name| self.files.contains_key(name)))
     }
 
     fn to_json(&self) -> String {
@@ -464,6 +489,25 @@ mod tests {
         }
         Manifest::enter(dir.path(), "c.txt").unwrap();
         assert_eq!(Manifest::read(dir.path()).unwrap().unwrap().files.len(), 2);
+    }
+
+    #[test]
+    fn a_file_that_was_forgotten_is_taken_as_it_is() {
+        let dir = filled();
+        Manifest::forget(dir.path(), "a.txt").unwrap();
+        assert_eq!(Manifest::read(dir.path()).unwrap(), None);
+        Manifest::write(dir.path(), &Sums::default()).unwrap();
+        // The rest of a manifest that a killed process was writing.
+        let part = dir.path().join(format!(".{MANIFEST_FILE}.tmp-{}", u32::MAX));
+        fs::write(&part, "{").unwrap();
+        Manifest::forget(dir.path(), "a.txt").unwrap();
+        assert!(!part.exists() || !Path::new("/proc/self").exists());
+        fs::write(dir.path().join("a.txt"), "changed").unwrap();
+        let forgotten = Manifest::read(dir.path()).unwrap().unwrap();
+        assert_eq!(forgotten.damaged(dir.path(), |_| true).unwrap(), None);
+        assert!(!forgotten.contradicts("a.txt", b"changed") && forgotten.holds("empty", b""));
+        Manifest::renew(dir.path(), "a.txt").unwrap();
+        assert!(Manifest::read(dir.path()).unwrap().unwrap().holds("a.txt", b"changed"));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use dsmoe_kernels::comm::{self, CommError, Communicator, What, alone};
 use super::{CONFIG_FILE, DEFAULT_SHARD_BYTES, Manifest, Sums, TensorInfo, Writer, model_writer};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::files::{parent, recover, remove_dir, sync_dir};
+use crate::files::{leftovers, parent, recover, remove_dir, sync_dir};
 
 /// A directory being written beside its target, `.NAME.tmp-PID`; [`OutputDir::commit`] renames it. Dropped without
 /// that, it is removed.
@@ -50,9 +50,13 @@ impl OutputDir {
     /// in it; or the file system refuses.
     pub fn create(path: &Path, force: bool) -> Result<OutputDir> {
         let wrong = |problem: &str| Err(Error::path(path, problem, "choose another {out}"));
+        finish_fill(path)?;
         recover(path).map_err(Error::io(path))?;
         let target =
             if path.exists() { path.canonicalize().map_err(Error::io(path))? } else { path.to_path_buf() };
+        if target != path {
+            finish_fill(&target)?;
+        }
         if target.exists() && !target.is_dir() {
             return wrong("is a file");
         }
@@ -181,17 +185,8 @@ impl OutputDir {
             fs::rename(&self.temporary, target).map_err(Error::io(target))?;
             self.committed = true;
         } else if is_empty(target)? {
-            // Filled, not replaced: it may be the working directory of a process. The file that makes it a model comes last.
-            let mut names = Vec::new();
-            for entry in fs::read_dir(&self.temporary).map_err(Error::io(&self.temporary))? {
-                names.push(entry.map_err(Error::io(&self.temporary))?.file_name());
-            }
-            names.sort_by_key(|name| name == CONFIG_FILE);
-            for name in names {
-                let file = target.join(&name);
-                fs::rename(self.temporary.join(&name), &file).map_err(Error::io(&file))?;
-            }
-            sync_dir(target).map_err(Error::io(target))?;
+            // Filled, not replaced: it may be the working directory of a process.
+            move_all(&self.temporary, target)?;
         } else {
             let old = parent.join(format!(".{}.old-{}", self.name, std::process::id()));
             remove_dir(&old).map_err(Error::io(&old))?;
@@ -202,7 +197,8 @@ impl OutputDir {
             }
             self.committed = true;
             sync_dir(parent).map_err(Error::io(parent))?;
-            fs::remove_dir_all(&old).map_err(Error::io(&old))?;
+            // The output is complete; what cannot be removed now is left for the next command.
+            let _ = fs::remove_dir_all(&old);
         }
         sync_dir(parent).map_err(Error::io(parent))
     }
@@ -232,6 +228,49 @@ fn agree<T>(comm: &dyn Communicator, outcome: Result<T>) -> Result<T> {
     }
 }
 
+/// Moves all of `from` into `to`. The file that makes it a model comes last.
+fn move_all(from: &Path, to: &Path) -> Result<()> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(from).map_err(Error::io(from))? {
+        names.push(entry.map_err(Error::io(from))?.file_name());
+    }
+    names.sort_by_key(|name| name == CONFIG_FILE);
+    for name in names {
+        let file = to.join(&name);
+        fs::rename(from.join(&name), &file).map_err(Error::io(&file))?;
+    }
+    sync_dir(to).map_err(Error::io(to))
+}
+
+/// Completes the directory `target`, which was empty, if a process was killed while it filled it: the rest is in the temporary
+/// directory of that process.
+fn finish_fill(target: &Path) -> Result<()> {
+    let (Some(name), dir) = (target.file_name().and_then(|name| name.to_str()), parent(target)) else {
+        return Ok(());
+    };
+    if !target.is_dir() || target.join(CONFIG_FILE).exists() || is_empty(target)? {
+        return Ok(());
+    }
+    for left in leftovers(dir).map_err(Error::io(dir))? {
+        if left.of == name && !left.is_old && is_rest_of(&left.path, target)? {
+            move_all(&left.path, target)?;
+            return remove_dir(&left.path).map_err(Error::io(&left.path));
+        }
+    }
+    Ok(())
+}
+
+/// Returns whether the temporary directory `rest` holds what is missing in `target`: the manifest, which is written before the first
+/// file is moved, names all that is there.
+fn is_rest_of(rest: &Path, target: &Path) -> Result<bool> {
+    if !rest.join(CONFIG_FILE).is_file() {
+        return Ok(false);
+    }
+    // One that cannot be read is none of a complete output.
+    let manifest = [rest, target].into_iter().find_map(|dir| Manifest::read(dir).ok().flatten());
+    manifest.map_or(Ok(false), |manifest| manifest.names_all_of(target))
+}
+
 /// Returns whether there is nothing at `path`, or an empty directory.
 fn is_empty(path: &Path) -> Result<bool> {
     match fs::read_dir(path) {
@@ -257,6 +296,69 @@ mod tests {
         assert!(live.exists());
         out.commit().expect("commit");
         assert!(dir.path().join("out").is_dir());
+    }
+
+    #[test]
+    fn a_directory_that_a_killed_process_was_filling_is_completed() {
+        let dir = tempfile::tempdir().expect("directory");
+        let (rest, target) = (dir.path().join(format!(".out.tmp-{}", u32::MAX)), dir.path().join("out"));
+        if !Path::new("/proc/self").exists() {
+            return;
+        }
+        let begin = || {
+            fs::create_dir(&rest).expect("directory");
+            for name in [CONFIG_FILE, "model.safetensors", "tokenizer.json"] {
+                fs::write(rest.join(name), name).expect("file");
+            }
+            Manifest::write(&rest, &Sums::default()).expect("manifest");
+        };
+        begin();
+        fs::create_dir(&target).expect("directory");
+        for name in ["model.safetensors", crate::checkpoint::MANIFEST_FILE] {
+            fs::rename(rest.join(name), target.join(name)).expect("file");
+        }
+        // It is complete, so that it is not empty, and may be replaced.
+        let refused = OutputDir::create(&target, false).expect_err("not empty").to_string();
+        assert!(refused.contains("is not empty"), "{refused}");
+        let manifest = Manifest::read(&target).expect("manifest").expect("manifest");
+        assert!(manifest.verify(&target, &mut |_, _| ()).expect("files").holds());
+        assert!(!rest.exists());
+        drop(OutputDir::create(&target, true).expect("output"));
+
+        // What others put into the directory is theirs.
+        fs::remove_dir_all(&target).expect("directory");
+        begin();
+        fs::create_dir(&target).expect("directory");
+        fs::write(target.join("notes.txt"), "mine").expect("file");
+        OutputDir::create(&target, true).expect_err("not a model");
+        assert_eq!(fs::read_dir(&target).expect("directory").count(), 1);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn an_output_is_in_place_though_what_it_replaced_cannot_be_removed() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let dir = tempfile::tempdir().expect("directory");
+        let target = dir.path().join("out");
+        let first = OutputDir::create(&target, false).expect("output");
+        fs::write(first.path().join(CONFIG_FILE), "first").expect("file");
+        fs::create_dir(first.path().join("held")).expect("directory");
+        fs::write(first.path().join("held/file"), "").expect("file");
+        first.commit().expect("commit");
+        // Nobody but the superuser removes a file from this folder.
+        let allow = |folder: &Path, mode| fs::set_permissions(folder, fs::Permissions::from_mode(mode));
+        allow(&target.join("held"), 0o500).expect("permissions");
+        let second = OutputDir::create(&target, true).expect("output");
+        fs::write(second.path().join(CONFIG_FILE), "second").expect("file");
+        second.commit().expect("commit");
+        assert_eq!(fs::read(target.join(CONFIG_FILE)).expect("file"), b"second");
+        let old = dir.path().join(format!(".out.old-{}", std::process::id()));
+        if old.exists() {
+            allow(&old.join("held"), 0o700).expect("permissions");
+        }
+        drop(OutputDir::create(&target, true).expect("output"));
+        assert!(!old.exists() || !Path::new("/proc/self").exists());
     }
 
     #[cfg(unix)]
