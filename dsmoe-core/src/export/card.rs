@@ -10,7 +10,7 @@ use crate::checkpoint::{
 use crate::config::{Config, MoeConfig};
 use crate::error::{Error, Result};
 use crate::ffn::DsmoeForm;
-use crate::files::write_synced;
+use crate::files::{recover, write_synced};
 use crate::gguf;
 use crate::masks::Masks;
 
@@ -232,8 +232,10 @@ pub fn add_perplexity(dir: &Path, measured: &Measured) -> Result<()> {
     if let Some(last) = lines.iter().rposition(is_row) {
         let (key, value) = row(measured);
         lines.insert(last + 1, format!("| {key} | {value} |"));
-        let temporary = dir.join(format!(".{CARD_FILE}.new"));
+        recover(&path).map_err(Error::io(&path))?;
+        let temporary = dir.join(format!(".{CARD_FILE}.tmp-{}", std::process::id()));
         write_synced(&temporary, (lines.join("\n") + "\n").as_bytes()).map_err(Error::io(&temporary))?;
+        Manifest::forget(dir, CARD_FILE)?;
         std::fs::rename(&temporary, &path).map_err(Error::io(&path))?;
         Manifest::renew(dir, CARD_FILE)?;
     }
@@ -310,5 +312,20 @@ mod tests {
             assert!(found.ends_with(wanted), "{found}");
         }
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_card_that_gets_a_perplexity_is_that_of_the_manifest() {
+        let dir = tempfile::tempdir().unwrap();
+        let card = dir.path().join(CARD_FILE);
+        std::fs::write(&card, format!("{GENERATED}\n| parameters | 9 |\n")).unwrap();
+        Manifest::write(dir.path(), &crate::checkpoint::Sums::default()).unwrap();
+        // The rest of a card that a killed process was writing.
+        let part = dir.path().join(format!(".{CARD_FILE}.tmp-{}", u32::MAX));
+        std::fs::write(&part, "#").unwrap();
+        add_perplexity(dir.path(), &Measured { text: "folded".into(), perplexity: 2.5 }).unwrap();
+        let manifest = Manifest::read(dir.path()).unwrap().unwrap();
+        assert!(manifest.holds(CARD_FILE, &std::fs::read(&card).unwrap()));
+        assert!(!part.exists() || !Path::new("/proc/self").exists());
     }
 }
