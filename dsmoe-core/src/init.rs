@@ -12,7 +12,9 @@ use crate::checkpoint::{
 };
 use crate::config::Config;
 use crate::error::{Error, Result, shown};
+use crate::files::write_synced;
 
+const TOKENIZER_FILE: &str = "tokenizer.json";
 /// Values drawn from one stream of random numbers.
 const STREAM: usize = 1 << 16;
 /// Values in memory at a time.
@@ -42,7 +44,7 @@ const CHUNK: usize = 32 * STREAM;
 /// assert_eq!(Config::load(&work.path().join("model"))?.hidden, 32);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InitOptions {
     /// Type of the stored weights.
     pub dtype: Dtype,
@@ -52,11 +54,19 @@ pub struct InitOptions {
     pub max_shard_bytes: u64,
     /// Replace an output directory that is not empty.
     pub force: bool,
+    /// Text of the tokenizer.json to put beside the weights.
+    pub tokenizer: Option<String>,
 }
 
 impl Default for InitOptions {
     fn default() -> InitOptions {
-        InitOptions { dtype: Dtype::F32, seed: 0, max_shard_bytes: DEFAULT_SHARD_BYTES, force: false }
+        InitOptions {
+            dtype: Dtype::F32,
+            seed: 0,
+            max_shard_bytes: DEFAULT_SHARD_BYTES,
+            force: false,
+            tokenizer: None,
+        }
     }
 }
 
@@ -289,6 +299,10 @@ fn write(
     let mut config = config.clone();
     config.set_dtype(dtype);
     config.save(output.path())?;
+    if let Some(text) = &options.tokenizer {
+        let path = output.path().join(TOKENIZER_FILE);
+        write_synced(&path, text.as_bytes()).map_err(Error::io(&path))?;
+    }
     output.commit()
 }
 
@@ -297,4 +311,31 @@ fn hash(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Manifest;
+
+    #[test]
+    fn a_model_appears_with_its_tokenizer() {
+        let work = tempfile::tempdir().unwrap();
+        let out = work.path().join("model");
+        let sizes = LlamaSizes {
+            vocab: 16,
+            hidden: 8,
+            intermediate: 16,
+            layers: 1,
+            heads: 2,
+            kv_heads: 1,
+            positions: 16,
+            bos_eos: [1, 2],
+        };
+        let options = InitOptions { tokenizer: Some("{}".to_owned()), ..InitOptions::default() };
+        init(&sizes.config().unwrap(), &out, &options, &mut |_| {}).unwrap();
+        let manifest = Manifest::read(&out).unwrap().unwrap();
+        assert!(manifest.holds(TOKENIZER_FILE, b"{}"));
+        assert_eq!(std::fs::read(out.join(TOKENIZER_FILE)).unwrap(), b"{}");
+    }
 }

@@ -4,13 +4,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use dsmoe_core::accounting::Accounting;
-use dsmoe_core::checkpoint::Manifest;
 use dsmoe_core::config::Config;
 use dsmoe_core::init::{InitOptions, init, preset, preset_names};
 use serde_json::json;
 
 use crate::cli::model::Init;
-use crate::files::{read, write};
+use crate::files::read;
 use crate::format::{self, Table};
 use crate::memory;
 use crate::progress::{Progress, Unit};
@@ -36,6 +35,7 @@ pub(crate) fn run(args: &Init, ui: &mut Ui) -> Result<()> {
         seed: args.seed,
         max_shard_bytes: args.max_shard_size,
         force: args.force,
+        tokenizer,
     };
     let mut bytes = 0;
     Progress::during(ui, "writing", Unit::Bytes, |show| {
@@ -44,10 +44,6 @@ pub(crate) fn run(args: &Init, ui: &mut Ui) -> Result<()> {
             show(at.done_bytes, at.total_bytes);
         })
     })?;
-    if let Some(tokenizer) = tokenizer {
-        write(&out.join("tokenizer.json"), tokenizer)?;
-        Manifest::renew(out, "tokenizer.json")?;
-    }
     let (place, params) = (out.display().to_string(), Accounting::of(&config).total);
     let (dtype, seconds) = (args.dtype.to_string(), started.elapsed().as_secs_f64());
     let report = json!({
