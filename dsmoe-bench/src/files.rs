@@ -87,6 +87,8 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 
 /// Writes a part of longer work as indented JSON, and enters it into the manifest of its folder.
 pub(crate) fn write_part(path: &Path, value: &impl Serialize) -> Result<()> {
+    // Between the two it is in no manifest, so that a killed process leaves none that counts as damaged.
+    Manifest::forget(folder_of(path), &name_of(path))?;
     write_json(path, value)?;
     Ok(Manifest::enter(folder_of(path), &name_of(path))?)
 }
@@ -207,6 +209,19 @@ pub(crate) fn check_folder(path: &Path, anyway: bool, remedy: &str) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_part_that_was_being_replaced_counts_as_it_is() {
+        let work = tempfile::tempdir().unwrap();
+        let path = work.path().join("runs/a.json");
+        write_part(&path, &1).unwrap();
+        write_part(&path, &2).unwrap();
+        assert_eq!(read_part::<u8>(&path).unwrap(), 2);
+        // JSON has no such keys: the write ends before the new content is entered.
+        write_part(&path, &std::collections::BTreeMap::from([((1, 2), 3)])).unwrap_err();
+        write_json(&path, &4).unwrap();
+        assert_eq!(read_part::<u8>(&path).unwrap(), 4);
+    }
 
     #[test]
     fn a_discarded_folder_leaves_nothing_of_an_earlier_try() {
