@@ -9,7 +9,7 @@ use super::collected::Collected;
 use super::publish::finish;
 use super::records::{BASE, RUNS, SETUP, TIMINGS};
 use super::related;
-use crate::files::{make_folder, write_part};
+use crate::files::{check_folder, make_folder, write_part};
 use crate::ui::Ui;
 
 /// Merges the parts in `parts` into `out`.
@@ -18,8 +18,10 @@ pub(crate) fn run(parts: &[PathBuf], out: &Path, force: bool, ui: &mut Ui) -> Re
         return related::merge(parts, out, force, ui);
     }
     let started = Instant::now();
-    make_folder(out, force, "choose another --out, or pass --force")?;
+    let remedy = "choose another --out, or pass --force";
+    check_folder(out, force, remedy)?;
     let collected = Collected::read(parts)?;
+    make_folder(out, force, remedy)?;
     write_part(&out.join(SETUP), &collected.setup)?;
     let runs = collected.setup.runs.iter().map(String::as_str).zip(&collected.runs);
     for (id, run) in runs.chain([(BASE, &collected.base)]) {
