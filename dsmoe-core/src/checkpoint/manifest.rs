@@ -275,9 +275,10 @@ impl Manifest {
         fs::rename(&temporary, &path).map_err(Error::io(&path))
     }
 
-    /// Returns whether it names every file of `dir`.
+    /// Returns whether it names every file of `dir`, of which there is one at least.
     pub(super) fn names_all_of(&self, dir: &Path) -> Result<bool> {
-        Ok(names(dir)?.iter().all(|name| self.files.contains_key(name)))
+        let (names, manifest_alone) = (names(dir)?, dir.join(MANIFEST_FILE).exists());
+        Ok((manifest_alone || !names.is_empty()) && names.iter().all(|name| self.files.contains_key(name)))
     }
 
     fn to_json(&self) -> String {

@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use dsmoe_kernels::comm::{self, CommError, Communicator, What, alone};
 
-use super::{CONFIG_FILE, DEFAULT_SHARD_BYTES, Manifest, Sums, TensorInfo, Writer, model_writer};
+use super::{
+    CONFIG_FILE, DEFAULT_SHARD_BYTES, MANIFEST_FILE, Manifest, Sums, TensorInfo, Writer, model_writer,
+};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::files::{leftovers, parent, recover, remove_dir, sync_dir};
@@ -263,7 +265,8 @@ fn finish_fill(target: &Path) -> Result<()> {
 /// Returns whether the temporary directory `rest` holds what is missing in `target`: the manifest, which is written before the first
 /// file is moved, names all that is there.
 fn is_rest_of(rest: &Path, target: &Path) -> Result<bool> {
-    if !rest.join(CONFIG_FILE).is_file() {
+    let has_manifest = |dir: &Path| dir.join(MANIFEST_FILE).exists();
+    if !rest.join(CONFIG_FILE).is_file() || has_manifest(rest) == has_manifest(target) {
         return Ok(false);
     }
     // One that cannot be read is none of a complete output.
@@ -314,7 +317,7 @@ mod tests {
         };
         begin();
         fs::create_dir(&target).expect("directory");
-        for name in ["model.safetensors", crate::checkpoint::MANIFEST_FILE] {
+        for name in ["model.safetensors", MANIFEST_FILE] {
             fs::rename(rest.join(name), target.join(name)).expect("file");
         }
         // It is complete, so that it is not empty, and may be replaced.
