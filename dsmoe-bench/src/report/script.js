@@ -33,6 +33,11 @@ document.addEventListener('focusin',function(event){
   if(event.target.hasAttribute('data-tip')){var box=event.target.getBoundingClientRect();show(event.target,box.right,box.bottom)}
 });
 document.addEventListener('focusout',function(){tip.style.display='none'});
+// The tip follows its mark where the page scrolls, and goes with it.
+document.addEventListener('scroll',function(){
+  var mark=document.activeElement,box=mark&&mark.hasAttribute('data-tip')&&mark.getBoundingClientRect();
+  if(box&&box.top<innerHeight&&box.bottom>0)show(mark,box.right,box.bottom);else tip.style.display='none';
+},true);
 document.getElementById('theme').addEventListener('click',function(){
   var root=document.documentElement,now=root.getAttribute('data-theme')||(matchMedia('(prefers-color-scheme:dark)').matches?'dark':'light');
   root.setAttribute('data-theme',now==='dark'?'light':'dark');
