@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use dsmoe_core::checkpoint::{CONFIG_FILE, MANIFEST_FILE, Manifest, OutputDir};
-use dsmoe_datasets::files::read_at_most;
+use dsmoe_datasets::files::{Temporary, read_at_most};
 use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};
 use serde_json::Value;
@@ -141,14 +141,12 @@ pub(crate) fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&File>) -
     let folder = folder_of(path);
     let written = || -> Result<()> {
         fs::create_dir_all(folder)?;
-        let file = dsmoe_datasets::files::temporary_in(folder)?;
+        let file = Temporary::for_path(path)?;
         let mut out = BufWriter::new(file.as_file());
         fill(&mut out)?;
         out.flush()?;
         drop(out);
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        Ok(())
+        Ok(file.persist()?)
     };
     written().with_context(|| path.display().to_string())
 }

@@ -191,19 +191,21 @@ fn leftovers_of_killed_commands_are_listed_and_removed() {
         fs::create_dir_all(path("left").join(name)).unwrap();
     }
     write("left/.model.gguf.tmp-4294967295", "half of a file");
+    fs::create_dir_all(path("left/.tokenizer.json.tmp-4294967295")).unwrap();
     fs::create_dir_all(path("left/model")).unwrap();
     let seen = succeeds("doctor left");
     shows(
         &seen,
         &["left/.model.tmp-4294967295; the next command with that output removes it", ".other.tmp-"],
     );
-    assert_eq!(list(&json_of("doctor left")["leftovers"]).len(), 4);
+    assert_eq!(list(&json_of("doctor left")["leftovers"]).len(), 5);
     succeeds("convert dense --experts 4 --out left/model");
     succeeds("export dense --as gguf --out left/model.gguf");
+    succeeds(&format!("data tokenizer {} --vocab 270 --out left/tokenizer.json", on_text()));
     let mut names: Vec<String> =
         fs::read_dir(path("left")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
-    assert_eq!(names, [".other.tmp-4294967295", "model", "model.gguf"]);
+    assert_eq!(names, [".other.tmp-4294967295", "model", "model.gguf", "tokenizer.json"]);
 }
 
 /// The profile that the reproductions here change.

@@ -448,11 +448,9 @@ impl Folder {
     fn open(options: &ContinualOptions, identity: &Value) -> Result<Folder> {
         let out = &options.out;
         let mut names = files::names(out)?;
+        // A process that was killed in its first write leaves only a temporary file.
+        names.retain(|name| !name.starts_with('.'));
         let path = out.join(SETTINGS_FILE);
-        if options.resume {
-            // A process that was killed while it wrote the settings leaves a part of them.
-            names.retain(|name| !name.starts_with(".tmp"));
-        }
         if !names.is_empty() && !options.resume {
             return Err(Error::OutToResume(out.clone()));
         }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use dsmoe_core::Model;
 use dsmoe_core::checkpoint::MANIFEST_FILE;
 use dsmoe_core::masks::MASKS_FILE;
+use dsmoe_datasets::files::is_temporary;
 use dsmoe_kernels::comm::{Communicator, What};
 
 use super::options::RunOptions;
@@ -31,10 +32,11 @@ pub(super) fn remove_stop_file(out: &Path) -> Result<()> {
 
 /// Returns whether a process that was killed while it wrote a file may have left one of this name.
 fn is_left_by_a_write(name: &str) -> bool {
+    // Older versions gave random names.
     let random = name.strip_prefix(".tmp");
-    let is_temporary =
+    let is_random =
         random.is_some_and(|rest| rest.len() == 6 && rest.bytes().all(|b| b.is_ascii_alphanumeric()));
-    is_temporary || name == SEEN_FILE
+    is_random || is_temporary(name) || name == SEEN_FILE
 }
 
 fn remove_files(out: &Path, names: &[String]) -> Result<()> {
@@ -184,4 +186,19 @@ pub(super) fn checkpoints_of_first(comm: &dyn Communicator, dir: &Path) -> Resul
     let steps = from_first(comm, of, &steps.join(" "))?;
     let steps = steps.split_whitespace().filter_map(|step| step.parse().ok());
     Ok(steps.map(|step| checkpoint::path_of(dir, step)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_killed_write_left_is_no_part_of_a_run() {
+        for name in [".run.toml.tmp-4711", ".metrics.jsonl.1.tmp-4711", ".tmpAb12Cd", SEEN_FILE] {
+            assert!(is_left_by_a_write(name), "{name}");
+        }
+        for name in [CONFIG_FILE, FINAL_TEMPORARY, ".tmp", ".tmpAb12Cde", "run.tmp-4711"] {
+            assert!(!is_left_by_a_write(name), "{name}");
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use dsmoe_datasets::files::TemporaryDir;
 use dsmoe_datasets::train_bpe;
 use serde_json::json;
 
@@ -26,7 +27,7 @@ pub(crate) fn run(args: &TrainTokenizer, ui: &mut Ui) -> Result<()> {
     let mut progress = Progress::new(ui, "counting words", Unit::Bytes, total);
     let (folder, place) = (folder_of(&target), || target.display().to_string());
     std::fs::create_dir_all(folder).with_context(place)?;
-    let temporary = tempfile::tempdir_in(folder).with_context(place)?;
+    let temporary = TemporaryDir::for_path(&target).with_context(place)?;
     let documents = texts.iter().flat_map(|text| {
         let (mut documents, before, what) = (text.corpus.documents(), start, label(&texts, text));
         start += text.corpus.total_bytes();
