@@ -211,6 +211,17 @@ impl Positioned {
     }
 }
 
+/// Returns whether `path` is the directory of a cache that a writer has left unfinished: one with its name, that no process
+/// holds.
+pub fn is_unfinished(path: &Path) -> bool {
+    let key = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+    let is_key = key.len() == 64 && key.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_key && path.extension().is_some_and(|extension| extension == "part") && {
+        let is_dir = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
+        is_dir && matches!(lock_dir(path), Ok(Some(_)))
+    }
+}
+
 /// Removes what a writer has left that was killed after its cache was in place, unless a process holds it. A failure changes
 /// nothing: the cache beside it is whole.
 pub(crate) fn remove_leftover(part: &Path) {
@@ -451,6 +462,22 @@ mod tests {
             fs::write(part.join(CURSOR_FILE), cursor).unwrap();
             assert_eq!(Writer::open(&part, 100).unwrap().position(), Position::default(), "{cursor}");
         }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_cache_that_no_process_writes_is_unfinished() {
+        let dir = tempfile::tempdir().unwrap();
+        let part = dir.path().join(format!("{}.part", "0a".repeat(32)));
+        let writer = Writer::open(&part, 100).unwrap();
+        assert!(!is_unfinished(&part), "it is held");
+        drop(writer);
+        assert!(is_unfinished(&part));
+        for name in [format!("{}.tokens", "0a".repeat(32)), "x.part".to_owned()] {
+            fs::create_dir(dir.path().join(&name)).unwrap();
+            assert!(!is_unfinished(&dir.path().join(&name)), "{name}");
+        }
+        assert!(!is_unfinished(&dir.path().join(format!("{}.part", "0b".repeat(32)))));
     }
 
     #[test]

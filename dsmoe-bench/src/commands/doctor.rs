@@ -1,11 +1,13 @@
 //! `dsmoe doctor`: shows what this machine and a data folder provide.
 
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use anyhow::{Context, Result};
 use dsmoe_core::files::leftovers;
+use dsmoe_datasets::token_cache;
 use dsmoe_kernels::Isa;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::cli::doctor::Doctor;
 use crate::files::lossy;
@@ -35,8 +37,21 @@ struct DoctorReport {
     gpu: Gpus,
     mpi: Mpi,
     /// Parts of outputs that killed commands left.
-    leftovers: Vec<String>,
+    leftovers: Vec<Left>,
     data: Data,
+}
+
+/// A part of an output, and what becomes of it. A report has the path alone.
+#[derive(Debug)]
+struct Left {
+    path: PathBuf,
+    next: &'static str,
+}
+
+impl Serialize for Left {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        lossy(&self.path, serializer)
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -58,8 +73,7 @@ pub(crate) fn run(args: &Doctor, ui: &mut Ui) -> Result<()> {
     let data = args.data.clone().or_else(shared).unwrap_or_else(|| PathBuf::from("../shared"));
     let mut left = Vec::new();
     for folder in &args.folders {
-        let found = leftovers(folder).with_context(|| folder.display().to_string())?;
-        left.extend(found.into_iter().map(|left| left.path.display().to_string()));
+        left.extend(left_in(folder).with_context(|| folder.display().to_string())?);
     }
     let report = DoctorReport {
         version: env!("CARGO_PKG_VERSION"),
@@ -75,6 +89,38 @@ pub(crate) fn run(args: &Doctor, ui: &mut Ui) -> Result<()> {
         data: look_into(data),
     };
     ui.result(&report, show)
+}
+
+/// Lists what killed commands left in a folder and in the folders in it.
+fn left_in(folder: &Path) -> io::Result<Vec<Left>> {
+    let mut left = left_beside(folder)?;
+    let mut below = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let path = entry.path();
+        // A link may lead anywhere; what is left over itself is removed as a whole.
+        if entry.file_type()?.is_dir() && left.iter().all(|known| known.path != path) {
+            below.push(path);
+        }
+    }
+    below.sort();
+    // Folders of others, which cannot be read, are not what was asked for.
+    left.extend(below.iter().filter_map(|folder| left_beside(folder).ok()).flatten());
+    Ok(left)
+}
+
+fn left_beside(folder: &Path) -> io::Result<Vec<Left>> {
+    let next = "the next command with that output removes it";
+    let mut left: Vec<Left> =
+        leftovers(folder)?.into_iter().map(|left| Left { path: left.path, next }).collect();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if token_cache::is_unfinished(&path) {
+            left.push(Left { path, next: "the next command with that --cache and text continues it" });
+        }
+    }
+    left.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(left)
 }
 
 fn look_into(path: PathBuf) -> Data {
@@ -111,7 +157,7 @@ fn show(report: &DoctorReport) -> String {
     fields.extend(report.mpi.fields());
     for (i, left) in report.leftovers.iter().enumerate() {
         let title = if i == 0 { "left over" } else { "" };
-        fields.push((title, format!("{left}; the next command with that output removes it")));
+        fields.push((title, format!("{}; {}", left.path.display(), left.next)));
     }
     fields.push(("data folder", report.data.path.display().to_string()));
     let mut out = format::fields(fields);
@@ -145,4 +191,43 @@ fn features() -> Vec<&'static str> {
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     Vec::new()
+}
+
+#[cfg(test)]
+mod tests {
+    use dsmoe_datasets::files::{Temporary, replace};
+
+    use super::*;
+
+    /// dsmoe-datasets names its temporary files, and dsmoe-core says which of them are left over.
+    #[test]
+    fn what_a_killed_write_left_is_listed_one_folder_below_until_the_next_write() {
+        if !Path::new("/proc/self").exists() {
+            return;
+        }
+        let work = tempfile::tempdir().unwrap();
+        let text = work.path().join("text");
+        fs::create_dir_all(text.join("deeper")).unwrap();
+        let held = Temporary::for_path(&text.join("web.txt")).unwrap();
+        assert!(left_in(work.path()).unwrap().is_empty(), "this process runs");
+        let entries = fs::read_dir(&text).unwrap();
+        let mut names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let name = names.find(|name| name.starts_with('.')).unwrap();
+        // No process has the largest number.
+        let left = name.replace(&std::process::id().to_string(), "4294967295");
+        fs::write(text.join(&left), "half").unwrap();
+        drop(held);
+        let part = work.path().join(format!("{}.part", "0a".repeat(32)));
+        fs::create_dir(&part).unwrap();
+        let seen = |folder: &Path| -> Vec<PathBuf> {
+            left_in(folder).unwrap().into_iter().map(|left| left.path).collect()
+        };
+        let mut wanted = vec![text.join(&left)];
+        if cfg!(unix) {
+            wanted.insert(0, part);
+        }
+        assert_eq!(seen(work.path()), wanted);
+        replace(&text.join("web.txt"), |_| Ok(())).unwrap();
+        assert_eq!(seen(&text), Vec::<PathBuf>::new());
+    }
 }
