@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::files::{IS_LFS_POINTER, LFS_POINTER};
+use crate::panics::caught;
 use bzip2::bufread::BzDecoder;
 use flate2::bufread::GzDecoder;
 use lzma_rust2::XzReader;
@@ -86,16 +87,47 @@ pub(crate) fn content(
     let file = File::open(path).map_err(Error::io(path))?;
     let mut file = BufReader::new(Counted { file, bytes_read });
     check_start(path, file.fill_buf().map_err(Error::io(path))?, packing.ending())?;
-    Ok(match packing {
-        Packing::Plain => Box::new(file),
-        Packing::Gzip => Box::new(Members::<_, GzDecoder<_>>::new(file)),
-        Packing::Zstd => Box::new(ZstdReader::new(file)),
-        Packing::Bzip2 => Box::new(Members::<_, BzDecoder<_>>::new(file)),
-        Packing::Xz => {
-            let limit = u32::try_from(MAX_WINDOW >> 10).unwrap_or(u32::MAX);
-            Box::new(XzReader::new_mem_limit(file, true, limit.saturating_add(XZ_EXTRA)))
+    // Some decoders read the header at once.
+    let decoder = caught(move || -> Box<dyn Read + Send> {
+        match packing {
+            Packing::Plain => Box::new(file),
+            Packing::Gzip => Box::new(Members::<_, GzDecoder<_>>::new(file)),
+            Packing::Zstd => Box::new(ZstdReader::new(file)),
+            Packing::Bzip2 => Box::new(Members::<_, BzDecoder<_>>::new(file)),
+            Packing::Xz => {
+                let limit = u32::try_from(MAX_WINDOW >> 10).unwrap_or(u32::MAX);
+                Box::new(XzReader::new_mem_limit(file, true, limit.saturating_add(XZ_EXTRA)))
+            }
         }
-    })
+    });
+    match decoder {
+        Some(file) if packing == Packing::Plain => Ok(file),
+        Some(decoder) => Ok(Box::new(Guarded(Some(decoder)))),
+        None => {
+            let (path, format) = (path.to_path_buf(), packing.name());
+            Err(Error::Compressed { path, format, cause: decoder_failed() })
+        }
+    }
+}
+
+/// A decoder of another crate, whose panics become errors. It is gone after one.
+struct Guarded(Option<Box<dyn Read + Send>>);
+
+impl Read for Guarded {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let Some(decoder) = &mut self.0 else { return Err(decoder_failed()) };
+        match caught(|| decoder.read(buf)) {
+            Some(read) => read,
+            None => {
+                self.0 = None;
+                Err(decoder_failed())
+            }
+        }
+    }
+}
+
+fn decoder_failed() -> io::Error {
+    io::Error::other("the decoder fails on it")
 }
 
 /// The content of a file, cut into texts; made by [`SourceFile::records`](crate::corpus::SourceFile::records).
@@ -598,6 +630,24 @@ mod tests {
                 message.starts_with(&wanted) && message.is_empty() == wanted.is_empty(),
                 "{ending}: {message}"
             );
+        }
+    }
+
+    #[test]
+    fn a_panic_of_a_decoder_is_an_error_that_names_the_file() {
+        struct Panics;
+        impl Read for Panics {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                panic!("a bug of a decoder")
+            }
+        }
+        let (file, mut records) = open(b"", "\n", 1000);
+        records.reader = Box::new(Guarded(Some(Box::new(Panics))));
+        records.packing = Packing::Gzip;
+        for _ in 0..2 {
+            let message = records.next().unwrap_err().to_string();
+            let wanted = "damaged or truncated gzip data (the decoder fails on it); fetch the file again";
+            assert_eq!(message, format!("{}: {wanted}", file.path().display()));
         }
     }
 
