@@ -230,12 +230,20 @@ impl Corpus {
     }
 
     pub(crate) fn empty(&self) -> Error {
-        let files = match &self.files[..] {
+        Error::EmptyCorpus { files: self.named() }
+    }
+
+    /// Makes the error for a corpus of at least that many ids, for which there is no memory.
+    pub(crate) fn too_large(&self, ids: usize) -> Error {
+        Error::Memory { files: self.named(), ids }
+    }
+
+    fn named(&self) -> String {
+        match &self.files[..] {
             [] => "no file given".into(),
             [file] => file.path.display().to_string(),
             [file, rest @ ..] => format!("{} and {} more", file.path.display(), rest.len()),
-        };
-        Error::EmptyCorpus { files }
+        }
     }
 }
 

@@ -375,11 +375,14 @@ impl Table {
         ids: &mut Vec<u32>,
         model: &dyn Fn(&str) -> tokenizers::Result<Vec<tokenizers::Token>>,
     ) -> tokenizers::Result<()> {
+        // The ids of a long document may be more than the memory holds.
         if let Some(&(start, end)) = self.words.get(word) {
+            ids.try_reserve((end - start) as usize)?;
             ids.extend_from_slice(&self.ids[start as usize..end as usize]);
             return Ok(());
         }
         let tokens = model(word)?;
+        ids.try_reserve(tokens.len())?;
         ids.extend(tokens.iter().map(|token| token.id));
         if word.len() <= MAX_WORD && self.words.len() < MAX_WORDS {
             let start = self.ids.len() as u32;

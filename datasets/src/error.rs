@@ -8,6 +8,7 @@ use crate::remedy::Remedy;
 static SPLIT: Remedy = Remedy::fixed("split the file, or name where documents end with {doc_separator}");
 static COLUMN: Remedy = Remedy::fixed("name the column of the text with {text_column}");
 static EMPTY: Remedy = Remedy::fixed("check the files and {doc_separator}");
+static MEMORY: Remedy = Remedy::fixed("keep them in a file of {cache}, or give shorter documents");
 static BOS: Remedy = Remedy::fixed("set bos_token_id in config.json, or use {bos} never");
 static BUSY: Remedy = Remedy::fixed("wait for it, or use another {cache}");
 static SEQUENCES: Remedy = Remedy::fixed("give more text, or a smaller {samples} or {seq}");
@@ -106,6 +107,14 @@ pub enum Error {
     EmptyCorpus {
         /// The files that were read.
         files: String,
+    },
+    /// The ids of a corpus are more than the memory holds.
+    #[error("{files}: the memory does not hold the ids of its text, {ids} or more; {}", MEMORY)]
+    Memory {
+        /// The files that were read.
+        files: String,
+        /// The number of ids up to the document that is too much.
+        ids: usize,
     },
     /// A model directory without a tokenizer.
     #[error("{}: no tokenizer.json; copy it from the model's original directory", dir.display())]
@@ -333,6 +342,7 @@ impl Error {
             Error::TooLarge { .. } => Some(&SPLIT),
             Error::Column { .. } => Some(&COLUMN),
             Error::EmptyCorpus { .. } => Some(&EMPTY),
+            Error::Memory { .. } => Some(&MEMORY),
             Error::NoBos { .. } => Some(&BOS),
             Error::CacheBusy { .. } => Some(&BUSY),
             Error::TooFewTokens { .. } => Some(&SHORT),
@@ -369,7 +379,17 @@ pub(crate) fn shown(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::shown;
+    use super::*;
+
+    #[test]
+    fn ids_without_memory_name_the_files_and_the_cache() {
+        let error = Error::Memory { files: "a.jsonl.gz".to_owned(), ids: 9 };
+        let start =
+            "a.jsonl.gz: the memory does not hold the ids of its text, 9 or more; keep them in a file of";
+        assert_eq!(error.to_string(), format!("{start} cache, or give shorter documents"));
+        let help = error.help().unwrap().worded(|setting| format!("--{setting}"));
+        assert_eq!(help, "keep them in a file of --cache, or give shorter documents");
+    }
 
     #[test]
     fn long_texts_are_cut_in_the_middle_and_stay_in_a_line() {

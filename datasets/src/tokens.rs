@@ -1,7 +1,7 @@
 //! A corpus as one stream of token ids, in memory or in a cache file.
 
 use crate::corpus::{Corpus, Position};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::files::hex;
 use crate::stream::TokenStream;
 use crate::token_cache;
@@ -158,7 +158,11 @@ pub fn tokenize(
     }
     let mut stream = TokenStream::default();
     encode(corpus, tokenizer, bos, Position::default(), &mut |batch, _, bytes| {
-        batch.iter().for_each(|ids| stream.push(ids));
+        for ids in batch {
+            // A small file may unpack to more than the memory holds.
+            stream.try_reserve(ids.len()).map_err(|_| corpus.too_large(stream.ids.len() + ids.len()))?;
+            stream.push(ids);
+        }
         progress(bytes);
         Ok(())
     })?;
@@ -248,7 +252,10 @@ fn encode(
             batch.push(document.text);
         }
         if batch_bytes >= BATCH_BYTES || (last && !batch.is_empty()) {
-            let ids = tokenizer.encode_all(&batch, bos)?;
+            let ids = tokenizer.encode_all(&batch, bos).map_err(|cause| match cause {
+                Error::Memory { ids, .. } => corpus.too_large(ids),
+                cause => cause,
+            })?;
             take(&ids, documents.position(), documents.bytes_read())?;
             batch.clear();
             batch_bytes = 0;

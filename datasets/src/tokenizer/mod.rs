@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use sound::guarded;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, TryReserveError};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -170,7 +170,10 @@ impl Tokenizer {
             }
             Ok(())
         });
-        encoded.map_err(|cause| self.failed("encoding", cause))?;
+        encoded.map_err(|cause| match cause.is::<TryReserveError>() {
+            true => Error::Memory { files: "a document".to_owned(), ids: ids.len() },
+            false => self.failed("encoding", cause),
+        })?;
         if prefix.is_some() && ids.get(1) == prefix.as_ref() {
             ids.remove(0);
         }
