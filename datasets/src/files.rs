@@ -67,6 +67,10 @@ impl Temporary {
             builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
             builder.tempfile_in(dir)
         })?;
+        if cfg!(unix) {
+            // Where files cannot be locked, the number of the process has to do.
+            let _ = file.as_file().try_lock();
+        }
         Ok(Temporary { file, path: path.to_path_buf(), held })
     }
 
@@ -105,6 +109,7 @@ impl Temporary {
 #[derive(Debug)]
 pub struct TemporaryDir {
     dir: tempfile::TempDir,
+    _lock: Option<File>,
     _held: Held,
 }
 
@@ -117,7 +122,8 @@ impl TemporaryDir {
         let make =
             |dir: &Path, name: &OsStr| tempfile::Builder::new().prefix(name).rand_bytes(0).tempdir_in(dir);
         let (dir, held) = beside(path, make)?;
-        Ok(TemporaryDir { dir, _held: held })
+        let lock = lock_dir(dir.path()).ok().flatten();
+        Ok(TemporaryDir { dir, _lock: lock, _held: held })
     }
 
     /// Returns where it is.
@@ -154,9 +160,9 @@ fn beside<T>(path: &Path, make: impl FnOnce(&Path, &OsStr) -> io::Result<T>) -> 
     let (held, own) = {
         let mut all = all_held();
         remove_left(&whole, name, &all);
-        // Threads may write the same file; the last one wins.
+        // Threads may write the same file, and processes of two containers that have one number; the last one wins.
         let (mut number, mut own) = (0, temporary_name(name, 0));
-        while all.contains(&whole.join(&own)) {
+        while all.contains(&whole.join(&own)) || fs::symlink_metadata(whole.join(&own)).is_ok() {
             number += 1;
             own = temporary_name(name, number);
         }
@@ -178,7 +184,8 @@ fn temporary_name(name: &OsStr, number: u32) -> OsString {
 }
 
 /// Removes what processes that no longer run left in `dir` of an output. A failure changes nothing: the output does not
-/// depend on it.
+/// depend on it. A process in another container, or on another machine that shares the directory, has no number here that
+/// says that it runs, but it holds a lock.
 fn remove_left(dir: &Path, name: &OsStr, held: &BTreeSet<PathBuf>) {
     let (Some(name), Ok(entries)) = (name.to_str(), fs::read_dir(dir)) else { return };
     let lists_processes = Path::new("/proc/self").exists();
@@ -189,7 +196,7 @@ fn remove_left(dir: &Path, name: &OsStr, held: &BTreeSet<PathBuf>) {
             true => !held.contains(&path),
             false => lists_processes && !Path::new("/proc").join(pid.to_string()).exists(),
         });
-        if is_left {
+        if is_left && lock_dir(&path).is_ok() {
             let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
             let _ = if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         }
@@ -251,7 +258,7 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(dir)?.sync_all() } else { Ok(()) }
 }
 
-/// Locks `dir` for this process until the returned file is dropped. Where directories cannot be locked, nothing is.
+/// Locks `dir`, or a file, for this process until the returned file is dropped. Where directories cannot be locked, nothing is.
 ///
 /// # Errors
 /// [`io::ErrorKind::WouldBlock`] when another process holds the directory, or the error of the file system.
@@ -349,10 +356,21 @@ mod tests {
             fs::create_dir(at(format!(".a.json.7.tmp-{dead}"))).unwrap();
             fs::write(at(format!(".a.json.7.tmp-{dead}/part")), "half").unwrap();
         }
+        // A process in another container has one of those numbers and runs.
+        let elsewhere = lists_processes.then(|| {
+            [format!(".a.json.9.tmp-{dead}"), format!(".a.json.3.tmp-{own}")].map(|name| {
+                let file = File::create(at(name)).unwrap();
+                file.try_lock().unwrap();
+                file
+            })
+        });
         replace(&at("a.json".into()), |file| file.write_all(b"new")).unwrap();
         assert_eq!(fs::read(at("a.json".into())).unwrap(), b"new");
         let mut wanted = others.to_vec();
         wanted.push("a.json".into());
+        if elsewhere.is_some() {
+            wanted.extend([format!(".a.json.9.tmp-{dead}"), format!(".a.json.3.tmp-{own}")]);
+        }
         wanted.sort();
         assert_eq!(names(dir.path()), wanted);
         if lists_processes {
