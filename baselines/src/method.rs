@@ -125,7 +125,7 @@ impl FromStr for Budget {
     type Err = Error;
 
     /// Reads `735M`, `3.93B`, `12k`, `735000000`, or a share of the dense model: `0.59`, `59%`. Numbers without a suffix below
-    /// [`LEAST_PARAMS`] are mistaken shares.
+    /// 1,000 are mistaken shares.
     fn from_str(text: &str) -> Result<Budget> {
         let help = "give parameters (735M) or a share of the dense model (0.59 or 59%)".to_owned();
         let problem = "is not a budget".to_owned();
