@@ -140,10 +140,11 @@ fn convert_with_text_makes_what_prune_makes() {
         (&format!("{text} --active-target 0.5 --router-init calibrated --core 0.5"), &["--core", "fitted"]),
         (&format!("{text} --active-target 0.5 --budgets 0.1"), &["a budget of 0.1", "core"]),
         (&format!("{text} --active-target 0.5 --gate-value sigmoid"), &["gates are sigmoid", "binary"]),
-        ("--active-target 1.5", &["--active-target 1.5"]),
+        ("--active-target 0", &["--active-target 0", "above 0"]),
     ] {
         fails(&format!("convert dense --out convert-none {rest}"), parts);
     }
+    is_wrong_usage("convert dense --out convert-none --active-target 1.5");
     is_wrong_usage("convert dense --out convert-none --samples 4");
     is_wrong_usage("convert dense --out convert-none --core 0.5");
 }
