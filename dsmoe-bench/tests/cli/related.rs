@@ -120,7 +120,7 @@ fn another_program_finds_the_numbers_and_documents_show_them() {
     succeeds("reproduce splice related/shown.md --quiet");
     succeeds("reproduce splice related/shown.md --check --quiet");
     let shown = read("related/shown.md");
-    shows(&shown, &["| UNCURL |", "| no new layers |", "Profile tiny-related", "2 seeds; `whole`"]);
+    shows(&shown, &["| after UNCURL |", "| no new layers |", "Profile tiny-related", "2 seeds; `whole`"]);
     write("related/wrong.md", block(" leas"));
     fails("reproduce splice related/wrong.md", &["line 1", "no experiment leas", "hc-smoe, uncurl"]);
 }
