@@ -1,10 +1,11 @@
 //! Numbers of the recorded reproductions of embedded profiles, to compare a run with.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use super::profile::Profile;
+use super::related::Outcome;
 use super::results::Results;
 
 /// Losses of every run of a record. A test keeps the files equal to the records.
@@ -24,12 +25,66 @@ struct Shipped {
     nll: BTreeMap<String, f64>,
 }
 
+/// The numbers of the recorded experiments. A test keeps them equal to the records.
+const EXPERIMENTS: &str = include_str!("shipped/related.json");
+
+/// Records of experiments of one profile, without all but their numbers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct ShippedExperiments {
+    profile: String,
+    /// Those of all records.
+    git_revision: String,
+    /// By experiment and seed, then by row and column.
+    runs: BTreeMap<String, BTreeMap<String, f64>>,
+}
+
+impl ShippedExperiments {
+    fn of(outcomes: &[Outcome]) -> ShippedExperiments {
+        let mut runs: BTreeMap<String, BTreeMap<String, f64>> = BTreeMap::new();
+        for found in outcomes.iter().flat_map(|outcome| &outcome.experiments) {
+            for (row, cell) in found.rows.iter().flat_map(|row| row.cells.iter().map(move |cell| (row, cell)))
+            {
+                for (seed, value) in cell.seeds.iter().enumerate() {
+                    let run = runs.entry(format!("{}-s{seed}", found.name)).or_default();
+                    run.insert(format!("{}: {}", row.name, cell.column), *value);
+                }
+            }
+        }
+        let revisions: BTreeSet<&str> =
+            outcomes.iter().map(|outcome| &outcome.setup.git_revision[..]).collect();
+        ShippedExperiments {
+            profile: outcomes.first().map_or(String::new(), |outcome| outcome.setup.profile.name.clone()),
+            git_revision: revisions.into_iter().collect::<Vec<_>>().join(" and "),
+            runs,
+        }
+    }
+}
+
+/// Compares experiments with the record of their profile; none if there is no record, or the profile was changed.
+pub(super) fn compare_experiments(outcome: &Outcome) -> Option<Likeness> {
+    let record: ShippedExperiments = serde_json::from_str(EXPERIMENTS).ok()?;
+    if record.profile != outcome.setup.profile.name || !outcome.setup.profile.is_embedded() {
+        return None;
+    }
+    let ours = ShippedExperiments::of(std::slice::from_ref(outcome)).runs;
+    // Of a run it is the number that is farthest off.
+    let both = ours.iter().filter_map(|(run, numbers)| {
+        let recorded = record.runs.get(run)?;
+        let off = numbers
+            .iter()
+            .map(|(number, value)| recorded.get(number).map_or(f64::INFINITY, |old| value - old));
+        Some((run.clone(), off.max_by(|a, b| a.abs().total_cmp(&b.abs())).unwrap_or(0.0)))
+    });
+    Likeness::of(record.git_revision, None, both.collect())
+}
+
 /// How the runs compare with those of a record.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Likeness {
     /// Revision and machine of the record.
     git_revision: String,
-    machine: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    machine: Option<String>,
     /// The runs that both have.
     runs: usize,
     /// Those that differ, with their loss minus the record's in nats.
@@ -65,18 +120,22 @@ pub(super) fn compare(results: &Results) -> Option<Likeness> {
         return None;
     }
     let ours = Shipped::of(results).nll;
-    let both: Vec<(&String, f64)> =
-        ours.iter().filter_map(|(run, nll)| Some((run, nll - record.nll.get(run)?))).collect();
-    let different = both.iter().filter(|(_, off)| *off != 0.0);
-    let different = different.map(|(run, off)| ((*run).clone(), *off)).collect();
-    let Shipped { git_revision, machine, .. } = record;
-    (!both.is_empty()).then_some(Likeness { git_revision, machine, runs: both.len(), different })
+    let both = ours.iter().filter_map(|(run, nll)| Some((run.clone(), nll - record.nll.get(run)?)));
+    Likeness::of(record.git_revision, Some(record.machine), both.collect())
 }
 
 impl Likeness {
+    /// Makes the comparison of runs by their differences; none without a run.
+    fn of(git_revision: String, machine: Option<String>, runs: Vec<(String, f64)>) -> Option<Likeness> {
+        let count = runs.len();
+        let different = runs.into_iter().filter(|(_, off)| *off != 0.0).collect();
+        (count > 0).then_some(Likeness { git_revision, machine, runs: count, different })
+    }
+
     /// Words the comparison.
     pub(super) fn text(&self) -> String {
-        let place = format!("the shipped record (revision {}, {})", self.git_revision, self.machine);
+        let machine = self.machine.as_ref().map_or(String::new(), |machine| format!(", {machine}"));
+        let place = format!("the shipped record (revision {}{machine})", self.git_revision);
         if self.different.is_empty() {
             return format!("all {} runs equal to {place}", self.runs);
         }
@@ -117,6 +176,39 @@ mod tests {
                 continue;
             }
             assert_eq!(serde_json::from_str::<Shipped>(text).unwrap(), wanted, "{name}");
+        }
+    }
+
+    fn experiments() -> [Outcome; 2] {
+        ["related", "related-thresholds-esacl"].map(|name| {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("record").join(name).join("results.json");
+            serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+        })
+    }
+
+    /// `DSMOE_SNAPSHOTS=update` writes the file anew.
+    #[test]
+    fn the_shipped_numbers_of_experiments_are_the_records() {
+        let wanted = ShippedExperiments::of(&experiments());
+        if std::env::var_os("DSMOE_SNAPSHOTS").is_some_and(|value| value == "update") {
+            let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/reproduce/shipped/related.json");
+            std::fs::write(path, serde_json::to_string_pretty(&wanted).unwrap() + "\n").unwrap();
+            return;
+        }
+        assert_eq!(serde_json::from_str::<ShippedExperiments>(EXPERIMENTS).unwrap(), wanted);
+    }
+
+    #[test]
+    fn experiments_are_compared_with_their_record() {
+        for mut outcome in experiments() {
+            let found = compare_experiments(&outcome).unwrap();
+            assert_eq!((found.runs, found.different.len()), (3 * outcome.experiments.len(), 0));
+            let cell = &mut outcome.experiments[0].rows[0].cells[0];
+            cell.seeds[1] += 1e-3;
+            let text = compare_experiments(&outcome).unwrap().text();
+            assert!(text.starts_with("1 of ") && text.contains("-s1 +1.00e-3"), "{text}");
+            outcome.setup.profile.about = "another".to_owned();
+            assert_eq!(compare_experiments(&outcome), None);
         }
     }
 

@@ -483,6 +483,42 @@ fn the_readme_shows_the_records() {
     }
 }
 
+/// The quickstart has the commands that were recorded, and the numbers that came out.
+#[test]
+fn the_quickstart_is_the_recorded_one() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let [readme, guide] =
+        ["README.md", "docs/guide.md"].map(|file| fs::read_to_string(root.join(file)).unwrap());
+    let record = fs::read_to_string(root.join("dsmoe-bench/record/quickstart.json")).unwrap();
+    let record: Value = serde_json::from_str(&record).unwrap();
+    let seconds = |time: &str| -> f64 {
+        let words: Vec<&str> = time.split(' ').collect();
+        words
+            .chunks(2)
+            .map(|pair| pair[0].parse::<f64>().unwrap() * if pair[1] == "min" { 60.0 } else { 1.0 })
+            .sum()
+    };
+    let mut all = 0.0;
+    for step in list(&record["steps"]) {
+        let [command, time] = ["command", "time"].map(|key| step[key].as_str().unwrap());
+        shows(&readme, &[command]);
+        shows(&guide, &[&format!("| {time} |")]);
+        for line in texts_of(&step["output"]) {
+            shows(&guide, &[&line]);
+        }
+        all += seconds(time);
+    }
+    let install = seconds(record["install"]["time"].as_str().unwrap());
+    let words = readme.split_whitespace().collect::<Vec<_>>().join(" ");
+    let minutes = format!("took {:.0} minutes after an installation of {:.0}", all / 60.0, install / 60.0);
+    shows(&words, &[&minutes, "a perplexity of 19 on held-out text", "with 37 % of the experts active"]);
+    shows(&record.to_string(), &["perplexity        18.9797", "active share      37.0 % of experts"]);
+}
+
+fn texts_of(list_of: &Value) -> Vec<String> {
+    list(list_of).iter().map(|line| line.as_str().unwrap().to_owned()).collect()
+}
+
 /// The rows of what a training costs are those of plans, at the rate of two cores that the document names.
 #[test]
 fn the_readme_shows_what_plans_say() {

@@ -66,6 +66,16 @@ impl Definition {
         is_one.then(|| Definition::parse(&text, &place, known)).transpose()
     }
 
+    /// Tells whether it is the embedded profile of its name, apart from the choice of seeds and experiments.
+    pub(crate) fn is_embedded(&self) -> bool {
+        let text = profile::text(&self.name);
+        let embedded = text.and_then(|text| toml::from_str::<Definition>(text).ok());
+        embedded.is_some_and(|embedded| {
+            let (seeds, experiments) = (self.seeds, self.experiments.clone());
+            Definition { seeds, experiments, ..embedded } == *self
+        })
+    }
+
     fn parse(text: &str, place: &str, known: &[Experiment]) -> Result<Definition> {
         let definition: Definition = toml::from_str(text).map_err(|cause| {
             let line = cause.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);

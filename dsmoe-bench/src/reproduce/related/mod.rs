@@ -34,6 +34,7 @@ use super::cost::Costs;
 use super::inputs::Inputs;
 use super::profile::Profile;
 use super::records::{FORMAT_VERSION, RESULTS, RUNS, SETUP};
+use super::shipped::compare_experiments;
 use super::stages::Stages;
 use super::text::Text;
 use super::work::Work;
@@ -213,10 +214,16 @@ fn finish(outcome: &Outcome, out: &Path, seconds: f64, ui: &mut Ui) -> Result<()
     write_json(&out.join(RESULTS), outcome)?;
     report::files::write(&outcome.report(), out)?;
     let place = out.display().to_string();
-    let done = json!({ "out": place, "seconds": seconds, "experiments": outcome.experiments });
+    let record = compare_experiments(outcome);
+    let done =
+        json!({ "out": place, "seconds": seconds, "experiments": outcome.experiments, "record": record });
     ui.result(&done, |_| {
         let time = format::duration(seconds);
-        format!("{}\n{place}: report.html, report.md, results.json and csv/ after {time}\n", outcome.show())
+        let record = record.map_or(String::new(), |record| format!("{}\n", record.text()));
+        format!(
+            "{}\n{record}{place}: report.html, report.md, results.json and csv/ after {time}\n",
+            outcome.show()
+        )
     })
 }
 

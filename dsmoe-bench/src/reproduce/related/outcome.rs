@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use super::super::shipped::compare_experiments;
 use super::experiment::{Experiment, Numbers, Value, Verdict, mean, shown};
 use crate::format::{self, Table};
 use crate::report::{Block, Cell, Chapter, Report, Tabular, markdown};
@@ -214,7 +215,11 @@ impl Outcome {
 
     /// Returns the report.
     pub(crate) fn report(&self) -> Report {
-        let mut chapters = vec![Chapter::new("claims", "Claims", vec![self.claims().into()])];
+        let mut claims: Vec<Block> = vec![self.claims().into()];
+        if let Some(record) = compare_experiments(self) {
+            claims.push(Block::Text(format!("Beside the record: {}.", record.text())));
+        }
+        let mut chapters = vec![Chapter::new("claims", "Claims", claims)];
         chapters.extend(
             self.experiments
                 .iter()
