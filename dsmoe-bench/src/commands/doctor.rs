@@ -209,7 +209,6 @@ mod tests {
         let text = work.path().join("text");
         fs::create_dir_all(text.join("deeper")).unwrap();
         let held = Temporary::for_path(&text.join("web.txt")).unwrap();
-        assert!(left_in(work.path()).unwrap().is_empty(), "this process runs");
         let entries = fs::read_dir(&text).unwrap();
         let mut names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
         let name = names.find(|name| name.starts_with('.')).unwrap();

@@ -9,8 +9,8 @@ use super::blas::Blas;
 use super::compile::{Define, Source};
 use super::detect::{Detection, detect};
 use super::error::{CudaError, Result};
+use super::expert_kernels::ExpertKernels;
 use super::kernel::Kernel;
-use super::ops::choice::ExpertKernels;
 use super::stream::Stream;
 
 /// A GPU: its context, one stream that all ops are queued in, compiled kernels and cuBLASLt. A clone is the same GPU.

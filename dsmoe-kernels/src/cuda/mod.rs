@@ -18,6 +18,7 @@ mod compile;
 mod detect;
 mod device;
 mod error;
+mod expert_kernels;
 mod graph;
 mod kernel;
 mod nccl;

@@ -24,7 +24,7 @@
 use super::Gpu;
 use super::products::{Form, Variant};
 use super::slots::{ROWS, Shape};
-use crate::cuda::error::{CudaError, Result};
+pub use crate::cuda::expert_kernels::ExpertKernels;
 
 /// The microseconds of a step of 64 terms of a tile of 128 x 256.
 const STEP: f64 = 0.76;
@@ -44,54 +44,6 @@ const LAUNCH: f64 = 6.0;
 const BYTES: f64 = 2.9e6;
 /// The microseconds of sorting pairs, and of each token.
 const SORT: [f64; 2] = [5.5, 0.000_55];
-
-/// The kernels that are asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ExpertKernels {
-    /// Those of [`super::experts`].
-    #[default]
-    Lists,
-    /// Those of [`super::products`] where the device and the sizes take them, else as [`ExpertKernels::Lists`].
-    Slots,
-    /// Those of [`super::products`] where the device and the sizes take them and dense products are not predicted to be faster,
-    /// else dense products; on other devices and for other sizes as [`ExpertKernels::Lists`].
-    Auto,
-}
-
-impl ExpertKernels {
-    /// The environment variable that chooses for a whole process.
-    pub const VARIABLE: &'static str = "DSMOE_EXPERT_KERNELS";
-
-    /// All values.
-    pub const ALL: [ExpertKernels; 3] = [ExpertKernels::Lists, ExpertKernels::Slots, ExpertKernels::Auto];
-
-    /// Returns the value's name: `lists`, `slots` or `auto`.
-    pub fn name(self) -> &'static str {
-        match self {
-            ExpertKernels::Lists => "lists",
-            ExpertKernels::Slots => "slots",
-            ExpertKernels::Auto => "auto",
-        }
-    }
-
-    /// Returns what [`ExpertKernels::VARIABLE`] names, and [`ExpertKernels::Lists`] where it is not set.
-    ///
-    /// # Errors
-    /// It names something else.
-    pub fn from_env() -> Result<ExpertKernels> {
-        ExpertKernels::read(std::env::var_os(ExpertKernels::VARIABLE).as_deref())
-    }
-
-    pub(super) fn read(asked: Option<&std::ffi::OsStr>) -> Result<ExpertKernels> {
-        let Some(asked) = asked else { return Ok(ExpertKernels::default()) };
-        let found = ExpertKernels::ALL.into_iter().find(|kernels| asked == kernels.name());
-        found.ok_or_else(|| CudaError::Setting {
-            variable: ExpertKernels::VARIABLE,
-            asked: asked.to_string_lossy().into_owned(),
-            values: ExpertKernels::ALL.map(ExpertKernels::name).join(", "),
-        })
-    }
-}
 
 /// The properties of a device that the choice depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
