@@ -26,7 +26,8 @@ struct Shipped {
 }
 
 /// The numbers of the recorded experiments. A test keeps them equal to the records.
-const EXPERIMENTS: &str = include_str!("shipped/related.json");
+const EXPERIMENTS: [&str; 2] =
+    [include_str!("shipped/related.json"), include_str!("shipped/related-smollm2.json")];
 
 /// Records of experiments of one profile, without all but their numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,10 +63,10 @@ impl ShippedExperiments {
 
 /// Compares experiments with the record of their profile; none if there is no record, or the profile was changed.
 pub(super) fn compare_experiments(outcome: &Outcome) -> Option<Likeness> {
-    let record: ShippedExperiments = serde_json::from_str(EXPERIMENTS).ok()?;
-    if record.profile != outcome.setup.profile.name || !outcome.setup.profile.is_embedded() {
-        return None;
-    }
+    let profile = &outcome.setup.profile;
+    let mut records =
+        EXPERIMENTS.iter().filter_map(|text| serde_json::from_str::<ShippedExperiments>(text).ok());
+    let record = records.find(|record| record.profile == profile.name && profile.is_embedded())?;
     let ours = ShippedExperiments::of(std::slice::from_ref(outcome)).runs;
     // Of a run it is the number that is farthest off.
     let both = ours.iter().filter_map(|(run, numbers)| {
@@ -179,34 +180,45 @@ mod tests {
         }
     }
 
-    fn experiments() -> [Outcome; 2] {
-        ["related", "related-thresholds-esacl"].map(|name| {
+    /// The records of a profile of experiments.
+    fn experiments(names: &[&str]) -> Vec<Outcome> {
+        let read = |name: &&str| {
             let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("record").join(name).join("results.json");
             serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-        })
+        };
+        names.iter().map(read).collect()
     }
 
-    /// `DSMOE_SNAPSHOTS=update` writes the file anew.
+    const RECORDS_OF_EXPERIMENTS: [&[&str]; 2] =
+        [&["related", "related-thresholds-esacl"], &["related-smollm2"]];
+
+    /// `DSMOE_SNAPSHOTS=update` writes the files anew.
     #[test]
     fn the_shipped_numbers_of_experiments_are_the_records() {
-        let wanted = ShippedExperiments::of(&experiments());
-        if std::env::var_os("DSMOE_SNAPSHOTS").is_some_and(|value| value == "update") {
-            let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/reproduce/shipped/related.json");
-            std::fs::write(path, serde_json::to_string_pretty(&wanted).unwrap() + "\n").unwrap();
-            return;
+        for (text, names) in EXPERIMENTS.iter().zip(RECORDS_OF_EXPERIMENTS) {
+            let wanted = ShippedExperiments::of(&experiments(names));
+            if std::env::var_os("DSMOE_SNAPSHOTS").is_some_and(|value| value == "update") {
+                let path = format!("{}/src/reproduce/shipped/{}.json", env!("CARGO_MANIFEST_DIR"), names[0]);
+                std::fs::write(path, serde_json::to_string_pretty(&wanted).unwrap() + "\n").unwrap();
+                continue;
+            }
+            assert_eq!(serde_json::from_str::<ShippedExperiments>(text).unwrap(), wanted, "{}", names[0]);
         }
-        assert_eq!(serde_json::from_str::<ShippedExperiments>(EXPERIMENTS).unwrap(), wanted);
     }
 
     #[test]
     fn experiments_are_compared_with_their_record() {
-        for mut outcome in experiments() {
+        for mut outcome in RECORDS_OF_EXPERIMENTS.into_iter().flat_map(experiments) {
             let found = compare_experiments(&outcome).unwrap();
-            assert_eq!((found.runs, found.different.len()), (3 * outcome.experiments.len(), 0));
+            let seeds = outcome.setup.profile.seeds as usize;
+            assert_eq!((found.runs, found.different.len()), (seeds * outcome.experiments.len(), 0));
             let cell = &mut outcome.experiments[0].rows[0].cells[0];
-            cell.seeds[1] += 1e-3;
+            cell.seeds[seeds - 1] += 1e-3;
             let text = compare_experiments(&outcome).unwrap().text();
-            assert!(text.starts_with("1 of ") && text.contains("-s1 +1.00e-3"), "{text}");
+            assert!(
+                text.starts_with("1 of ") && text.contains(&format!("-s{} +1.00e-3", seeds - 1)),
+                "{text}"
+            );
             outcome.setup.profile.about = "another".to_owned();
             assert_eq!(compare_experiments(&outcome), None);
         }
