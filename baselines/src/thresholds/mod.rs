@@ -90,13 +90,16 @@ impl Thresholds {
         };
         let share = 1.0 - (total - budget.params(total as u64)) / linears;
         if !(least..=1.0 + 1e-9).contains(&share) {
-            let problem = format!("leaves {share:.3} of the weights of the linears");
+            let problem = match share {
+                none if none <= 0.0 => "leaves none of the weights of the linears".to_owned(),
+                share => format!("leaves {share:.3} of the weights of the linears"),
+            };
             let least = (total - linears * (1.0 - least)).ceil();
             let problem = match self.0.choose {
                 Choose::Cats => problem + ", and cats skips none of attention and of gates",
                 _ => problem,
             };
-            return Err(Error::budget(budget, problem, format!("give {least:.0} to {total} parameters")));
+            return Err(Error::out_of_reach(budget, problem, [least, total], total as u64));
         }
         Ok(share.min(1.0))
     }

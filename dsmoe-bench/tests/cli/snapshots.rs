@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::common::{Run, config, copy_of_dense, path, read, run, succeeds, weights, write};
 
 /// Command lines that fail, run in the folder of the models `dense` and `moe` and the text `text.txt`.
-const WRONG: [&str; 101] = [
+const WRONG: [&str; 102] = [
     "",
     "nonsense",
     "inspect nowhere",
@@ -101,6 +101,7 @@ const WRONG: [&str; 101] = [
     "prune dense --method dense --budget 25 --dry-run",
     "prune dense --method dense --budget 100% --out moe --dry-run",
     "prune dense --method wanda --budget 60% --calib nowhere.txt --dry-run",
+    "prune dense --method thresholds --budget 1% --dry-run",
     "grow dense --layers 3 --out moe --dry-run",
     "reproduce --profile related --out moe --dry-run",
     "reproduce --out text.txt --dry-run",
