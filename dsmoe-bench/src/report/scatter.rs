@@ -69,13 +69,11 @@ pub(super) fn scatter_svg(figure: &Figure, marks: &[Mark], width: f64) -> String
     let shown: Vec<&Mark> = marks.iter().filter(|mark| mark.x.is_finite() && mark.y.is_finite()).collect();
     let values = |of: fn(&Mark) -> f64| shown.iter().map(|mark| of(mark)).collect::<Vec<f64>>();
     let (right, bottom) = (width - RIGHT, HEIGHT - BOTTOM);
-    // The model that others are compared with never lies beyond the edge.
-    let reference = |of: fn(&Mark) -> f64| {
-        let marks = shown.iter().filter(|mark| mark.emphasis == Emphasis::Reference);
-        marks.map(|mark| of(mark)).fold(f64::NEG_INFINITY, f64::max)
-    };
-    let across = Axis::fit(&values(|mark| mark.x), reference(|mark| mark.x), LEFT, right);
-    let up = Axis::fit(&values(|mark| mark.y), reference(|mark| mark.y), bottom, TOP);
+    // What the model that others are compared with costs is never beyond the edge. Its loss may be: trained rows can be far better.
+    let references = shown.iter().filter(|mark| mark.emphasis == Emphasis::Reference);
+    let reference = references.map(|mark| mark.x).fold(f64::NEG_INFINITY, f64::max);
+    let across = Axis::fit(&values(|mark| mark.x), reference, LEFT, right);
+    let up = Axis::fit(&values(|mark| mark.y), f64::NEG_INFINITY, bottom, TOP);
     let mut out = open(figure, width, HEIGHT);
     for y in ticks(up.low, up.high, 6.0) {
         let at = up.place(y);
@@ -229,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn the_reference_is_never_an_outlier() {
+    fn the_cost_of_the_reference_is_never_an_outlier() {
         let mut marks: Vec<Mark> = (0..5).map(|i| mark("m", 60.0 + f64::from(i), 5.0)).collect();
         marks.push(Mark { emphasis: Emphasis::Reference, ..mark("dense", 100.0, 4.0) });
         marks.push(mark("near it", 101.5, 4.5));
@@ -237,6 +235,9 @@ mod tests {
         let figure = Figure::scatter("f", "F", ["x", "y"], marks.clone());
         let svg = scatter_svg(&figure, &marks, WIDTH);
         assert!(svg.contains(">dense<") && svg.contains(">near it<") && svg.contains(">far 900 →<"), "{svg}");
+        // A loss far above those of trained rows lies at the edge.
+        marks[5].y = 50.0;
+        assert!(scatter_svg(&figure, &marks, WIDTH).contains(">dense 50 ↑<"));
     }
 
     #[test]
