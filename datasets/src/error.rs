@@ -387,8 +387,8 @@ mod tests {
         let start =
             "a.jsonl.gz: the memory does not hold the ids of its text, 9 or more; keep them in a file of";
         assert_eq!(error.to_string(), format!("{start} cache, or give shorter documents"));
-        let help = error.help().unwrap().worded(|setting| format!("--{setting}"));
-        assert_eq!(help, "keep them in a file of --cache, or give shorter documents");
+        let help = error.help().unwrap().worded(|setting| format!("<{setting}>"));
+        assert_eq!(help, "keep them in a file of <cache>, or give shorter documents");
     }
 
     #[test]

@@ -33,9 +33,9 @@ const EXPERIMENTS: [&str; 2] =
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct ShippedExperiments {
     profile: String,
-    /// Those of all records.
+    /// The revisions of the programs that made the records.
     git_revision: String,
-    /// By experiment and seed, then by row and column.
+    /// The numbers of each experiment and seed, by row and column.
     runs: BTreeMap<String, BTreeMap<String, f64>>,
 }
 
@@ -68,7 +68,7 @@ pub(super) fn compare_experiments(outcome: &Outcome) -> Option<Likeness> {
         EXPERIMENTS.iter().filter_map(|text| serde_json::from_str::<ShippedExperiments>(text).ok());
     let record = records.find(|record| record.profile == profile.name && profile.is_embedded())?;
     let ours = ShippedExperiments::of(std::slice::from_ref(outcome)).runs;
-    // Of a run it is the number that is farthest off.
+    // A run is as far off as the number of it that is farthest off.
     let both = ours.iter().filter_map(|(run, numbers)| {
         let recorded = record.runs.get(run)?;
         let off = numbers

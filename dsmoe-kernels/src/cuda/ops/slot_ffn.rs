@@ -176,7 +176,7 @@ pub(crate) struct Inputs {
     pub(crate) gate: u64,
     pub(crate) up: u64,
     pub(crate) down: u64,
-    /// Of the pairs `[T, n]`, and of the tokens `[T]`.
+    /// The mask of the active pairs, `[T, n]`.
     pub(crate) mask: u64,
     pub(crate) active: u64,
 }

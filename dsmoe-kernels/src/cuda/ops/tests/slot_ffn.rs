@@ -233,7 +233,7 @@ fn check_step(memory: &Memory, set: &mut Vec<&'static str>, (step, described): &
     }
 }
 
-/// What a shape's passes are made of.
+/// Checks the launches of both passes over a shape: their memory, their order and their kernels.
 fn check_passes(shape: &Shape, passes: Passes, variants: &Variants, activation: Activation) {
     let memory = Memory::new(shape, passes, false);
     // Regions do not overlap.
