@@ -178,6 +178,7 @@ pub(crate) struct Inputs {
     pub(crate) down: u64,
     /// The mask of the active pairs, `[T, n]`.
     pub(crate) mask: u64,
+    /// The number of active pairs of every token, `[T]`.
     pub(crate) active: u64,
 }
 
