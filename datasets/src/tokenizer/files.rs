@@ -104,6 +104,7 @@ impl TokenizerFiles {
         let path = self.path.with_file_name(CONFIG);
         let added_tokens = added_tokens(&path, config.added_tokens_decoder, added, &special_tokens)?;
         Ok(Settings {
+            class: config.tokenizer_class,
             add_bos_token: config.add_bos_token,
             chat_template: config.chat_template,
             special_tokens,
@@ -145,6 +146,8 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 
 /// The settings in the files beside `tokenizer.json`.
 pub(crate) struct Settings {
+    /// The class by which transformers reads the files.
+    class: Value,
     pub(crate) add_bos_token: Option<bool>,
     /// The template of `tokenizer_config.json`: a text, or a list of named ones.
     pub(crate) chat_template: Value,
@@ -159,11 +162,19 @@ impl Settings {
     pub(crate) fn special(&self, role: &str) -> Option<&str> {
         self.special_tokens.get(role)?.as_str()
     }
+
+    /// Returns whether transformers prints special tokens as they are written: its Llama class takes none of them for
+    /// `normalized`, whatever `tokenizer.json` says.
+    pub(crate) fn writes_special_verbatim(&self) -> bool {
+        matches!(self.class.as_str(), Some("LlamaTokenizer" | "LlamaTokenizerFast"))
+    }
 }
 
 /// The fields that are read of `tokenizer_config.json`.
 #[derive(Default, Deserialize)]
 struct Config {
+    #[serde(default)]
+    tokenizer_class: Value,
     #[serde(default)]
     add_bos_token: Option<bool>,
     #[serde(default)]

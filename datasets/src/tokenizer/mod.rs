@@ -19,14 +19,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use sound::guarded;
-use std::collections::{BTreeMap, BTreeSet, HashMap, TryReserveError};
+use std::collections::{BTreeMap, HashMap, TryReserveError};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{AddedToken, Decoder, DecoderWrapper, ModelWrapper, Tokenizer as Inner};
+use tokenizers::{AddedToken, Decoder, DecoderWrapper, Model, ModelWrapper, Tokenizer as Inner};
 
 /// The rule by which a text gets the beginning-of-sequence token in front.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,7 +65,10 @@ pub struct Tokenizer {
     auto_bos: Option<u32>,
     eos_id: Option<u32>,
     prefix_id: Option<u32>,
-    special_ids: BTreeSet<u32>,
+    /// The special tokens as they are written.
+    special: BTreeMap<u32, String>,
+    /// Special tokens in the middle of a text decode as they are written, not as the normaliser makes them.
+    special_verbatim: bool,
     byte_fallback: bool,
     vocab_size: usize,
     notices: Vec<String>,
@@ -124,8 +127,8 @@ impl Tokenizer {
         let largest_id = largest_id.max(added.keys().next_back().copied().unwrap_or(0));
         let bos = BosIds::new(&inner, &settings, bos_id, vocab_size).map_err(bad)?;
         notices.extend(bos.notice(bos_id, &inner));
-        let special_ids = inner.get_added_tokens_decoder().into_iter().filter(|(_, token)| token.special);
-        let special_ids = special_ids.map(|(id, _)| id).collect();
+        let special = inner.get_added_tokens_decoder().into_iter().filter(|(_, token)| token.special);
+        let special = special.map(|(id, token)| (id, token.content)).collect();
         let sha256 = identity(bytes, &added);
         let encoder = encoder(&mut json, &added);
         let eos_id = settings.special("eos_token").and_then(|text| inner.token_to_id(text));
@@ -142,7 +145,8 @@ impl Tokenizer {
             auto_bos,
             eos_id,
             prefix_id,
-            special_ids,
+            special,
+            special_verbatim: settings.writes_special_verbatim(),
             vocab_size,
             notices,
         })
@@ -186,11 +190,25 @@ impl Tokenizer {
     }
 
     /// Decodes `ids`, without special tokens if `skip_special`. Ids outside the vocabulary are left out.
+    ///
+    /// Special tokens that stay are printed as transformers prints them. It also prints some that were to be left out: those
+    /// marked `normalized` that no Llama class reads, since it compares their normalised texts.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        // The library compares normalised texts here and so misses special tokens marked `normalized`.
-        let kept: Vec<u32> =
-            ids.iter().copied().filter(|id| !(skip_special && self.special_ids.contains(id))).collect();
-        guarded(|| self.inner.decode(&kept, false)).map_err(|cause| self.failed("decoding", cause))
+        let token = |id: u32| match self.special.get(&id) {
+            Some(_) if skip_special => None,
+            Some(text) if self.special_verbatim => Some(text.clone()),
+            _ => self
+                .inner
+                .get_added_vocabulary()
+                .simple_id_to_token(id)
+                .or_else(|| self.inner.get_model().id_to_token(id)),
+        };
+        let tokens: Vec<String> = ids.iter().filter_map(|&id| token(id)).collect();
+        let decoded = guarded(|| match self.inner.get_decoder() {
+            Some(decoder) => decoder.decode(tokens),
+            None => Ok(tokens.join(" ")),
+        });
+        decoded.map_err(|cause| self.failed("decoding", cause))
     }
 
     /// Returns a decoder of what follows the ids `before`, which receives one token at a time. Special tokens give no text.
@@ -200,7 +218,7 @@ impl Tokenizer {
 
     /// Returns whether the token is a byte of a run that decodes together; none if it has no text.
     fn is_byte(&self, id: u32) -> Option<bool> {
-        let token = self.inner.id_to_token(id).filter(|_| !self.special_ids.contains(&id))?;
+        let token = self.inner.id_to_token(id).filter(|_| !self.special.contains_key(&id))?;
         Some(self.byte_fallback && byte_of(&token).is_some())
     }
 
@@ -209,7 +227,7 @@ impl Tokenizer {
         let bytes_of_chars: HashMap<char, u8> = (0..=255).map(|byte| (byte_char(byte), byte)).collect();
         let byte_level = matches!(self.inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
         let bytes_of = |id: u32| -> Option<Vec<u8>> {
-            let token = self.inner.id_to_token(id).filter(|_| !self.special_ids.contains(&id))?;
+            let token = self.inner.id_to_token(id).filter(|_| !self.special.contains_key(&id))?;
             if byte_level
                 && let Some(bytes) = token.chars().map(|c| bytes_of_chars.get(&c).copied()).collect()
             {
@@ -264,8 +282,7 @@ impl Tokenizer {
 
     /// Returns the special tokens that are written out in `text`, each once, in the order of their ids.
     pub fn special_within(&self, text: &str) -> Vec<String> {
-        let special = self.special_ids.iter().filter_map(|&id| self.inner.id_to_token(id));
-        special.filter(|token| text.contains(token.as_str())).collect()
+        self.special.values().filter(|token| text.contains(token.as_str())).cloned().collect()
     }
 
     /// Returns what a user should know about the files: contradictions that were resolved.
