@@ -151,7 +151,8 @@ fn drive(options: &ContinualOptions, tasks: &[Task], ui: &Ui) -> Result<Continua
     let mut progress = Progress::new(ui, "learning", Unit::Steps, total);
     progress.polled();
     let report = learn(options, tasks, &mut |now| {
-        progress.set(now.done, now.total, &format!("{}  loss {:.4}", now.name, now.loss));
+        let loss = now.loss.map(|loss| format!("  loss {loss:.4}")).unwrap_or_default();
+        progress.set(now.done, now.total, &format!("{}{loss}", now.name));
         !stop_of(ui).load(Ordering::Relaxed)
     });
     progress.finish();

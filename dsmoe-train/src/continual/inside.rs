@@ -67,6 +67,10 @@ impl Checkpoints {
     /// Writes a checkpoint, then removes the others.
     pub(super) fn save(&self, inside: &Inside, model: &Model, optimizer: &AdamW) -> Result<()> {
         let name = format!("{}{:08}", self.prefix(), inside.step);
+        // A resumed run that is interrupted before its first step is where it began.
+        if self.dir.join(&name).is_dir() {
+            return Ok(());
+        }
         let temporary = self.dir.join(format!(".{name}.tmp"));
         files::make_dir(&temporary, &self.dir.join(&name), |dir| {
             let sums = write_together(dir, model, optimizer, &Alone)?;

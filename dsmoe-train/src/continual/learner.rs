@@ -124,13 +124,13 @@ impl<'a> Learner<'a> {
         self.passed = inside.passed;
     }
 
-    /// Takes the steps after those of `inside`, and prunes. `show` receives finished steps and their losses, and says whether to go
-    /// on; where it does not, the state is kept as a checkpoint and nothing is returned.
+    /// Takes the steps after those of `inside`, and prunes. `show` receives the number of finished steps and the last one's loss,
+    /// and says whether to go on; where it does not, the state is kept as a checkpoint and nothing is returned.
     pub(super) fn learn(
         mut self,
         mut inside: Inside,
         checkpoints: &Checkpoints,
-        show: &mut dyn FnMut(u64, f64) -> bool,
+        show: &mut dyn FnMut(u64, Option<f64>) -> bool,
     ) -> Result<Option<Learnt>> {
         let Given { task, config, method, texts, replay, .. } = self.given;
         let steps = config.steps.unwrap_or(0);
@@ -138,7 +138,12 @@ impl<'a> Learner<'a> {
         let drawn = std::mem::take(&mut inside.drawn);
         let mut stream = Stream::new(task, &texts[task], config, method, (replay, drawn))?;
         for step in inside.step..steps {
-            let windows = stream.windows(step, replay, &mut |asked| self.uphill_costs(asked))?;
+            let asks = &mut || show(step, (step > 0).then_some(inside.loss));
+            let score = &mut |asked: &[Window]| self.uphill_costs(asked, asks);
+            let Some(windows) = stream.windows(step, replay, score)? else {
+                self.save(Inside { drawn: stream.drawn().clone(), ..inside }, checkpoints)?;
+                return Ok(None);
+            };
             let taken = self.gradients(step, &windows)?;
             if let Some(density) = schedule.as_ref().and_then(|schedule| schedule.after(step + 1)) {
                 self.prune(density, &taken, &windows)?;
@@ -152,7 +157,7 @@ impl<'a> Learner<'a> {
             if let Some(share) = taken.active {
                 inside.active = (inside.active.0 + share, inside.active.1 + 1);
             }
-            let goes_on = show(step + 1, taken.loss);
+            let goes_on = show(step + 1, Some(taken.loss));
             if !goes_on || checkpoints.is_due(step + 1) {
                 self.save(Inside { drawn: stream.drawn().clone(), ..inside.clone() }, checkpoints)?;
             }
@@ -163,7 +168,12 @@ impl<'a> Learner<'a> {
         let mut learnt = Learnt { loss: inside.loss, ..Learnt::default() };
         if method.ranks() && method.when == Some(When::End) && steps > 0 {
             let before = held_out_loss(self.model, &texts[task], config)?;
-            let windows = stream.windows(steps, replay, &mut |asked| self.uphill_costs(asked))?;
+            let asks = &mut || show(steps, Some(inside.loss));
+            let score = &mut |asked: &[Window]| self.uphill_costs(asked, asks);
+            let Some(windows) = stream.windows(steps, replay, score)? else {
+                self.save(Inside { drawn: stream.drawn().clone(), ..inside }, checkpoints)?;
+                return Ok(None);
+            };
             let taken = self.gradients(steps, &windows)?;
             self.prune(method.density.unwrap_or(1.0), &taken, &windows)?;
             learnt.jump = Some(held_out_loss(self.model, &texts[task], config)? - before);
@@ -264,20 +274,26 @@ impl<'a> Learner<'a> {
         self.model.apply_masks();
     }
 
-    /// Returns what a step uphill costs each of the windows `asked`. The direction is that of the first ones.
-    fn uphill_costs(&mut self, asked: &[Window]) -> Result<Vec<f32>> {
+    /// Returns what a step uphill costs each of the windows `asked`; nothing if `goes_on` says no before all are known. The
+    /// direction is that of the first ones.
+    fn uphill_costs(
+        &mut self,
+        asked: &[Window],
+        goes_on: &mut dyn FnMut() -> bool,
+    ) -> Result<Option<Vec<f32>>> {
         let Given { texts, config, method, .. } = self.given;
         let batch = config.batch * config.accumulate;
         let first: Vec<Window> = asked.iter().copied().cycle().take(batch).collect();
         let result = self.passes.gradient(self.model, texts, &first, (0, self.sparsity))?;
-        self.passed += config.tokens_per_step();
         copy(&mut self.here, &self.passes.engine.grads()?);
-        let here = losses(self.model, texts, asked, config)?;
+        let Some(here) = losses(self.model, texts, asked, config, goes_on)? else { return Ok(None) };
         copy(&mut self.saved, self.model.params());
         ascend(self.model.params_mut(), &self.here, step_scale(method.rho, result.norms.all));
-        let uphill = losses(self.model, texts, asked, config);
+        let uphill = losses(self.model, texts, asked, config, goes_on);
         self.model.params_mut().copy_from_slice(&self.saved);
-        Ok(uphill?.iter().zip(&here).map(|(uphill, here)| uphill - here).collect())
+        let Some(uphill) = uphill? else { return Ok(None) };
+        self.passed += config.tokens_per_step();
+        Ok(Some(uphill.iter().zip(&here).map(|(uphill, here)| uphill - here).collect()))
     }
 }
 

@@ -180,8 +180,8 @@ pub struct TaskProgress<'a> {
     pub done: u64,
     /// See [`TaskProgress::done`].
     pub total: u64,
-    /// Loss of the last step.
-    pub loss: f64,
+    /// Loss of the last step; none before a task's first.
+    pub loss: Option<f64>,
 }
 
 /// Checks settings and tasks, as far as that is possible without the text, and returns the settings of every task.
@@ -240,8 +240,8 @@ pub fn step_memory(model: &Config, config: &TrainConfig, method: &Method) -> u64
     work.saturating_add(stream::memory(config, method))
 }
 
-/// Learns `tasks`, one after the other. `progress` hears of every step and says whether to go on. Returns the report of what is
-/// done.
+/// Learns `tasks`, one after the other. `progress` hears of every step, and while candidates of a step are scored, and says whether to go
+/// on. Returns the report of what is done.
 ///
 /// # Errors
 /// Settings, tasks, text and model that do not fit together; an output directory that cannot be used or is of other tasks; a loss
@@ -280,7 +280,7 @@ pub fn learn(
                 let given = Given { task: at, config, method: &method, texts, replay, anchor };
                 let checkpoints = Checkpoints::new(&options.out, at, config.save_every);
                 let (inside, moments) = begin(&mut model, &checkpoints, &method, texts)?;
-                let show = &mut |step: u64, loss: f64| {
+                let show = &mut |step: u64, loss: Option<f64>| {
                     progress(TaskProgress { name: &task.name, done: done + step, total, loss })
                 };
                 let mut learner = Learner::new(&mut model, given)?;

@@ -116,17 +116,21 @@ pub(super) fn fisher(
     Ok(sum)
 }
 
-/// Returns the mean loss of every window.
+/// Returns the mean loss of every window; nothing if `goes_on` says no before all are known.
 pub(super) fn losses(
     model: &Model,
     texts: &[Mixture],
     windows: &[Window],
     config: &TrainConfig,
-) -> Result<Vec<f32>> {
+    goes_on: &mut dyn FnMut() -> bool,
+) -> Result<Option<Vec<f32>>> {
     let packed = Inference::new(model, config.dtype);
     let mut workspace = Workspace::default();
     let (mut found, mut window) = (Vec::with_capacity(windows.len()), Vec::new());
     for windows in windows.chunks(SCORED_TOGETHER) {
+        if !goes_on() {
+            return Ok(None);
+        }
         let (mut inputs, mut targets) = (Vec::new(), Vec::new());
         for &at in windows {
             window.clear();
@@ -140,7 +144,7 @@ pub(super) fn losses(
         let mean = |losses: &[f32]| losses.iter().map(|&x| f64::from(x)).sum::<f64>() / losses.len() as f64;
         found.extend(losses.chunks(config.seq).map(|losses| mean(losses) as f32));
     }
-    Ok(found)
+    Ok(Some(found))
 }
 
 #[cfg(test)]
@@ -251,7 +255,7 @@ mod tests {
                 }
             }
         }
-        let losses = losses(&model, &texts, &windows, &config).unwrap();
+        let losses = losses(&model, &texts, &windows, &config, &mut || true).unwrap().unwrap();
         let mean = losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / 3.0;
         assert!((mean - second.lm_loss).abs() < 1e-5, "{mean} and {}", second.lm_loss);
     }

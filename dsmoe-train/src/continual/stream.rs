@@ -110,13 +110,13 @@ impl Stream {
     }
 
     /// Returns the windows of step `step`, counted from 0. `score` tells what a step uphill costs each of the windows that it is
-    /// given.
+    /// given; where it tells nothing, nothing is drawn.
     pub(super) fn windows(
         &mut self,
         step: u64,
         replay: &[Window],
-        score: &mut dyn FnMut(&[Window]) -> Result<Vec<f32>>,
-    ) -> Result<Vec<Window>> {
+        score: &mut dyn FnMut(&[Window]) -> Result<Option<Vec<f32>>>,
+    ) -> Result<Option<Vec<Window>>> {
         let fresh = match self.pool {
             None => {
                 let first = step * self.fresh as u64;
@@ -125,13 +125,16 @@ impl Stream {
                 self.drawn.seen.extend(windows.iter().map(|&window| (window, 0.0)));
                 windows
             }
-            Some(pool) => self.select(pool, step, score)?,
+            Some(pool) => match self.select(pool, step, score)? {
+                Some(windows) => windows,
+                None => return Ok(None),
+            },
         };
         let mut all: Vec<Window> =
             fresh.into_iter().map(|window| Window { task: self.task, window }).collect();
         let mut rng = Rng::new(self.seed, REPLAY_STREAM ^ (self.task as u64) << 48 ^ step);
         all.extend((0..self.replayed).map(|_| replay[rng.below(replay.len() as u64) as usize]));
-        Ok(all)
+        Ok(Some(all))
     }
 
     /// Returns how many windows were scored.
@@ -153,8 +156,8 @@ impl Stream {
         &mut self,
         pool: Pool,
         step: u64,
-        score: &mut dyn FnMut(&[Window]) -> Result<Vec<f32>>,
-    ) -> Result<Vec<usize>> {
+        score: &mut dyn FnMut(&[Window]) -> Result<Option<Vec<f32>>>,
+    ) -> Result<Option<Vec<usize>>> {
         let number = step / pool.steps;
         if self.drawn.pool.as_ref().is_none_or(|(at, _)| *at != number) {
             let first = number * pool.candidates as u64;
@@ -162,7 +165,7 @@ impl Stream {
             let windows: Vec<usize> = numbers.map(|number| self.sample(number)).collect();
             let asked: Vec<Window> =
                 windows.iter().map(|&window| Window { task: self.task, window }).collect();
-            let scores = score(&asked)?;
+            let Some(scores) = score(&asked)? else { return Ok(None) };
             self.drawn.scored += windows.len() as u64;
             self.drawn.seen.extend(windows.iter().copied().zip(scores.iter().copied()));
             let seed = SELECT_STREAM ^ (self.task as u64) << 48 ^ number;
@@ -172,7 +175,7 @@ impl Stream {
         }
         let chosen = self.drawn.pool.as_ref().map_or(&[][..], |(_, chosen)| chosen);
         let at = (step % pool.steps) as usize * self.fresh;
-        Ok(chosen.iter().skip(at).take(self.fresh).copied().collect())
+        Ok(Some(chosen.iter().skip(at).take(self.fresh).copied().collect()))
     }
 
     /// Returns at most `count` windows of this task to keep: those of the highest scores, or any where none was scored.

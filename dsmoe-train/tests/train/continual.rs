@@ -108,10 +108,14 @@ fn what_is_interrupted_ends_as_a_whole() {
     for steps in [5u64, 17, 24, 30] {
         let mut heard = Vec::new();
         let part = learn(&parts, &tasks, &mut |progress| {
-            heard.push(progress.done);
+            // While candidates are scored, the last step is heard again.
+            if progress.done > before {
+                heard.push(progress.done);
+            }
             progress.done < steps
         });
         assert!(!part.unwrap().finished);
+        heard.dedup();
         // No step is taken twice.
         assert_eq!(heard, Vec::from_iter(before + 1..=steps));
         before = steps;
@@ -169,18 +173,41 @@ fn a_task_goes_on_from_a_checkpoint_inside_it() {
                 })
             }));
             assert!(killed.is_err(), "{name}");
-            let mut first = 0;
+            let mut heard = Vec::new();
             let stopped = learn(&parts, &tasks, &mut |progress| {
-                first = progress.done;
-                false
+                heard.push(progress.done);
+                progress.done < goes_on
             });
             assert!(!stopped.unwrap().finished);
-            assert_eq!(first, goes_on, "{name}");
+            assert!(heard[0] >= goes_on - 1 && heard.ends_with(&[goes_on]), "{name}: {heard:?}");
         }
         assert_eq!(learn(&parts, &tasks, &mut |_| true).unwrap(), report, "{name}");
         assert!(bytes(&bed.path("whole")) == bytes(&bed.path("parts")), "{name}");
         assert!(!bed.path("parts").join("checkpoints").exists(), "{name}");
     }
+}
+
+/// Many candidates take long to score.
+#[test]
+fn an_interruption_is_heard_while_candidates_are_scored() {
+    let bed = Bed::new(false);
+    let tasks = three(6);
+    let text = r#"{"prune": "none", "select": 0.25, "select_every": 6, "replay": 8}"#;
+    let report = whole(&bed, "whole", method(text), &tasks);
+    let parts = ContinualOptions { resume: true, ..options(&bed, "parts", method(text)) };
+    let mut before_a_step = 0;
+    for calls in 1..12 {
+        let mut heard = Vec::new();
+        let stopped = learn(&parts, &tasks, &mut |progress| {
+            heard.push(progress.loss);
+            heard.len() < calls
+        });
+        assert!(!stopped.unwrap().finished);
+        before_a_step += usize::from(heard.len() > 1 && heard.ends_with(&[None, None]));
+    }
+    assert!(before_a_step > 0);
+    assert_eq!(learn(&parts, &tasks, &mut |_| true).unwrap(), report);
+    assert!(bytes(&bed.path("whole")) == bytes(&bed.path("parts")));
 }
 
 #[test]
