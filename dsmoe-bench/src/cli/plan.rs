@@ -108,6 +108,9 @@ pub(crate) struct PlanTrain {
     pub(crate) plan: PathBuf,
     #[command(flatten)]
     pub(crate) heads: HeadArgs,
+    /// Print the plan and compute nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
 }
 
 /// The arguments of a server.
@@ -139,6 +142,9 @@ pub(crate) struct PlanEval {
     /// Sets of waiting requests that are placed; 0 leaves placements out
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub(crate) scenes: usize,
+    /// Print the plan and compute nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
 }
 
 #[derive(Debug, Args)]
@@ -178,4 +184,7 @@ pub(crate) struct PlanOffload {
     pub(crate) samples: u32,
     #[command(flatten)]
     pub(crate) heads: HeadArgs,
+    /// Print the plan and compute nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
 }

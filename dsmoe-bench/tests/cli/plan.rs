@@ -40,11 +40,20 @@ fn a_plan_is_profiled_trained_and_chooses() {
     assert_eq!(dry["requests"], 24);
 
     fails(&format!("plan choose {plan} --prompt hello"), &["holds no network", "dsmoe plan train"]);
+    let dry = |line: &str| json_of(&format!("plan train {plan} --heads 3 --epochs 20 --dry-run {line}"));
+    let planned = dry("");
+    assert_eq!((number(&planned["requests"]), number(&planned["passes"])), (24.0, 80.0));
+    assert_eq!(planned["replaces"], false);
+    assert!(!path("plan/made/heads.json").exists());
     let trained = json_of(&format!("plan train {plan} --heads 3 --epochs 20"));
     assert_eq!((number(&trained["heads"]), number(&trained["requests"])), (3.0, 24.0));
     let heads = read("plan/made/heads.json");
     succeeds(&format!("plan train {plan} --heads 3 --epochs 20"));
     assert_eq!(read("plan/made/heads.json"), heads);
+    assert_eq!(dry("--seed 7")["replaces"], true);
+    assert_eq!(read("plan/made/heads.json"), heads);
+    let shown = succeeds(&format!("plan train {plan} --dry-run"));
+    shows(&shown, &["passes over requests", "replaces the one in plan/made/heads.json"]);
 
     let prompt = "the-little-town-lies-on-a-river";
     let choose = |more: &str| json_of(&format!("plan choose {plan} --prompt {prompt} --max-tokens 8 {more}"));
@@ -101,8 +110,27 @@ fn a_plan_is_compared_with_one_budget_for_all() {
         &succeeds(&format!("plan eval {plan} --heads 2 --epochs 5 --scenes 1")),
         &["one budget", "oracle", "descent"],
     );
-    fails(&format!("plan eval {plan} --active 0.123"), &["--active 0.123", "has the budgets"]);
-    fails("plan eval dense", &["holds no profile", "dsmoe plan profile"]);
+    let line = format!("plan eval {plan} --heads 2 --epochs 5 --scenes 2 --dry-run");
+    let planned = json_of(&line);
+    assert_eq!((number(&planned["passes"]), number(&planned["scenes"])), (60.0, 2.0));
+    for (one, of) in list(&planned["splits"]).iter().zip(splits) {
+        assert_eq!((&one["held_out"], &one["requests"]), (&of["held_out"], &of["requests"]));
+        assert_eq!(number(&one["learnt"]) + number(&one["requests"]), 24.0);
+    }
+    assert_eq!((&planned["active"], list(&planned["splits"]).len()), (&found["active"], 3));
+    shows(&succeeds(&line), &["not learnt", "every fourth", "passes over requests"]);
+    // A plan refuses what a run refuses.
+    for rest in ["", "--dry-run"] {
+        fails(&format!("plan eval {plan} --active 0.123 {rest}"), &["--active 0.123", "has the budgets"]);
+        fails(&format!("plan eval {plan} --server 1,2 {rest}"), &["--server", "PREFILL,DECODE,START"]);
+        fails(&format!("plan eval dense {rest}"), &["holds no profile", "dsmoe plan profile"]);
+        fails(&format!("plan train dense {rest}"), &["holds no profile", "dsmoe plan profile"]);
+    }
+    write("plan/blocked/profile.json", read("plan/made/profile.json"));
+    write("plan/blocked/heads.json/note.txt", "");
+    for rest in ["", "--dry-run"] {
+        fails(&format!("plan train plan/blocked {rest}"), &["heads.json is a folder", "remove it"]);
+    }
     fails("plan profile moe --data text.txt --out plan/no", &["no thresholds by budget"]);
     let line = "plan profile plan/model --data text.txt --out plan/no";
     fails(&format!("{line} --prompt 1"), &["--prompt 1", "2 tokens at least"]);
@@ -123,4 +151,8 @@ fn the_papers_problem_is_imitated() {
         &succeeds("plan offload --users 2 --samples 40 --heads 1 --epochs 1"),
         &["right decisions", "no method"],
     );
+    let planned = json_of("plan offload --users 2 --samples 401 --heads 2 --epochs 4 --dry-run");
+    assert_eq!((number(&planned["passes"]), number(&planned["sets"])), (16.0, 4.0));
+    assert_eq!(number(&planned["learnt"]), 200.0);
+    shows(&succeeds("plan offload --dry-run"), &["10,000 learnt, 10,000 decided", "the best of 8 sets"]);
 }

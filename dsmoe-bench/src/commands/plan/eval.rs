@@ -4,11 +4,11 @@ use anyhow::{Result, bail};
 use dsmoe_baselines::plan::{Policy, at_mean_share, least_at_mean_share};
 use dsmoe_kernels::rng::Rng;
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::placing::{Placing, compare, scene_of};
 use super::profile::{Profile, Profiled};
-use super::train::{fit_of, fitted};
+use super::train::{fit_of, fitted, passes};
 use crate::cli::plan::PlanEval;
 use crate::format::{self, Table};
 use crate::ui::Ui;
@@ -40,6 +40,13 @@ struct Split {
     error_ensemble: f64,
 }
 
+/// The requests of one split.
+struct Sides<'a> {
+    held_out: String,
+    learnt: Vec<&'a Profiled>,
+    asked: Vec<&'a Profiled>,
+}
+
 pub(super) fn run(args: &PlanEval, ui: &mut Ui) -> Result<()> {
     let profile = Profile::read(&args.plan)?;
     let target = target(args, &profile)?;
@@ -47,16 +54,13 @@ pub(super) fn run(args: &PlanEval, ui: &mut Ui) -> Result<()> {
         0 => None,
         _ => Some(scene_of(&args.server, profile.timed(&args.plan)?)?),
     };
-    let mut splits = vec![(String::from("every fourth"), held_out_rows(&profile))];
-    if profile.sources.len() > 1 {
-        for (number, name) in profile.sources.iter().enumerate() {
-            let is_held = profile.requests.iter().map(|row| row.source == number).collect();
-            splits.push((name.clone(), is_held));
-        }
+    let splits = splits(args, &profile)?;
+    if args.dry_run {
+        return plan(args, profile.shares[target], &splits, ui);
     }
     let mut rows = Vec::new();
-    for (name, is_held) in &splits {
-        rows.push(split(args, &profile, (name, is_held), target, ui)?);
+    for sides in &splits {
+        rows.push(split(args, &profile, sides, target, ui)?);
     }
     let placed = match &placing {
         None => Vec::new(),
@@ -98,24 +102,63 @@ fn held_out_rows(profile: &Profile) -> Vec<bool> {
     profile.requests.iter().map(&mut is_held).collect()
 }
 
-/// Trains on what is not held out, and chooses budgets for what is.
-fn split(
-    args: &PlanEval,
-    profile: &Profile,
-    (name, is_held): (&str, &[bool]),
-    target: usize,
-    ui: &Ui,
-) -> Result<Split> {
-    let side = |held: bool| -> Vec<&Profiled> {
-        profile.requests.iter().zip(is_held).filter(|(_, is)| **is == held).map(|(row, _)| row).collect()
-    };
-    let (learnt, asked) = (side(false), side(true));
-    if learnt.is_empty() || asked.is_empty() {
-        bail!("{}: too few requests to hold some out; profile with more --requests", args.plan.display());
+/// Returns the splits: every fourth request held out, and every source where there are several.
+fn splits<'a>(args: &PlanEval, profile: &'a Profile) -> Result<Vec<Sides<'a>>> {
+    let mut splits = vec![(String::from("every fourth"), held_out_rows(profile))];
+    if profile.sources.len() > 1 {
+        for (number, name) in profile.sources.iter().enumerate() {
+            let is_held = profile.requests.iter().map(|row| row.source == number).collect();
+            splits.push((name.clone(), is_held));
+        }
     }
+    let sides = |(held_out, is_held): (String, Vec<bool>)| {
+        let side = |held: bool| -> Vec<&'a Profiled> {
+            profile.requests.iter().zip(&is_held).filter(|(_, is)| **is == held).map(|(row, _)| row).collect()
+        };
+        let (learnt, asked) = (side(false), side(true));
+        if learnt.is_empty() || asked.is_empty() {
+            bail!("{}: too few requests to hold some out; profile with more --requests", args.plan.display());
+        }
+        Ok(Sides { held_out, learnt, asked })
+    };
+    splits.into_iter().map(sides).collect()
+}
+
+/// Prints what would be learnt and asked at a mean share.
+fn plan(args: &PlanEval, share: f64, splits: &[Sides<'_>], ui: &mut Ui) -> Result<()> {
+    let (fit, heads) = (fit_of(&args.heads), usize::from(args.heads.heads));
+    // Every split trains a network of one head beside the ensemble.
+    let passes = splits.len() * (passes(fit, 1) + passes(fit, heads));
+    let row = |sides: &Sides<'_>| -> Value {
+        json!({ "held_out": sides.held_out, "learnt": sides.learnt.len(), "requests": sides.asked.len() })
+    };
+    let planned = json!({
+        "plan": args.plan.display().to_string(), "heads": heads, "epochs": fit.epochs, "seed": fit.seed,
+        "active": share, "splits": splits.iter().map(row).collect::<Vec<_>>(), "passes": passes,
+        "scenes": args.scenes,
+    });
+    ui.result(&planned, |_| {
+        let mut table = Table::new(["not learnt", "requests", "learnt"]);
+        for sides in splits {
+            let counts = [sides.asked.len(), sides.learnt.len()].map(|count| format::count(count as u64));
+            table.row([sides.held_out.clone()].into_iter().chain(counts));
+        }
+        let fields = format::fields([
+            ("mean share", format::percent(share)),
+            ("heads", heads.to_string()),
+            ("passes over requests", format::count(passes as u64)),
+            ("sets that are placed", format::count(args.scenes as u64)),
+        ]);
+        format!("{fields}\n{}", table.show())
+    })
+}
+
+/// Trains on what is not held out, and chooses budgets for what is.
+fn split(args: &PlanEval, profile: &Profile, sides: &Sides<'_>, target: usize, ui: &Ui) -> Result<Split> {
+    let Sides { held_out, learnt, asked } = sides;
     let fit = fit_of(&args.heads);
-    let one = fitted(&learnt, 1, fit, ui)?;
-    let several = fitted(&learnt, usize::from(args.heads.heads), fit, ui)?;
+    let one = fitted(learnt, 1, fit, ui)?;
+    let several = fitted(learnt, usize::from(args.heads.heads), fit, ui)?;
     let expected = |curves: &dsmoe_baselines::plan::Curves, kappa: f64| -> Result<Vec<Vec<f64>>> {
         let of = |row: &&Profiled| Ok(Policy { kappa }.expected(&curves.predict(&row.features)?));
         asked.iter().map(of).collect()
@@ -139,7 +182,7 @@ fn split(
         cost(&dealt)
     });
     Ok(Split {
-        held_out: name.to_owned(),
+        held_out: held_out.clone(),
         requests: asked.len(),
         one_budget: cost(&vec![target; asked.len()]),
         by_chance: by_chance.sum::<f64>() / SHUFFLES as f64,

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use dsmoe_baselines::plan::offload::{Imitation, imitate};
 use serde_json::json;
 
-use super::train::fit_of;
+use super::train::{fit_of, passes};
 use crate::cli::plan::PlanOffload;
 use crate::format::{self, Table};
 use crate::interrupts::{STOP, catch_interrupts};
@@ -15,6 +15,9 @@ use crate::ui::Ui;
 
 pub(super) fn run(args: &PlanOffload, ui: &mut Ui) -> Result<()> {
     let (users, samples) = (usize::from(args.users), args.samples as usize);
+    if args.dry_run {
+        return plan(args, ui);
+    }
     catch_interrupts()?;
     let found = Progress::during(ui, "networks", Unit::Parts, |show| {
         imitate(users, samples, usize::from(args.heads.heads), fit_of(&args.heads), &mut |done, all| {
@@ -25,6 +28,26 @@ pub(super) fn run(args: &PlanOffload, ui: &mut Ui) -> Result<()> {
     let found = found.context("stopped; nothing is kept of an experiment, run it again")?;
     let result = json!({ "users": users, "samples": samples, "seed": args.heads.seed, "results": found });
     ui.result(&result, |_| show(&found))
+}
+
+/// Prints what would be drawn, solved and learnt.
+fn plan(args: &PlanOffload, ui: &mut Ui) -> Result<()> {
+    let (samples, sets, fit) = (args.samples as usize, 1u64 << args.users, fit_of(&args.heads));
+    // One network for every number of heads.
+    let passes: usize = (1..=usize::from(args.heads.heads)).map(|heads| passes(fit, heads)).sum();
+    let planned = json!({
+        "users": args.users, "samples": samples, "learnt": samples / 2, "heads": args.heads.heads,
+        "epochs": fit.epochs, "seed": fit.seed, "sets": sets, "passes": passes,
+    });
+    ui.result(&planned, |_| {
+        let halves = [samples / 2, samples - samples / 2].map(|half| format::count(half as u64));
+        format::fields([
+            ("sets of users", format!("{} learnt, {} decided", halves[0], halves[1])),
+            ("optimum", format!("the best of {} sets of {} users", format::count(sets), args.users)),
+            ("networks", format!("{}, of 1 head and more", args.heads.heads)),
+            ("passes", format::count(passes as u64)),
+        ])
+    })
 }
 
 fn show(found: &[Imitation]) -> String {

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use dsmoe_baselines::plan::{Curves, Fit};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use super::profile::{Profile, Profiled};
 use crate::cli::plan::{HeadArgs, PlanTrain};
@@ -44,9 +45,30 @@ impl Heads {
 
 pub(super) fn run(args: &PlanTrain, ui: &mut Ui) -> Result<()> {
     let profile = Profile::read(&args.plan)?;
+    let path = args.plan.join(HEADS);
+    if path.is_dir() {
+        bail!("{} is a folder where the network is to be written; remove it", path.display());
+    }
     let rows: Vec<&Profiled> = profile.requests.iter().collect();
     let fit = fit_of(&args.heads);
     let heads = usize::from(args.heads.heads);
+    if args.dry_run {
+        let (passes, replaces) = (passes(fit, heads), path.is_file());
+        let planned = json!({
+            "plan": args.plan.display().to_string(), "heads": heads, "epochs": fit.epochs, "seed": fit.seed,
+            "requests": rows.len(), "budgets": profile.shares.len(), "passes": passes, "replaces": replaces,
+        });
+        return ui.result(&planned, |_| {
+            let network = if replaces { "replaces the one in" } else { "to be written to" };
+            format::fields([
+                ("heads", heads.to_string()),
+                ("requests", format::count(rows.len() as u64)),
+                ("budgets", profile.shares.len().to_string()),
+                ("passes over requests", format::count(passes as u64)),
+                ("network", format!("{network} {}", path.display())),
+            ])
+        });
+    }
     let curves = fitted(&rows, heads, fit, ui)?;
     let error = |row: &&Profiled| -> Result<f64> {
         let predicted = curves.predict(&row.features)?;
@@ -64,8 +86,8 @@ pub(super) fn run(args: &PlanTrain, ui: &mut Ui) -> Result<()> {
         seed: fit.seed,
         curves,
     };
-    write_part(&args.plan.join(HEADS), &made)?;
-    let result = serde_json::json!({
+    write_part(&path, &made)?;
+    let result = json!({
         "plan": args.plan.display().to_string(), "heads": heads, "requests": rows.len(), "squared_error": squared_error,
     });
     ui.result(&result, |_| {
@@ -81,7 +103,7 @@ pub(super) fn run(args: &PlanTrain, ui: &mut Ui) -> Result<()> {
 pub(super) fn fitted(rows: &[&Profiled], heads: usize, fit: Fit, ui: &Ui) -> Result<Curves> {
     let features: Vec<Vec<f64>> = rows.iter().map(|row| row.features.clone()).collect();
     let extra: Vec<Vec<f64>> = rows.iter().map(|row| row.extra()).collect();
-    let passes = fit.epochs * if heads == 1 { 1 } else { heads + 1 };
+    let passes = passes(fit, heads);
     let made = Progress::during(ui, "heads", Unit::Parts, |show| {
         Curves::fit(&features, &extra, heads, fit, &mut |done| {
             show(done as u64, passes as u64);
@@ -89,6 +111,11 @@ pub(super) fn fitted(rows: &[&Profiled], heads: usize, fit: Fit, ui: &Ui) -> Res
         })
     })?;
     made.context("the training was stopped; run the command again")
+}
+
+/// Returns the passes over all requests that the fit of a network of so many heads makes.
+pub(super) fn passes(fit: Fit, heads: usize) -> usize {
+    fit.epochs * if heads == 1 { 1 } else { heads + 1 }
 }
 
 /// Returns how a network is fitted.
