@@ -24,6 +24,11 @@ pub(crate) fn activated(activated: f64, total: u64) -> String {
     format!("{} activated of {}", amount(activated), amount(total as f64))
 }
 
+/// Formats bytes of memory as `13.5 GB in memory`.
+pub(crate) fn in_memory(n: u64) -> String {
+    format!("{} in memory", bytes(n))
+}
+
 /// Formats FLOPs as `1.5 G`.
 pub(crate) fn flops(n: f64) -> String {
     scaled(n, &["", " k", " M", " G", " T"])

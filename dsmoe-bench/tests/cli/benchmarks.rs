@@ -92,6 +92,7 @@ fn benchmarks_report_in_the_harness_s_shape() {
     let ratio = number(&extras["active_ratio"]);
     assert!((0.0..=1.0).contains(&ratio) && list(&extras["active_ratio_per_layer"]).len() == 2);
     // Experts hold 2 x 6144 parameters in all.
+    assert!(number(&extras["weight_bytes"]) > number(&extras["params_total"]));
     let left_out = number(&extras["params_total"]) - number(&extras["params_activated"]);
     assert!((left_out - (1.0 - ratio) * 12288.0).abs() < 1e-6, "{extras}");
     let tokens: f64 = tasks.iter().map(|task| number(&extras["tasks"][task]["tokens"])).sum();
@@ -364,6 +365,7 @@ fn perplexities_follow_their_conventions() {
         assert!((ours - theirs).abs() < 1e-12 * theirs, "{metric}: {ours}, {theirs}");
     }
     agrees(&rolling, &json!({ "documents": 5, "words": 5 * 17 }));
+    assert_eq!(rolling["params_total"], task["dsmoe"]["params_total"]);
 
     let line = "rows.jsonl --perplexity stream,window,rolling --seq 32";
     let all = of(line);

@@ -175,9 +175,13 @@ fn eval_reports_the_whole_protocol() {
     let none = eval("moe --threshold 1");
     agrees(&none, &json!({ "active_ratio": 0.0, "zero_active_share": 1.0 }));
     assert!(number(&none["params_activated"]) < number(&all["params_activated"]));
+    // Held parameters beside those that a token uses, and the bytes that they take in memory.
+    assert_eq!(all["params_total"], json_of("inspect moe")["params_total"]);
+    let bytes = |precision: &str| number(&eval(&format!("moe --dtype {precision}"))["weight_bytes"]);
+    assert!(bytes("f32") >= 4.0 * number(&all["params_total"]) && bytes("bf16") < bytes("f32"));
     assert_eq!(eval("dense --stride 16")["predicted"], 999);
     let human = succeeds("eval moe --data text.txt --limit-tokens 500");
-    shows(&human, &["perplexity", "active share"]);
+    shows(&human, &["perplexity", "active share", "activated of", "in memory"]);
 }
 
 #[test]

@@ -48,6 +48,8 @@ struct PerplexityReport<'a> {
     /// The router that stands in for the model's.
     #[serde(skip_serializing_if = "Option::is_none")]
     router: Option<String>,
+    /// Bytes of the weights in memory.
+    weight_bytes: u64,
     #[serde(flatten)]
     stream: Option<Stream>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -93,6 +95,7 @@ struct Rolling {
     /// Tokens that were computed.
     tokens: u64,
     active_ratio: Option<f64>,
+    params_total: u64,
     params_activated: f64,
 }
 
@@ -130,6 +133,7 @@ pub(super) fn run(args: &Eval, comm: &dyn Communicator, ui: &mut Ui) -> Result<(
         threshold: config.moe.as_ref().and_then(MoeConfig::threshold),
         budget: config.moe.as_ref().and_then(MoeConfig::budget),
         router: args.router.map(|bound| bound.to_string()),
+        weight_bytes: model.bytes() as u64,
         stream: None,
         window: None,
         rolling: None,
@@ -228,9 +232,10 @@ fn by_word(of: &Subject<'_>, corpus: &Corpus, ui: &Ui) -> Result<Rolling> {
     let Some((result, Ran { tokens, routing })) = result? else { bail!("interrupted") };
     let routing = routing.map(|routing| routing.summary());
     let active = routing.as_ref().map_or(0.0, |routing| routing.active_experts);
-    let params_activated = model.accounting().activated(active);
+    let accounting = model.accounting();
+    let (params_total, params_activated) = (accounting.total, accounting.activated(active));
     let active_ratio = routing.map(|routing| routing.active_ratio);
-    Ok(Rolling { result, tokens, active_ratio, params_activated })
+    Ok(Rolling { result, tokens, active_ratio, params_total, params_activated })
 }
 
 fn show(report: &PerplexityReport<'_>) -> String {
@@ -252,13 +257,14 @@ fn show(report: &PerplexityReport<'_>) -> String {
                 "{of}KL {kl:.6} nats from the other model, same first token {top1} of {tokens} tokens{losses}\n"
             ));
         }
-        blocks.push(show_windows(result, "perplexity", &format!("windows of {seq} every {stride}")));
+        let shape = format!("windows of {seq} every {stride}");
+        blocks.push(show_windows(result, report.weight_bytes, ("perplexity", &shape)));
     }
     if let Some(Window { seq, windows, result }) = &report.window {
         let shape = format!("{windows} whole windows of {seq} of the text joined by blank lines");
-        blocks.push(show_windows(result, "window perplexity", &shape));
+        blocks.push(show_windows(result, report.weight_bytes, ("window perplexity", &shape)));
     }
-    if let Some(Rolling { result, tokens, active_ratio, params_activated }) = &report.rolling {
+    if let Some(Rolling { result, tokens, active_ratio, params_total, params_activated }) = &report.rolling {
         let counts = [result.words as u64, result.bytes as u64, result.documents as u64, *tokens];
         let [words, bytes, documents, tokens] = counts.map(format::count);
         let mut fields = vec![
@@ -266,7 +272,8 @@ fn show(report: &PerplexityReport<'_>) -> String {
             ("byte perplexity", format!("{:.6}", result.byte_perplexity)),
             ("bits per byte", format!("{:.6}", result.bits_per_byte)),
             ("text", format!("{words} words, {bytes} bytes in {documents} documents; {tokens} tokens")),
-            ("parameters", format!("{} activated", format::amount(*params_activated))),
+            ("parameters", format::activated(*params_activated, *params_total)),
+            ("weights", format::in_memory(report.weight_bytes)),
         ];
         if let Some(ratio) = active_ratio {
             fields.push(("active share", format!("{} of experts", format::percent(*ratio))));
@@ -276,7 +283,7 @@ fn show(report: &PerplexityReport<'_>) -> String {
     blocks.join("\n")
 }
 
-fn show_windows(result: &EvalReport, name: &'static str, shape: &str) -> String {
+fn show_windows(result: &EvalReport, weight_bytes: u64, (name, shape): (&'static str, &str)) -> String {
     let [predicted, tokens] = [result.predicted, result.tokens].map(|count| format::count(count as u64));
     let mut fields = vec![
         (name, format!("{:.4}", result.ppl)),
@@ -296,6 +303,7 @@ fn show_windows(result: &EvalReport, name: &'static str, shape: &str) -> String 
     }
     let time = format::duration(result.seconds);
     fields.push(("parameters", format::activated(result.params_activated, result.params_total)));
+    fields.push(("weights", format::in_memory(weight_bytes)));
     fields.push(("FLOPs per token", format::flops(result.flops_per_token)));
     fields.push(("speed", format!("{:.0} tokens/s, {time}", result.tokens_per_s)));
     let means = format::fields(fields);

@@ -162,6 +162,7 @@ impl TaskResults<'_> {
             "isa": Isa::current().name(),
             "model_sha256": self.model_sha256,
             "params_total": self.model.accounting().total,
+            "weight_bytes": self.model.bytes(),
         });
         self.add_cost(&mut extras, &self.ran());
         let tasks = self.tasks.iter().map(|task| {
@@ -247,6 +248,7 @@ impl TaskResults<'_> {
         }
         let accounting = self.model.accounting();
         fields.push(("parameters", format::activated(accounting.activated(active), accounting.total)));
+        fields.push(("weights", format::in_memory(self.model.bytes() as u64)));
         let gold = |task: &TaskResult| {
             Some(format!("{} {:.4}", task.loaded.name(), task.loaded.gold_nll(&task.scored)?))
         };
