@@ -1,5 +1,6 @@
 //! A folder with tiny models, their tokenizer and text, and the built command that runs in it.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -183,15 +184,17 @@ pub(crate) fn end(child: Child, signal: &str) -> Run {
     child.wait_with_output().unwrap().into()
 }
 
-/// Starts a command and kills it after `pause`, unless it has ended by then.
-pub(crate) fn killed_after(line: &str, pause: Duration) {
+/// Starts a command and kills it after `pause`, unless it has ended by then. Returns whether it was killed.
+pub(crate) fn killed_after(line: &str, pause: Duration) -> bool {
     let mut child = command(line).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let started = Instant::now();
     while started.elapsed() < pause && child.try_wait().unwrap().is_none() {
         sleep(Duration::from_millis(2));
     }
+    let is_killed = child.try_wait().unwrap().is_none();
     child.kill().unwrap();
     child.wait().unwrap();
+    is_killed
 }
 
 /// Starts a command four times and kills it, each time after twice as long as before.
@@ -199,6 +202,50 @@ pub(crate) fn killed_four_times(line: &str, first: Duration) {
     for doublings in 0..4 {
         killed_after(line, first * (1 << doublings));
     }
+}
+
+/// Runs a command that writes into the folder `out`, then once more from the start. The second time it is killed once in each
+/// quarter of the time that it took, at a moment that `seed` chooses, and then runs to its end. The results have to have the same bytes.
+pub(crate) fn kills_change_no_byte(line: &str, out: &str, seed: u64) {
+    let started = Instant::now();
+    succeeds(line);
+    let calm = started.elapsed();
+    let wanted = results_below(out);
+    assert!(!wanted.is_empty(), "{line}: wrote nothing");
+    fs::remove_dir_all(path(out)).unwrap();
+    let (mut random, mut kills) = (seed, 0);
+    for quarter in 0..4u32 {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let within = (random >> 40) as f64 / f64::from(1 << 24);
+        kills += u32::from(killed_after(line, calm.mul_f64((f64::from(quarter) + within) / 4.0)));
+    }
+    assert!(kills > 0, "{line}: no run was still going when it was to be killed");
+    succeeds(line);
+    let found = results_below(out);
+    for name in wanted.keys().chain(found.keys()) {
+        assert!(wanted.get(name) == found.get(name), "{line}: {} after {kills} kills", name.display());
+    }
+}
+
+/// The files below a folder, without manifests, which depend on the order of the work, and temporary files.
+fn results_below(dir: &str) -> BTreeMap<PathBuf, Vec<u8>> {
+    let (mut folders, mut found) = (vec![path(dir)], BTreeMap::new());
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let entry = entry.unwrap();
+            let (name, file) = (entry.file_name(), entry.path());
+            if name == "checksums.json" || name.to_string_lossy().starts_with('.') {
+                continue;
+            }
+            if file.is_dir() {
+                folders.push(file);
+            } else {
+                let bytes = fs::read(&file).unwrap();
+                found.insert(file, bytes);
+            }
+        }
+    }
+    found
 }
 
 pub(crate) fn succeeds(line: &str) -> String {

@@ -1,6 +1,8 @@
 //! `dsmoe continual`.
 
-use crate::common::{fails, json_of, list, number, path, read, read_json, shows, succeeds, write};
+use crate::common::{
+    fails, json_of, kills_change_no_byte, list, number, path, read, read_json, shows, succeeds, write,
+};
 
 const TASKS: &str = "
 [train]
@@ -29,11 +31,16 @@ steps = 4
 ";
 
 fn texts() {
+    texts_in("continual");
+}
+
+/// Writes the tasks and their texts into a folder.
+fn texts_in(folder: &str) {
     let text = read("text.txt");
     let middle = (text.len() / 2..).find(|&at| text.is_char_boundary(at)).unwrap();
-    write("continual/first.txt", &text[..middle]);
-    write("continual/second.txt", &text[middle..]);
-    write("continual/tasks.toml", TASKS);
+    write(&format!("{folder}/first.txt"), &text[..middle]);
+    write(&format!("{folder}/second.txt"), &text[middle..]);
+    write(&format!("{folder}/tasks.toml"), TASKS);
 }
 
 #[test]
@@ -77,6 +84,16 @@ fn tasks_are_learnt_and_resumed() {
     write("continual/other.toml", TASKS.replace("replay = 6", "replay = 7"));
     let other = "continual continual/other.toml --model dense --out continual/run --resume";
     fails(other, &["continual.json", "method was", "another --out"]);
+}
+
+#[test]
+fn kills_do_not_change_what_is_learnt() {
+    texts_in("continual-kills");
+    // Killed tasks go on from their checkpoints.
+    write("continual-kills/tasks.toml", TASKS.replace("[train]", "[train]\nsave_every = 2"));
+    let line =
+        "continual continual-kills/tasks.toml --model dense --resume --quiet --out continual-kills/run";
+    kills_change_no_byte(line, "continual-kills/run", 2);
 }
 
 #[test]

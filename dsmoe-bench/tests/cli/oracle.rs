@@ -1,6 +1,8 @@
 //! `dsmoe oracle`, and the models of two FFNs that it routes.
 
-use crate::common::{fails, json_of, list, number, path, read, read_json, shows, succeeds, write};
+use crate::common::{
+    fails, json_of, kills_change_no_byte, list, number, path, read, read_json, shows, succeeds, write,
+};
 
 const TEXT: &str = "--data text.txt --limit-tokens 200 --seq 40";
 
@@ -51,6 +53,15 @@ fn an_oracle_has_the_best_route_of_every_token() {
     fails(&format!("oracle dense {TEXT} --exact 0"), &["exact is 0", "1 to 65536"]);
     fails("oracle dense --data text.txt --seq 100000", &["seq is 100000", "max_position"]);
     fails("oracle missing --data text.txt", &["missing"]);
+}
+
+#[test]
+fn kills_do_not_change_routes() {
+    kills_change_no_byte(
+        &format!("oracle dense {TEXT} --force --quiet --out oracle-kills/routes.json"),
+        "oracle-kills",
+        1,
+    );
 }
 
 #[test]

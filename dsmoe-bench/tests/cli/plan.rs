@@ -1,7 +1,8 @@
 //! `dsmoe plan`, and `dsmoe generate --plan`.
 
 use crate::common::{
-    fails, is_wrong_usage, json_of, list, number, path, read, read_json, shows, succeeds, write,
+    fails, is_wrong_usage, json_of, kills_change_no_byte, list, number, path, read, read_json, shows,
+    succeeds, write,
 };
 
 /// A model with thresholds by budget, and a profile of it.
@@ -139,6 +140,14 @@ fn a_plan_is_compared_with_one_budget_for_all() {
     write("plan/short.txt", "too short");
     fails("plan profile plan/model --data plan/short.txt --out plan/no", &["fewer than two requests"]);
     assert!(!path("plan/no").exists());
+}
+
+#[test]
+fn kills_do_not_change_a_profile() {
+    profiled();
+    // Times would differ.
+    let line = PROFILE.replace("--repeats 1", "--repeats 0");
+    kills_change_no_byte(&format!("{line} --resume --quiet --out plan/kills"), "plan/kills", 3);
 }
 
 #[test]
