@@ -138,6 +138,7 @@ fn problems() -> Vec<Problem> {
         dims(1, 150, 150, 3, 1, 128),
         dims(1, 3, 70, 70, 1, 8),
         dims(1, 2, 600, 20, 2, 20),
+        dims(1, 2, 67, 2, 1, 8),
     ];
     let decodes = (1..=DECODE_QUERIES).flat_map(|queries| {
         [8, 20, 64, 80, 128].map(|head_dim| dims(2, queries, 66 + queries, 6, 3, head_dim))
@@ -153,7 +154,8 @@ fn problems() -> Vec<Problem> {
         .into_iter()
         .flat_map(|dims| variants(dims.head_dim).skip(1).map(move |scores| Dims { scores, ..dims }));
     let all = shapes.into_iter().chain(decodes).chain(varied);
-    let work = |d: &Dims| d.batch * d.queries * d.keys * d.heads * d.head_dim;
+    // Two products forward and five backward.
+    let work = |d: &Dims| 7 * d.batch * d.queries * d.keys * d.heads * d.head_dim;
     all.filter(|dims| is_tried(work(dims))).map(Problem::new).collect()
 }
 
