@@ -10,6 +10,7 @@ use dsmoe_kernels::testing::edited_copies;
 use crate::commands::{read_plan, read_tasks};
 use crate::regression::file::{Kind, Record};
 use crate::reproduce;
+use crate::ui::one_line;
 
 /// Writes the copies to `path` and reads each.
 fn search<T>(name: &str, path: &Path, good: &str, cases: u64, read: impl Fn(&Path) -> Result<T>) {
@@ -21,7 +22,7 @@ fn search<T>(name: &str, path: &Path, good: &str, cases: u64, read: impl Fn(&Pat
     edited_copies(name, good.as_bytes(), cases, |bytes| {
         fs::write(path, bytes).unwrap();
         if let Err(error) = read(path) {
-            let text = format!("{error:#}");
+            let text = one_line(&error);
             assert!(text.lines().count() == 1 && text.len() < 20_000, "{text}");
         }
     });
