@@ -1,10 +1,10 @@
-//! The work directory of a reconstruction: the finished layers, from which an interrupted one resumes.
+//! The work directory of a reconstruction: the finished layers, from which an interrupted one resumes, and at the end the reports.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::Model;
-use dsmoe_core::checkpoint::{Checkpoint, Dtype, Manifest, TensorInfo, Writer, copy_companions};
+use dsmoe_core::checkpoint::{Checkpoint, Dtype, Manifest, Sums, TensorInfo, Writer, copy_companions};
 use dsmoe_core::files::write_synced;
 use dsmoe_datasets::files::hex;
 use serde::{Deserialize, Serialize};
@@ -19,10 +19,9 @@ use crate::teacher;
 /// The work directory, in that of the output.
 const WORK: &str = "reconstruct";
 const STATE_FILE: &str = "state.json";
-/// The file of the reports of all layers. It says that the model is written, so that the layers are not needed any more.
+/// The file of the reports of all layers. It says that the model is written, so that the layers are not needed any more. It stays,
+/// so that the same command finds its work done.
 const REPORTS_FILE: &str = "reports.json";
-/// The name of the work directory while it is removed.
-const WORK_REMOVED: &str = ".reconstruct.tmp";
 const FINAL_TEMPORARY: &str = ".final.tmp";
 
 /// The identity of a reconstruction that resumes.
@@ -54,10 +53,6 @@ impl Work {
         if !names.is_empty() && !paths.resume {
             return Err(Error::OutToResume(paths.out.clone()));
         }
-        if names.iter().any(|name| name == WORK_REMOVED) {
-            // Left by a process that was killed at its very end.
-            files::remove_dir(&paths.out.join(WORK_REMOVED))?;
-        }
         if !names.is_empty() && !is_ours {
             return Err(Error::NotARun(paths.out.clone()));
         }
@@ -74,6 +69,7 @@ impl Work {
         };
         let state = dir.join(STATE_FILE);
         if is_ours && state.is_file() {
+            files::check_dir(&dir)?;
             let saved: Identity = files::read_json(&state)?;
             saved.check(&state, &identity)?;
         } else {
@@ -172,12 +168,13 @@ impl Work {
         path.is_file().then(|| files::read_json(&path)).transpose()
     }
 
-    /// Removes the finished layers, then what says that all are done.
+    /// Removes the finished layers of a model that is written.
     pub(super) fn clear(&self) -> Result<()> {
         for name in files::names(&self.dir)?.iter().filter(|name| name.contains("layer-")) {
             files::remove_dir(&self.dir.join(name))?;
         }
-        files::retire_dir(&self.dir)
+        Manifest::write(&self.dir, &Sums::default())?;
+        Ok(())
     }
 }
 

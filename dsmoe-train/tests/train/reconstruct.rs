@@ -87,7 +87,7 @@ fn every_layer_comes_nearer_to_the_dense_one() {
     let out = models.dir.path().join("out");
     let ((before, _), (after, active)) = (models.perplexity(&models.start), models.perplexity(&out));
     assert!(after < before && (active - 0.5).abs() < 0.08, "{before} to {after}, {active} active");
-    assert!(!out.join("reconstruct").exists() && out.join("tokenizer.json").is_file());
+    assert!(!out.join("reconstruct/layer-0000").exists() && out.join("tokenizer.json").is_file());
     // Attention, norms and embeddings are the dense model's.
     let [start, made] = [&models.start, &out].map(|dir| Model::load(dir).unwrap());
     for (entry, other) in start.layout().entries().iter().zip(made.layout().entries()) {
@@ -114,11 +114,23 @@ fn an_interrupted_reconstruction_goes_on_after_its_last_layer() {
     let errors = |reports: &[LayerReport]| reports.iter().map(|r| (r.before, r.after)).collect::<Vec<_>>();
     assert_eq!(errors(&rest), errors(&whole));
     assert_eq!(weights(&parts), weights(&models.dir.path().join("whole")));
-    std::fs::write(removed.join("reports.json"), serde_json::to_vec(&rest).unwrap()).unwrap();
+    // Again: its work is done.
+    assert_eq!(models.run("parts", true, 9).unwrap(), rest);
+    let files = |dir: &Path| {
+        let mut names: Vec<_> = std::fs::read_dir(dir).unwrap().map(|one| one.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let left = files(&work);
+    std::fs::copy(work.join("reports.json"), removed.join("reports.json")).unwrap();
+    std::fs::remove_dir_all(&work).unwrap();
     std::fs::rename(&removed, &work).unwrap();
     assert_eq!(models.run("parts", true, 9).unwrap(), rest);
-    assert!(!work.exists() && !parts.join(".reconstruct.tmp").exists());
+    assert_eq!(files(&work), left);
     assert_eq!(weights(&parts), weights(&models.dir.path().join("whole")));
+    std::fs::write(work.join("reports.json"), "[]").unwrap();
+    let message = models.run("parts", true, 9).unwrap_err().to_string();
+    assert!(message.contains("reports.json") && message.lines().count() == 1, "{message}");
 }
 
 #[test]
