@@ -105,12 +105,17 @@ pub(crate) fn read_part<T: DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_str(&text).with_context(|| path.display().to_string())
 }
 
-/// Returns a part that is done, or computes and keeps it. One that is not what was written is computed again.
+/// Returns a part that is done, or computes and keeps it. One that is not what was written is computed again; one that a killed
+/// process did not enter into the manifest is entered.
 pub(crate) fn done_or<T: Serialize + DeserializeOwned>(
     path: &Path,
     compute: impl FnOnce() -> Result<T>,
 ) -> Result<T> {
     if let Ok(done) = read_part(path) {
+        let (folder, name) = (folder_of(path), name_of(path));
+        if !Manifest::read(folder)?.is_some_and(|manifest| manifest.names(&name)) {
+            Manifest::enter(folder, &name)?;
+        }
         return Ok(done);
     }
     let made = compute()?;
@@ -219,6 +224,14 @@ mod tests {
         write_part(&path, &std::collections::BTreeMap::from([((1, 2), 3)])).unwrap_err();
         write_json(&path, &4).unwrap();
         assert_eq!(read_part::<u8>(&path).unwrap(), 4);
+        // The process was killed while it wrote the manifest. No process has the largest number.
+        let left = work.path().join("runs/.checksums.json.tmp-4294967295");
+        fs::write(&left, "{").unwrap();
+        assert_eq!(done_or(&path, || Ok(5)).unwrap(), 4);
+        assert!(Manifest::read(folder_of(&path)).unwrap().unwrap().names("a.json"));
+        assert!(!left.exists() || !Path::new("/proc/self").exists());
+        fs::write(&path, "6").unwrap();
+        assert_eq!(done_or(&path, || Ok(5)).unwrap(), 5, "another content than was entered");
     }
 
     #[test]

@@ -341,6 +341,11 @@ impl Manifest {
         self.files.get(name) == Some(&FileSum::of(content))
     }
 
+    /// Returns whether the manifest has the file `name`.
+    pub fn names(&self, name: &str) -> bool {
+        self.files.contains_key(name)
+    }
+
     /// Returns whether the manifest says that the file `name` has another content. Of a file that it does not name it says nothing.
     pub fn contradicts(&self, name: &str, content: &[u8]) -> bool {
         self.files.get(name).is_some_and(|sum| *sum != FileSum::of(content))
