@@ -42,7 +42,18 @@ pub struct RouterConfig {
 
 /// Value of an active gate.
 ///
-/// [`RouterConfig`] has an example.
+/// ```
+/// use dsmoe_router::{GateValue, RouterConfig, route};
+/// use ndarray::array;
+///
+/// let sigmoid = RouterConfig::new(2);
+/// let binary = RouterConfig { gate_value: "binary".parse::<GateValue>()?, ..sigmoid.clone() };
+/// let logits = array![[1.0, -1.0]];
+/// // The open expert counts by its gate, 1 / (1 + e^-1), or in full.
+/// assert!((route(&sigmoid, logits.view()).routing.coefficients[0] - 0.731).abs() < 1e-3);
+/// assert_eq!(route(&binary, logits.view()).routing.coefficients, [1.0]);
+/// # Ok::<(), dsmoe_router::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GateValue {
@@ -55,7 +66,18 @@ pub enum GateValue {
 
 /// Rescaling of the sum of expert outputs.
 ///
-/// [`RouterConfig`] has an example.
+/// ```
+/// use dsmoe_router::{GateValue, Rescale, RouterConfig, route};
+/// use ndarray::array;
+///
+/// let config = RouterConfig {
+///     gate_value: GateValue::Binary,
+///     rescale: Rescale::Eq8,
+///     ..RouterConfig::new(4)
+/// };
+/// // One of four experts is active: its output counts four times.
+/// assert_eq!(route(&config, array![[1.0, -1.0, -1.0, -1.0]].view()).routing.coefficients, [4.0]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rescale {
@@ -68,7 +90,16 @@ pub enum Rescale {
 
 /// Treatment of a token without an active expert.
 ///
-/// [`RouterConfig`] has an example.
+/// ```
+/// use dsmoe_router::{RouterConfig, ZeroActive, route};
+/// use ndarray::array;
+///
+/// let skip = RouterConfig::new(3);
+/// let force = RouterConfig { zero_active: ZeroActive::ForceArgmax, ..skip.clone() };
+/// let logits = array![[-3.0, -1.0, -2.0]];
+/// assert_eq!(route(&skip, logits.view()).routing.num_routed(), 0);
+/// assert_eq!(route(&force, logits.view()).mask, array![[false, true, false]]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ZeroActive {

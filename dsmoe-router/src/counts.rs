@@ -124,7 +124,20 @@ impl LogitCounts {
 
 /// The open share of pairs as a function of the thresholds.
 ///
-/// [`LogitCounts`] has an example.
+/// ```
+/// use dsmoe_router::LogitCounts;
+/// use dsmoe_router::counts::Curves;
+/// use ndarray::array;
+///
+/// let mut counts = LogitCounts::new(2);
+/// counts.add(0, 0, array![[-1.0, 1.0]].view());
+/// counts.add(1, 0, array![[3.0, 5.0]].view());
+/// let curves: Curves = counts.curves();
+/// // One threshold for each layer; the share is that of the pairs of both.
+/// assert_eq!(curves.share(&[0.0, 0.0]), 0.75);
+/// assert_eq!(curves.share(&[0.0, 4.0]), 0.5);
+/// assert!(curves.shift(&[0.0, 4.0], 0.75) < 0.0);
+/// ```
 #[derive(Clone, Debug)]
 pub struct Curves {
     layers: Vec<Curve>,

@@ -54,5 +54,15 @@ impl Error {
 
 /// Result of this crate.
 ///
-/// [`Error`] has an example.
+/// ```
+/// use dsmoe_router::{Result, RouterConfig};
+///
+/// fn router(threshold: f32) -> Result<RouterConfig> {
+///     let config = RouterConfig { threshold, ..RouterConfig::new(8) };
+///     config.validate()?;
+///     Ok(config)
+/// }
+/// assert!(router(0.3).is_ok());
+/// assert_eq!(router(1.5).unwrap_err().to_string(), "threshold is 1.5; use a number from 0 to 1");
+/// ```
 pub type Result<T> = std::result::Result<T, Error>;

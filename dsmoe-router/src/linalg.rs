@@ -19,13 +19,27 @@ use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 /// A matrix has no Cholesky factor.
 ///
-/// [`Eigen`] has an example.
+/// ```
+/// use dsmoe_router::linalg::{NotPositiveDefinite, inverse_factor};
+///
+/// // Calibration with fewer rows than columns gives a singular matrix; a ridge on its diagonal helps.
+/// let gram = |ridge: f32| vec![1.0 + ridge, -1.0, -1.0, 1.0 + ridge];
+/// assert_eq!(inverse_factor(gram(0.0), 2), Err(NotPositiveDefinite));
+/// assert!(inverse_factor(gram(0.01), 2).is_ok());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotPositiveDefinite;
 
 /// A matrix has no eigenvectors: it holds values that are not finite.
 ///
-/// [`Eigen`] has an example.
+/// ```
+/// use dsmoe_router::linalg::{NoEigenvectors, symmetric_eigen};
+///
+/// match symmetric_eigen(&[1.0, f64::INFINITY, f64::INFINITY, 1.0], 2) {
+///     Ok(eigen) => panic!("the largest eigenvalue is {}", eigen.values[0]),
+///     Err(NoEigenvectors) => {} // a caller names the layer whose values are not finite
+/// }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoEigenvectors;
 

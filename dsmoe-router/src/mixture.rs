@@ -43,7 +43,19 @@ pub struct MixtureConfig {
 
 /// The routing of one layer; kept for the backward pass.
 ///
-/// [`MixtureConfig`] has an example.
+/// ```
+/// use dsmoe_router::Fade;
+/// use dsmoe_router::mixture::{MixtureConfig, MixtureRouted, balance_loss, route};
+/// use ndarray::array;
+///
+/// let config = MixtureConfig::new(2, 1, false)?;
+/// let routed: MixtureRouted = route(&config, array![[2.0, 0.0], [0.0, 2.0]].view(), Fade::NONE);
+/// // A coefficient is the probability of the selected expert.
+/// assert_eq!(routed.routing.coefficients[0], routed.probabilities[[0, 0]] as f32);
+/// // Each expert runs for one token, so that the loss has its least value, k.
+/// assert!((balance_loss(&routed) - 1.0).abs() < 1e-12);
+/// # Ok::<(), dsmoe_router::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct MixtureRouted {
     /// p `[T, n]`.

@@ -41,7 +41,19 @@ pub enum SparsityOver {
 
 /// The sparsity term of a gradient.
 ///
-/// [`SparsityOver`] has an example.
+/// ```
+/// use dsmoe_router::{RouterConfig, SparsityGrad, SparsityOver, route, ste};
+/// use ndarray::{Array2, array};
+///
+/// let config = RouterConfig::new(2);
+/// let routed = route(&config, array![[0.5, -0.5]].view());
+/// let mut dlogits = Array2::zeros((1, 2));
+/// let sparsity = SparsityGrad { weight: 0.1, over: SparsityOver::Active };
+/// ste::backward(&config, &routed, Array2::zeros((1, 2)).view(), sparsity, dlogits.view_mut());
+/// // The loss closes the open gate and leaves the shut one alone.
+/// assert!(dlogits[[0, 0]] > 0.0);
+/// assert_eq!(dlogits[[0, 1]], 0.0);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SparsityGrad {
     /// Derivative of the total loss by one counted gate: the loss's weight / (layers * tokens * experts).
@@ -52,7 +64,16 @@ pub struct SparsityGrad {
 
 /// The gradient of the rest of the loss on gates that thresholds hold, summed over tokens and gates.
 ///
-/// [`SparsityOver`] has an example.
+/// ```
+/// use dsmoe_router::Pull;
+///
+/// // Two layers of equal weight; the second has gates that nothing moves.
+/// let mut pull = Pull { force: -0.3, slope: 0.5 };
+/// pull.add(Pull { force: 0.0, slope: 0.5 }, 1.0);
+/// assert_eq!(pull.multiplier(), Some(0.3));
+/// // Saturated gates have no slope, so that no weight balances them.
+/// assert_eq!(Pull::default().multiplier(), None);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Pull {
     /// The logits' gradients without that of the sparsity loss.

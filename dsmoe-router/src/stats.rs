@@ -38,7 +38,17 @@ pub struct RoutingStats {
 
 /// The experts of single tokens in one layer, in the order in which the tokens were added.
 ///
-/// [`RoutingStats`] has an example.
+/// ```
+/// use dsmoe_router::{Routing, RoutingStats, TokenRoutes};
+/// use ndarray::array;
+///
+/// let mut stats = RoutingStats::new(1, 2).with_routes();
+/// stats.add(0, &Routing::from_mask(array![[true, false], [true, true]].view(), |_, _| 0.5));
+/// let TokenRoutes { active, coefficients } = &stats.routes().unwrap()[0];
+/// // The second token, in a layer of two experts.
+/// assert_eq!(active[2..4], [true, true]);
+/// assert_eq!(coefficients[..2], [0.5, 0.0]);
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TokenRoutes {
     /// `[T, n]`: whether a token runs an expert.
@@ -86,7 +96,16 @@ struct LayerStats {
 
 /// Shares that [`RoutingStats`] gives, by layer and overall, in 0..=1; all are 0 without tokens.
 ///
-/// [`RoutingStats`] has an example.
+/// ```
+/// use dsmoe_router::{Routing, RoutingStats, RoutingSummary};
+/// use ndarray::array;
+///
+/// let mut stats = RoutingStats::new(1, 2);
+/// stats.add(0, &Routing::from_mask(array![[true, false], [false, false]].view(), |_, _| 1.0));
+/// let summary: RoutingSummary = stats.summary();
+/// assert_eq!((summary.tokens, summary.active_ratio, summary.zero_active_share), (2, 0.25, 0.5));
+/// assert_eq!(summary.load_per_layer[0], [0.5, 0.0]);
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RoutingSummary {
     /// Tokens seen by the first layer.

@@ -38,7 +38,17 @@ const MOST: f64 = 0.999;
 
 /// The thresholds of one budget.
 ///
-/// [`ThresholdController`] has an example.
+/// ```
+/// use dsmoe_router::{Knot, ThresholdController};
+///
+/// // The thresholds of two layers at two budgets; a budget between them has thresholds between theirs.
+/// let sparse = Knot { active: 0.25, bars: vec![2.0, 1.0] };
+/// let half = Knot { active: 0.5, bars: vec![0.0, 0.0] };
+/// let controller = ThresholdController::new(vec![sparse, half], 100)?;
+/// let bars = controller.bars(&[0.375, 0.375]);
+/// assert!(bars[0] > 0.0 && bars[0] < 2.0, "{bars:?}");
+/// # Ok::<(), dsmoe_router::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Knot {

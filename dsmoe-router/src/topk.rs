@@ -26,7 +26,20 @@ const CV2_FLOOR: f64 = 1e-10;
 
 /// Weights of the selected experts of a token.
 ///
-/// [`TopKConfig`] has an example.
+/// ```
+/// use dsmoe_router::Fade;
+/// use dsmoe_router::topk::{Scores, TopKConfig, route};
+/// use ndarray::array;
+///
+/// let softmax = TopKConfig::new(2, 2)?;
+/// let one = TopKConfig { scores: Scores::One, ..softmax };
+/// let logits = array![[0.0, 3f32.ln()]];
+/// let scores = route(&softmax, logits.view(), None, Fade::NONE).scores;
+/// assert!((scores[[0, 0]] - 0.25).abs() < 1e-6 && (scores[[0, 1]] - 0.75).abs() < 1e-6);
+/// // Both experts in full are the dense FFN.
+/// assert_eq!(route(&one, logits.view(), None, Fade::NONE).scores, array![[1.0, 1.0]]);
+/// # Ok::<(), dsmoe_router::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Scores {
@@ -83,7 +96,20 @@ impl TopKConfig {
 
 /// Noise on the logits during training; both `[T, n]`.
 ///
-/// [`TopKConfig`] has an example.
+/// ```
+/// use dsmoe_router::Fade;
+/// use dsmoe_router::topk::{Noise, TopKConfig, route};
+/// use ndarray::array;
+///
+/// let config = TopKConfig::new(2, 1)?;
+/// let logits = array![[1.0, 0.0]];
+/// // A draw of 3 standard deviations lifts the second expert above the first.
+/// let (std, draws) = (array![[0.5, 0.5]], array![[0.0, 3.0]]);
+/// let noise = Noise { std: std.view(), draws: draws.view() };
+/// let routed = route(&config, logits.view(), Some(noise), Fade::NONE);
+/// assert_eq!(routed.routing.offsets, [0, 0, 1]);
+/// # Ok::<(), dsmoe_router::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Noise<'a> {
     /// s, from [`noise_std`].
@@ -94,7 +120,19 @@ pub struct Noise<'a> {
 
 /// The top-k routing of one layer; kept for the backward pass.
 ///
-/// [`TopKConfig`] has an example.
+/// ```
+/// use dsmoe_router::Fade;
+/// use dsmoe_router::topk::{TopKConfig, TopKRouted, balance_loss, route};
+/// use ndarray::array;
+///
+/// let config = TopKConfig::new(4, 2)?;
+/// let routed: TopKRouted = route(&config, array![[1.0, 1.0, 0.0, 0.0]].view(), None, Fade::NONE);
+/// assert_eq!(routed.load, [1.0, 1.0, 0.0, 0.0]);
+/// // Two even scores of 1/2, times n / k.
+/// assert_eq!(routed.routing.coefficients, [1.0, 1.0]);
+/// assert!(balance_loss(&routed) > 0.0);
+/// # Ok::<(), dsmoe_router::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct TopKRouted {
     /// p, `[T, n]`.
