@@ -163,7 +163,16 @@ dsmoe_core::with_defaults! {
 
 /// The way a share of active experts is held.
 ///
-/// [`TrainConfig`] has an example.
+/// ```
+/// use dsmoe_train::TrainConfig;
+/// use dsmoe_train::config::Hold;
+///
+/// let mut config = TrainConfig { active_target: Some(0.25), ..TrainConfig::default() };
+/// config.hold = Some("threshold".parse::<Hold>()?);
+/// assert_eq!(config.hold, Some(Hold::Threshold));
+/// assert!("thresholds".parse::<Hold>().is_err());
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Hold {
@@ -175,7 +184,20 @@ pub enum Hold {
 
 /// The parts that are trained; all else stays as it is.
 ///
-/// [`TrainConfig`] has an example.
+/// ```
+/// use dsmoe_core::params::{Layout, TensorSpec};
+/// use dsmoe_train::TrainConfig;
+/// use dsmoe_train::config::{Part, Trained};
+/// use dsmoe_train::optim::{AdamW, Update};
+///
+/// let layout = Layout::of(vec![TensorSpec::matrix("up", 1, 16), TensorSpec::router("router", vec![1, 16])]);
+/// let mut optimizer = AdamW::new(&layout);
+/// optimizer.train_only(Trained { parts: Some(vec![Part::Routers]), ..Trained::default() });
+/// let (config, mut params) = (TrainConfig::default(), vec![0.5; 32]);
+/// let update = Update { config: &config, lr: 1e-3, scale: 1.0, step: 1 };
+/// optimizer.step(Some(&mut params), &[1.0; 32], &layout, &update);
+/// assert!(params[..16].iter().all(|x| *x == 0.5) && params[16..].iter().all(|x| *x < 0.5));
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Trained {
     /// Decoder layers; none for everything.
@@ -186,7 +208,18 @@ pub struct Trained {
 
 /// A part of a model.
 ///
-/// [`TrainConfig`] has an example.
+/// ```
+/// use dsmoe_train::TrainConfig;
+/// use dsmoe_train::config::Part;
+///
+/// let mut config = TrainConfig::default();
+/// config.set(r#"train_parts=["ffn", "routers"]"#)?;
+/// assert_eq!(config.train_parts, Some(vec![Part::Ffn, Part::Routers]));
+/// // The message names the parts.
+/// let error = config.set(r#"train_parts=["experts"]"#).unwrap_err().to_string();
+/// assert!(error.contains("`embedding`"), "{error}");
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Part {
@@ -204,7 +237,15 @@ pub enum Part {
 
 /// The treatment of text that is on both sides.
 ///
-/// [`TrainConfig`] has an example.
+/// ```
+/// use dsmoe_train::TrainConfig;
+/// use dsmoe_train::config::NearDuplicates;
+///
+/// let drop: NearDuplicates = "drop".parse()?;
+/// let config = TrainConfig { steps: Some(10), near_duplicates: Some(drop), ..TrainConfig::default() };
+/// assert_eq!(config.resolve()?.near_duplicates, Some(NearDuplicates::Drop));
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NearDuplicates {
@@ -255,7 +296,19 @@ mod precision {
 
 /// The pressure on gates to close.
 ///
-/// [`TrainConfig`] has an example.
+/// ```
+/// use dsmoe_train::TrainConfig;
+/// use dsmoe_train::config::Budget;
+///
+/// let mut config = TrainConfig { steps: Some(100), ..TrainConfig::default() };
+/// // Without a share to hold, a run has the paper's weight.
+/// assert_eq!(config.clone().resolve()?.budget(), Budget::Weight(1.0));
+/// config.set("active_target=40%")?;
+/// assert_eq!(config.clone().resolve()?.budget(), Budget::Target(0.4));
+/// config.set("active_range=[0.25, 0.5]")?;
+/// assert_eq!(config.resolve()?.budget(), Budget::Range(0.25, 0.5));
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Budget {
     /// A constant weight of the sparsity loss over active gates.

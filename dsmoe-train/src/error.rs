@@ -26,12 +26,15 @@ static LR: Remedy = Remedy::fixed("use a smaller {lr} or look at the data");
 /// An error of training or evaluation.
 ///
 /// ```
-/// use dsmoe_train::{Error, Result, TrainConfig};
+/// use dsmoe_train::{Error, TrainConfig};
 ///
-/// let mut config = TrainConfig::default();
-/// let set: Result<()> = config.set("no_such=1");
-/// let error: Error = set.unwrap_err();
-/// assert!(error.to_string().contains("no_such"), "{error}");
+/// let config = TrainConfig { lr: -1.0, steps: Some(100), ..TrainConfig::default() };
+/// match config.resolve() {
+///     // A program may word the remedy in its own way, such as with the flags of its command line.
+///     Err(Error::Field { field, found, .. }) => assert_eq!((field, &found[..]), ("lr", "-1")),
+///     Err(error) => panic!("{error}"),
+///     Ok(_) => panic!("a negative learning rate"),
+/// }
 /// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -186,7 +189,18 @@ impl From<dsmoe_core::Error> for Error {
 
 /// Result of this crate.
 ///
-/// [`Error`] has an example.
+/// ```
+/// use dsmoe_train::{Result, TrainConfig};
+///
+/// fn settings(words: &[&str]) -> Result<TrainConfig> {
+///     let mut config = TrainConfig::default();
+///     words.iter().try_for_each(|word| config.set(word))?;
+///     config.resolve()
+/// }
+/// assert_eq!(settings(&["steps=500", "lr=1e-4"])?.warmup_steps, Some(50));
+/// assert!(settings(&["steps=500", "batch=0"]).is_err());
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {

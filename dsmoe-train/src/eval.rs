@@ -17,7 +17,19 @@ use crate::ranks::agree;
 
 /// Options for cutting a stream into windows.
 ///
-/// [`EvalReport`] has an example.
+/// ```
+/// use dsmoe_train::{EvalOptions, evaluate};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// let ids = [1, 5, 9, 2, 7, 3, 8, 4];
+/// let apart = EvalOptions::new(4);
+/// let overlapping = EvalOptions { stride: 2, ..apart };
+/// // The first token of a window has no context, unless an earlier window reaches it.
+/// assert_eq!(evaluate(&model, &ids, apart, &mut |_, _| {})?.predicted, 6);
+/// assert_eq!(evaluate(&model, &ids, overlapping, &mut |_, _| {})?.predicted, 7);
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EvalOptions {
     /// Tokens in a window; its first is context only.
@@ -105,7 +117,20 @@ pub struct EvalReport {
 
 /// Mean shares of the weights of all layers' linears that a token used, by what they read.
 ///
-/// [`EvalReport`] has an example.
+/// ```
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::kept::LINEARS;
+/// use dsmoe_train::eval::UsedShares;
+///
+/// let config = preset("tiny")?;
+/// // Tokens used half of the inputs of gate and up, in every layer.
+/// let mut used = vec![[1.0; LINEARS]; config.num_layers];
+/// used.iter_mut().for_each(|layer| layer[4..6].fill(0.5));
+/// let shares = UsedShares::of(&config, &used);
+/// assert_eq!((shares.attention, shares.ffn), (1.0, 0.5));
+/// assert!(shares.all > 0.5 && shares.all < 1.0);
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct UsedShares {
     /// q, k and v.
@@ -161,7 +186,22 @@ impl UsedShares {
 
 /// The result of an evaluation on one of several sources.
 ///
-/// [`EvalReport`] has an example.
+/// ```
+/// use dsmoe_train::EvalOptions;
+/// use dsmoe_train::eval::{Domain, DomainReport, evaluate_domains};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+/// # let (stories, facts) = ([1, 5, 9, 2], [1, 7, 3, 8]);
+///
+/// let domains = [
+///     Domain { name: "stories", weight: 3.0, ids: &stories },
+///     Domain { name: "facts", weight: 1.0, ids: &facts },
+/// ];
+/// let report = evaluate_domains(&model, &domains, EvalOptions::new(4), &mut |_, _| {})?;
+/// let mean: f64 = report.domains.iter().map(|DomainReport { share, nll, .. }| share * nll).sum();
+/// assert!((mean - report.nll).abs() < 1e-9);
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct DomainReport {
     /// The source.
@@ -182,7 +222,20 @@ pub struct DomainReport {
 
 /// The distance of a model's distributions of the next token from those of a reference on the same text.
 ///
-/// [`EvalReport`] has an example.
+/// ```
+/// use dsmoe_core::{Inference, Model};
+/// use dsmoe_kernels::Precision;
+/// use dsmoe_train::eval::{Agreement, agreement};
+/// # let mut weights = Model::new(dsmoe_core::init::preset("tiny")?);
+/// # dsmoe_kernels::rng::Rng::new(3, 0).fill_normal(weights.params_mut(), 0.1);
+///
+/// // The cost of bf16 on a text.
+/// let (full, half) = (Inference::new(&weights, Precision::F32), Inference::new(&weights, Precision::Bf16));
+/// let Agreement { tokens, kl, .. } = agreement(&half, &full, &[1, 5, 9, 2], 4, &mut |_, _| {})?;
+/// assert_eq!(tokens, 3);
+/// assert!(kl > 0.0 && kl < 0.1, "{kl}");
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Agreement {
     /// Tokens compared.
@@ -199,7 +252,22 @@ pub struct Agreement {
 
 /// The results of an evaluation by window and by token. Tokens are in the order of the stream.
 ///
-/// [`EvalReport`] has an example.
+/// ```
+/// use dsmoe_train::EvalOptions;
+/// use dsmoe_train::eval::{EvalDetail, evaluate_detailed};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// let ids = [1, 5, 9, 2, 7, 3, 8, 4];
+/// let (report, detail): (_, EvalDetail) =
+///     evaluate_detailed(&model, &ids, EvalOptions::new(8), &mut |_, _| {})?;
+/// // The token that surprises the model most; the first one is context.
+/// let (at, _) = detail.losses.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
+/// println!("token {}", ids[at + 1]);
+/// assert_eq!(detail.losses.len(), report.predicted);
+/// assert!(detail.active.is_empty()); // a dense model has no routers
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct EvalDetail {
@@ -215,7 +283,19 @@ pub struct EvalDetail {
 
 /// The loss of one window.
 ///
-/// [`EvalReport`] has an example.
+/// ```
+/// use dsmoe_train::EvalOptions;
+/// use dsmoe_train::eval::{WindowLoss, evaluate_detailed};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// let ids = [1, 5, 9, 2, 7, 3, 8, 4];
+/// let (report, detail) = evaluate_detailed(&model, &ids, EvalOptions::new(4), &mut |_, _| {})?;
+/// // Windows are the units of a confidence interval.
+/// let means = detail.windows.iter().map(|WindowLoss { nll_sum, predicted }| nll_sum / *predicted as f64);
+/// assert!((means.sum::<f64>() / 2.0 - report.nll).abs() < 1e-9);
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct WindowLoss {
     /// Sum of the negative log-likelihoods of its predicted tokens, nats.
@@ -235,7 +315,21 @@ impl EvalDetail {
 
 /// The text of one source, for an evaluation.
 ///
-/// [`EvalReport`] has an example.
+/// ```
+/// use dsmoe_train::EvalOptions;
+/// use dsmoe_train::eval::{Domain, evaluate_domains};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// let web = Domain { name: "web", weight: 0.75, ids: &[1, 5, 9, 2] };
+/// let code = Domain { name: "code", weight: 0.25, ids: &[1, 7, 3, 8, 4] };
+/// // A text without two tokens is left out.
+/// let empty = Domain { name: "empty", weight: 1.0, ids: &[1] };
+/// let report = evaluate_domains(&model, &[web, code, empty], EvalOptions::new(8), &mut |_, _| {})?;
+/// let shares: Vec<f64> = report.domains.iter().map(|domain| domain.share).collect();
+/// assert_eq!(shares, [0.75, 0.25]);
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Domain<'a> {
     /// The source.

@@ -13,7 +13,25 @@ use crate::error::{Error, Result};
 
 /// The losses and rates of one optimiser step. Shares are in 0..=1; fields about routing are empty for a dense model.
 ///
-/// [`Trainer`](crate::Trainer) has an example.
+/// ```
+/// use dsmoe_train::{Observer, StepRecord};
+///
+/// /// Prints a line per step.
+/// struct Console;
+///
+/// impl Observer for Console {
+///     fn step(&mut self, record: &StepRecord) {
+///         let active = record.activation_ratio.map_or(String::new(), |share| format!(", {share:.3} active"));
+///         println!("step {}: loss {:.4}{active}", record.step, record.lm_loss);
+///     }
+/// }
+///
+/// let record = StepRecord::default();
+/// Console.step(&record);
+/// // The JSON of a dense model's step has no fields about routing.
+/// assert!(serde_json::to_value(&record)?.get("activation_ratio").is_none());
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct StepRecord {

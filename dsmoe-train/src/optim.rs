@@ -17,7 +17,17 @@ const CLIP_EPS: f64 = 1e-6;
 
 /// Euclidean norms of a gradient.
 ///
-/// [`AdamW`] has an example.
+/// ```
+/// use dsmoe_core::params::{Layout, TensorSpec};
+/// use dsmoe_train::optim::{GradNorms, clip_scale, grad_norms};
+///
+/// let weight = TensorSpec::matrix("up_proj.weight", 1, 16);
+/// let layout = Layout::of(vec![weight, TensorSpec::router("router.weight", vec![1, 16])]);
+/// let GradNorms { all, router } = grad_norms(&layout, &[[3.0; 16], [0.0; 16]].concat());
+/// assert_eq!((all, router), (12.0, 0.0));
+/// // The gradient is clipped to a norm of 1.
+/// assert!((all * f64::from(clip_scale(all, 1.0)) - 1.0).abs() < 1e-6);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GradNorms {
     /// The norm over all tensors.
@@ -169,7 +179,16 @@ pub fn last_non_finite<'l>(layout: &'l Layout, values: &[f32]) -> Option<&'l Ent
 
 /// The settings of one update of the parameters.
 ///
-/// [`AdamW`] has an example.
+/// ```
+/// use dsmoe_train::TrainConfig;
+/// use dsmoe_train::optim::Update;
+///
+/// let config = TrainConfig { router_lr_scale: 2.0, ..TrainConfig::default() };
+/// let update = Update { config: &config, lr: 1e-3, scale: 1.0, step: 1 };
+/// let (weights, routers) = (update.hyper(true, false), update.hyper(false, true));
+/// assert_eq!((weights.lr, weights.weight_decay), (1e-3, 0.1));
+/// assert_eq!((routers.lr, routers.weight_decay), (2e-3, 0.0));
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Update<'a> {
     /// The settings of the run.

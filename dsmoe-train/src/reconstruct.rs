@@ -49,7 +49,17 @@ const SAME_WEIGHTS: f64 = 0.01;
 
 /// Settings of a reconstruction.
 ///
-/// [`LayerReport`] has an example.
+/// ```
+/// use dsmoe_train::Error;
+/// use dsmoe_train::reconstruct::{ReconstructOptions, ReconstructPaths, reconstruct};
+///
+/// let [model, teacher, out] = ["converted", "dense", "fitted"].map(Into::into);
+/// let paths = ReconstructPaths { model, teacher, out, resume: false };
+/// // A layer corrects at most all that the layers before it lost: a larger drift is refused at once.
+/// let options = ReconstructOptions { drift: 1.5, ..ReconstructOptions::default() };
+/// let refused = reconstruct(&paths, &[], &options, &mut |_, _| true);
+/// assert!(matches!(refused, Err(Error::Field { field: "drift", .. })));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct ReconstructOptions {
     /// Steps of each layer.
@@ -107,7 +117,26 @@ impl ReconstructOptions {
 
 /// The directories of a reconstruction.
 ///
-/// [`LayerReport`] has an example.
+/// ```
+/// use dsmoe_train::reconstruct::{ReconstructOptions, ReconstructPaths, reconstruct};
+/// # use dsmoe_core::{convert::{ConvertOptions, convert}, init::{LlamaSizes, init}};
+/// # let work = tempfile::tempdir()?;
+/// # let [model, teacher, out] = ["converted", "dense", "fitted"].map(|name| work.path().join(name));
+/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 64];
+/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
+/// # init(&sizes.config()?, &teacher, &Default::default(), &mut |_| {})?;
+/// # convert(&teacher, &model, &ConvertOptions::new(4), &mut |_| {})?;
+/// # let sequences: Vec<Vec<u32>> = (0..8).map(|i| (0..32).map(|t| (3 + 5 * i + 7 * t) % 32).collect()).collect();
+///
+/// let options = ReconstructOptions { steps: 1, tokens: 32, ..ReconstructOptions::default() };
+/// let mut paths = ReconstructPaths { model, teacher, out, resume: false };
+/// // Stopped behind the first layer, and resumed at the second.
+/// assert_eq!(reconstruct(&paths, &sequences, &options, &mut |report, _| report.layer > 0)?.len(), 1);
+/// paths.resume = true;
+/// assert_eq!(reconstruct(&paths, &sequences, &options, &mut |_, _| true)?.len(), 2);
+/// assert!(paths.out.join("config.json").exists());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct ReconstructPaths {
     /// The DSMoE model.

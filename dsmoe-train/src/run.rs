@@ -57,7 +57,28 @@ const MAY_DIFFER: [&str; 2] = ["threads", "log_every"];
 const START: What = What::of("the start of the run");
 /// Receives the events of a run.
 ///
-/// [`Trainer`] has an example.
+/// ```
+/// use dsmoe_train::{EvalReport, Observer, StepRecord};
+///
+/// /// Keeps the best perplexity and prints notes.
+/// #[derive(Default)]
+/// struct Best(Option<f64>);
+///
+/// impl Observer for Best {
+///     fn evaluated(&mut self, _step: u64, report: &EvalReport) {
+///         self.0 = Some(self.0.map_or(report.ppl, |best| best.min(report.ppl)));
+///     }
+///
+///     fn note(&mut self, message: &str) {
+///         eprintln!("{message}");
+///     }
+/// }
+///
+/// // Steps are ignored: every method has a default that does nothing.
+/// let mut best = Best::default();
+/// best.step(&StepRecord::default());
+/// assert_eq!(best.0, None);
+/// ```
 pub trait Observer: Send {
     /// Receives a finished step.
     fn step(&mut self, _record: &StepRecord) {}
@@ -76,7 +97,26 @@ impl Observer for () {}
 
 /// The end of a run.
 ///
-/// [`Trainer`] has an example.
+/// ```
+/// use dsmoe_train::{Outcome, RunOptions, TrainConfig, Trainer};
+/// # use dsmoe_core::{Model, init::{LlamaSizes, init}};
+/// # let work = tempfile::tempdir()?;
+/// # let (source, out) = (work.path().join("source"), work.path().join("run"));
+/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 1, 2, 1, 16];
+/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
+/// # init(&sizes.config()?, &source, &Default::default(), &mut |_| {})?;
+/// # let mut stream = dsmoe_datasets::TokenStream::default();
+/// # (0..64).for_each(|i| stream.push(&[1, 5 + i % 3, 9, 2, 7, 3, 8, 4 + i % 5]));
+///
+/// let config = TrainConfig { steps: Some(2), batch: 2, seq: 8, ..TrainConfig::default() };
+/// let options = RunOptions { stop_after: Some(1), ..RunOptions::new(&source, &out) };
+/// let mut trainer = Trainer::new(Model::load(&source)?, &stream, config, options)?;
+/// match trainer.run(&mut (), &Default::default())? {
+///     Outcome::Interrupted { step } => assert_eq!(step, 1), // `resume` continues from here
+///     Outcome::Finished => panic!("two steps were asked for"),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// All steps are done and the trained model is in the run directory.

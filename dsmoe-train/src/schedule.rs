@@ -12,7 +12,15 @@ use serde::{Deserialize, Serialize};
 
 /// Shape of the learning rate after the warm-up.
 ///
-/// [`Schedule`] has an example.
+/// ```
+/// use dsmoe_train::schedule::{Decay, Schedule};
+///
+/// let cosine = Schedule { lr: 1.0, min_lr_ratio: 0.1, warmup_steps: 0, steps: 10, decay: Decay::Cosine };
+/// let constant = Schedule { decay: Decay::Constant, ..cosine };
+/// // Half-way down a cosine, and at its end.
+/// assert!((cosine.lr_at(4) - 0.55).abs() < 1e-12 && (cosine.lr_at(9) - 0.1).abs() < 1e-12);
+/// assert_eq!([0, 4, 9].map(|step| constant.lr_at(step)), [1.0; 3]);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Decay {

@@ -56,7 +56,18 @@ const ANCHOR_WINDOWS: usize = 32;
 
 /// A text to learn.
 ///
-/// [`ContinualOptions`] has an example.
+/// ```
+/// use dsmoe_datasets::{TokenSource, TokenStream};
+/// use dsmoe_train::continual::Task;
+///
+/// let mut stream = TokenStream::default();
+/// stream.push(&[1, 5, 9, 2]);
+/// let source = |name: &str| TokenSource { name: name.to_owned(), weight: 1.0, tokens: (&stream).into() };
+/// let learnt = Task { name: "code".to_owned(), steps: 200, source: source("code") };
+/// // No step is taken on this text, but its loss is measured after every task.
+/// let watched = Task { name: "web".to_owned(), steps: 0, source: source("web") };
+/// assert_eq!([&learnt, &watched].map(|task| task.steps).iter().sum::<u64>(), 200);
+/// ```
 #[derive(Clone, Debug)]
 pub struct Task {
     /// Its name in reports and directories.
@@ -121,7 +132,19 @@ pub struct ContinualOptions {
 
 /// The results of one task.
 ///
-/// [`ContinualOptions`] has an example.
+/// ```
+/// use dsmoe_train::continual::TaskReport;
+///
+/// // `report.json` of a finished task.
+/// let json = r#"{
+///     "name": "code", "steps": 200, "losses": [2.5, 3.1], "density": 0.5, "jump": null, "train_loss": 2.4,
+///     "active": null, "tokens": 51200, "scored_tokens": 0, "flops": 1e12, "replay": []
+/// }"#;
+/// let report: TaskReport = serde_json::from_str(json)?;
+/// assert_eq!(report.losses[0], 2.5);
+/// assert!(report.jump.is_none(), "nothing was pruned at its end");
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TaskReport {
@@ -151,7 +174,32 @@ pub struct TaskReport {
 
 /// The results of all finished tasks.
 ///
-/// [`ContinualOptions`] has an example.
+/// ```
+/// use dsmoe_train::TrainConfig;
+/// use dsmoe_train::continual::{ContinualOptions, ContinualReport, Method, Task, learn};
+/// # use dsmoe_core::init::{LlamaSizes, init};
+/// # use dsmoe_datasets::{TokenSource, TokenStream};
+/// # let work = tempfile::tempdir()?;
+/// # let (model, out) = (work.path().join("model"), work.path().join("learnt"));
+/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 1, 2, 1, 16];
+/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
+/// # init(&sizes.config()?, &model, &Default::default(), &mut |_| {})?;
+/// # let task = |name: &str, first: u32| {
+/// #     let mut stream = TokenStream::default();
+/// #     (0..64).for_each(|i| stream.push(&[1, first + i % 3, 9, 2, 7, 3, 8, first + i % 5]));
+/// #     let source = TokenSource { name: name.to_owned(), weight: 1.0, tokens: (&stream).into() };
+/// #     Task { name: name.to_owned(), steps: 1, source }
+/// # };
+/// # let train = TrainConfig { batch: 2, seq: 8, ..TrainConfig::default() };
+///
+/// let options = ContinualOptions { model, out, resume: false, train, method: Method::default() };
+/// let report: ContinualReport = learn(&options, &[task("stories", 4), task("facts", 14)], &mut |_| true)?;
+/// assert!(report.finished && report.learnt.len() == 2);
+/// // The rise of the loss of the first task by learning the second one.
+/// let rise = report.learnt[1].losses[0] - report.learnt[0].losses[0];
+/// assert!((report.forgetting.unwrap() - rise).abs() < 1e-9);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct ContinualReport {
@@ -171,7 +219,17 @@ pub struct ContinualReport {
 
 /// Progress of a task.
 ///
-/// [`ContinualOptions`] has an example.
+/// ```
+/// use dsmoe_train::continual::TaskProgress;
+///
+/// // A closure for `learn`: it shows steps, and stops at a loss that grows out of hand.
+/// let mut show = |TaskProgress { name, done, total, loss }: TaskProgress<'_>| {
+///     println!("{name}: step {done} of {total}, loss {loss:.3}");
+///     loss < 20.0
+/// };
+/// assert!(show(TaskProgress { name: "code", done: 1, total: 400, loss: 3.2 }));
+/// assert!(!show(TaskProgress { name: "code", done: 2, total: 400, loss: 55.0 }));
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct TaskProgress<'a> {
     /// The task.

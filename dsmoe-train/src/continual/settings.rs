@@ -31,7 +31,14 @@ pub const TRAIN_KEYS: [&str; 21] = [
 
 /// The rule that chooses the pruned weights.
 ///
-/// [`ContinualOptions`](crate::continual::ContinualOptions) has an example.
+/// ```
+/// use dsmoe_train::continual::{Method, Prune};
+///
+/// let method = Method { prune: Prune::DualAveraging, ..Method::default() }.resolve()?;
+/// // Dual averaging has a threshold, and no density is asked for.
+/// assert_eq!((method.c, method.mu, method.density), (Some(0.005), Some(0.51), None));
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Prune {
@@ -47,7 +54,15 @@ pub enum Prune {
 
 /// When weights are pruned.
 ///
-/// [`ContinualOptions`](crate::continual::ContinualOptions) has an example.
+/// ```
+/// use dsmoe_train::continual::{Method, Prune, When};
+///
+/// let method = |when| Method { prune: Prune::Magnitude, when: Some(when), ..Method::default() };
+/// // Steps between prunings make sense during a task only.
+/// assert_eq!(method(When::During).resolve()?.every, Some(10));
+/// assert_eq!(method(When::End).resolve()?.every, None);
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum When {
@@ -59,7 +74,15 @@ pub enum When {
 
 /// The weights that are ranked together.
 ///
-/// [`ContinualOptions`](crate::continual::ContinualOptions) has an example.
+/// ```
+/// use dsmoe_train::continual::{Method, Over, Prune};
+///
+/// let of_rows = Method { prune: Prune::Scores, over: Some(Over::Row), ..Method::default() };
+/// assert_eq!(of_rows.resolve()?.over, Some(Over::Row));
+/// // Nothing is ranked where nothing is pruned.
+/// assert!(Method { over: Some(Over::Row), ..Method::default() }.resolve().is_err());
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Over {
@@ -72,7 +95,16 @@ pub enum Over {
 dsmoe_core::with_defaults! {
     /// The method that learns the tasks. Settings that another one does not read are errors.
     ///
-    /// [`ContinualOptions`](crate::continual::ContinualOptions) has an example.
+    /// ```
+    /// use dsmoe_train::continual::{Method, Prune};
+    ///
+    /// // The keys of a file, or the fields.
+    /// let method: Method = toml::from_str("prune = 'scores'\ndensity = '40%'\nreplay = 64")?;
+    /// let same = Method { prune: Prune::Scores, density: Some(0.4), replay: 64, ..Method::default() };
+    /// assert_eq!(method, same);
+    /// assert_eq!(method.resolve()?.replay_share, Some(0.25));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields, default)]
     pub struct Method {

@@ -16,7 +16,17 @@ const KEEP_STREAM: u64 = 0x6b65_6570;
 
 /// A training window of a task.
 ///
-/// [`ContinualOptions`](crate::continual::ContinualOptions) has an example.
+/// ```
+/// use std::collections::BTreeMap;
+///
+/// use dsmoe_train::continual::Window;
+///
+/// // How many windows of each task are replayed?
+/// let replay = [Window { task: 0, window: 7 }, Window { task: 1, window: 2 }, Window { task: 0, window: 9 }];
+/// let mut counts = BTreeMap::new();
+/// replay.iter().for_each(|Window { task, .. }| *counts.entry(*task).or_insert(0) += 1);
+/// assert_eq!(counts.into_iter().collect::<Vec<_>>(), [(0, 2), (1, 1)]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Window {

@@ -37,7 +37,30 @@ pub use crate::teacher::Lessons;
 
 /// The shape of the micro-batches of an engine, and where and how it computes.
 ///
-/// [`Engine`] has an example.
+/// ```
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::{Device, Model};
+/// use dsmoe_kernels::{Precision, comm::alone};
+/// use dsmoe_train::Zero;
+/// use dsmoe_train::engine::{EngineOptions, new};
+/// use dsmoe_train::optim::AdamW;
+///
+/// // Two lanes of four micro-batches, each of one sequence of 8 tokens.
+/// let options = EngineOptions {
+///     tokens: 8,
+///     seq: 8,
+///     lanes: 2,
+///     accumulate: 4,
+///     zero: Zero::Moments,
+///     precision: Precision::F32,
+///     device: Device::Cpu,
+///     recompute: true, // less memory, more time
+/// };
+/// let model = Model::new(preset("tiny")?);
+/// let engine = new(&model, AdamW::new(model.layout()), options, alone().clone())?;
+/// assert_eq!(engine.optimizer().m.len(), model.layout().len());
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct EngineOptions {
     /// Tokens in a micro-batch.
@@ -60,7 +83,21 @@ pub struct EngineOptions {
 
 /// The losses and gradient norms of a step.
 ///
-/// [`Engine`] has an example.
+/// ```
+/// use dsmoe_train::engine::StepResult;
+/// use dsmoe_train::optim::clip_scale;
+///
+/// // The factor of the gradients in the update, or what has to stop the run.
+/// fn scale(step: &StepResult) -> Result<f32, String> {
+///     match &step.non_finite {
+///         Some(place) => Err(format!("{place} is not finite")),
+///         None => Ok(clip_scale(step.norms.all, 1.0)),
+///     }
+/// }
+/// assert_eq!(scale(&StepResult::default()), Ok(1.0));
+/// let broken = StepResult { non_finite: Some("layer 3".to_owned()), ..StepResult::default() };
+/// assert_eq!(scale(&broken).unwrap_err(), "layer 3 is not finite");
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct StepResult {
     /// Mean negative log-likelihood of the step's tokens, nats.

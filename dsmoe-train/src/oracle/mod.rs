@@ -41,7 +41,25 @@ pub const MOST_ROUTES: u64 = 1 << 16;
 
 /// Options of an oracle.
 ///
-/// [`Oracle`] has an example.
+/// ```
+/// use dsmoe_kernels::Precision;
+/// use dsmoe_train::oracle::{OracleOptions, RouteKind, plan};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), Precision::F32);
+///
+/// let options = OracleOptions {
+///     kind: RouteKind::BigSkip,
+///     seq: 8,
+///     exact_up_to: 1 << 10,
+///     beam: 64,
+///     control: false,
+///     precision: Precision::F32,
+///     seed: 0,
+/// };
+/// assert!(plan(&model, 64, &options)?.exact);
+/// assert!(plan(&model, 64, &OracleOptions { beam: 0, ..options }).is_err());
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OracleOptions {
     /// The options of every layer.
@@ -62,7 +80,21 @@ pub struct OracleOptions {
 
 /// The work of an oracle.
 ///
-/// [`Oracle`] has an example.
+/// ```
+/// use dsmoe_train::oracle::{OracleOptions, OraclePlan, plan};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # use dsmoe_kernels::Precision;
+/// # let model = Inference::new(&Model::new(preset("tiny")?), Precision::F32);
+/// # let kind = dsmoe_train::oracle::RouteKind::BigSkip;
+/// # let (control, precision) = (false, Precision::F32);
+/// # let options = OracleOptions { kind, seq: 8, exact_up_to: 16, beam: 64, control, precision, seed: 0 };
+///
+/// let all: OraclePlan = plan(&model, 64, &options)?;
+/// let search = plan(&model, 64, &OracleOptions { exact_up_to: 8, beam: 5, ..options })?;
+/// assert_eq!((all.exact, all.passes, all.predicted), (true, 16, 56));
+/// assert!(!search.exact && search.all_routes == Some(16));
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct OraclePlan {
     /// Decoder layers.
@@ -81,7 +113,33 @@ pub struct OraclePlan {
 
 /// The results of an oracle. Losses are means over tokens in nats.
 ///
-/// [`Oracle`] has an example.
+/// ```
+/// use dsmoe_train::oracle::{OracleReport, run};
+/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
+/// # use dsmoe_kernels::{Precision, rng::Rng};
+/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
+/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
+/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
+/// # let load = || {
+/// #     let mut config = sizes.config()?;
+/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
+/// #     let mut model = Model::new(config);
+/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
+/// #     Ok(model)
+/// # };
+/// # let mut model = Inference::new(&load()?, Precision::F32);
+/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
+/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
+/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
+/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
+///
+/// let (report, _): (OracleReport, _) = run(oracle, &mut |_, _, _| {})?;
+/// assert_eq!((report.measured, report.levels.len()), (4, 3));
+/// // The last level runs both layers: it is the model by itself.
+/// assert!((report.levels[2].best - report.default).abs() < 1e-9);
+/// assert!(report.any.oracle <= report.default);
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct OracleReport {
     /// The options of every layer.
@@ -111,7 +169,33 @@ pub struct OracleReport {
 
 /// The results of one level.
 ///
-/// [`Oracle`] has an example.
+/// ```
+/// use dsmoe_train::oracle::{LevelReport, run};
+/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
+/// # use dsmoe_kernels::{Precision, rng::Rng};
+/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
+/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
+/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
+/// # let load = || {
+/// #     let mut config = sizes.config()?;
+/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
+/// #     let mut model = Model::new(config);
+/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
+/// #     Ok(model)
+/// # };
+/// # let mut model = Inference::new(&load()?, Precision::F32);
+/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
+/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
+/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
+/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
+///
+/// let (report, _) = run(oracle, &mut |_, _, _| {})?;
+/// for LevelReport { level, best_route, best, oracle, mean, .. } in &report.levels {
+///     println!("{level} of 2 layers: route {best_route} has loss {best:.3}, the oracle {oracle:.3}");
+///     assert!(oracle <= best && *best <= mean + 1e-9);
+/// }
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LevelReport {
     /// The sum of the options of all layers.
@@ -136,7 +220,35 @@ pub struct LevelReport {
 
 /// The noisy copies beside a level.
 ///
-/// [`Oracle`] has an example.
+/// ```
+/// use dsmoe_train::oracle::{ControlReport, run};
+/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
+/// # use dsmoe_kernels::{Precision, rng::Rng};
+/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
+/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
+/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
+/// # let load = || {
+/// #     let mut config = sizes.config()?;
+/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
+/// #     let mut model = Model::new(config);
+/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
+/// #     Ok(model)
+/// # };
+/// # let mut model = Inference::new(&load()?, Precision::F32);
+/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
+/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: true, precision, seed: 0 };
+/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
+/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
+///
+/// let (report, _) = run(oracle, &mut |_, _, _| {})?;
+/// // A single route has no control, and no noise may give the mean loss of a level.
+/// let controls = report.levels.iter().filter_map(|level| level.control);
+/// for ControlReport { noise, mean, oracle } in controls {
+///     println!("copies with {:.1} % of noise: mean {mean:.3}, the best of each token {oracle:.3}", 100.0 * noise);
+///     assert!(oracle <= mean);
+/// }
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct ControlReport {
     /// Standard deviation of the noise, relative to each weight.
@@ -149,7 +261,33 @@ pub struct ControlReport {
 
 /// The best of all routes.
 ///
-/// [`Oracle`] has an example.
+/// ```
+/// use dsmoe_train::oracle::{AnyReport, run};
+/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
+/// # use dsmoe_kernels::{Precision, rng::Rng};
+/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
+/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
+/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
+/// # let load = || {
+/// #     let mut config = sizes.config()?;
+/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
+/// #     let mut model = Model::new(config);
+/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
+/// #     Ok(model)
+/// # };
+/// # let mut model = Inference::new(&load()?, Precision::F32);
+/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
+/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
+/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
+/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
+///
+/// let (report, _) = run(oracle, &mut |_, _, _| {})?;
+/// let AnyReport { oracle, mean_level, control, .. } = report.any;
+/// println!("loss {oracle:.3} where tokens run {mean_level:.2} layers on average");
+/// assert!(report.levels.iter().all(|level| oracle <= level.oracle + 1e-9));
+/// assert_eq!(control, None); // it was not asked for
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct AnyReport {
     /// Loss where every token takes its best route.
@@ -166,7 +304,32 @@ pub struct AnyReport {
 
 /// Rank correlations over tokens of the experts that the model's router opens.
 ///
-/// [`Oracle`] has an example.
+/// ```
+/// use dsmoe_train::oracle::{OwnChoice, run};
+/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
+/// # use dsmoe_kernels::{Precision, rng::Rng};
+/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
+/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
+/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
+/// # let load = || {
+/// #     let mut config = sizes.config()?;
+/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
+/// #     let mut model = Model::new(config);
+/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
+/// #     Ok(model)
+/// # };
+/// # let mut model = Inference::new(&load()?, Precision::F32);
+/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
+/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
+/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
+/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
+///
+/// let (report, _) = run(oracle, &mut |_, _, _| {})?;
+/// // Does the router open more experts for the tokens that gain by computation?
+/// let OwnChoice { with_gain, .. } = report.own_choice.expect("a model of experts");
+/// assert!(with_gain.is_none_or(|correlation| correlation.abs() < 1.001));
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct OwnChoice {
     /// With the token's loss.
@@ -177,7 +340,34 @@ pub struct OwnChoice {
 
 /// The routes of all tokens.
 ///
-/// [`Oracle`] has an example.
+/// ```
+/// use dsmoe_train::oracle::{TokenRoutes, run};
+/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
+/// # use dsmoe_kernels::{Precision, rng::Rng};
+/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
+/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
+/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
+/// # let load = || {
+/// #     let mut config = sizes.config()?;
+/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
+/// #     let mut model = Model::new(config);
+/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
+/// #     Ok(model)
+/// # };
+/// # let mut model = Inference::new(&load()?, Precision::F32);
+/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
+/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
+/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
+/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
+///
+/// let (report, tokens): (_, TokenRoutes) = run(oracle, &mut |_, _, _| {})?;
+/// for (best, loss) in tokens.best.iter().zip(&tokens.loss) {
+///     println!("route {} with loss {loss:.3}", tokens.routes[*best as usize]);
+/// }
+/// let mean = tokens.loss.iter().map(|&loss| f64::from(loss)).sum::<f64>() / tokens.loss.len() as f64;
+/// assert!((mean - report.any.oracle).abs() < 1e-6);
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TokenRoutes {
     /// The routes that are named below.
@@ -194,7 +384,34 @@ pub struct TokenRoutes {
 
 /// The best routes of a level.
 ///
-/// [`Oracle`] has an example.
+/// ```
+/// use dsmoe_train::oracle::{LevelRoutes, run};
+/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
+/// # use dsmoe_kernels::{Precision, rng::Rng};
+/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
+/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
+/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
+/// # let load = || {
+/// #     let mut config = sizes.config()?;
+/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
+/// #     let mut model = Model::new(config);
+/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
+/// #     Ok(model)
+/// # };
+/// # let mut model = Inference::new(&load()?, Precision::F32);
+/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
+/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
+/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
+/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
+///
+/// let (_, tokens) = run(oracle, &mut |_, _, _| {})?;
+/// // Where one layer of two runs, is it the same one for all tokens?
+/// let LevelRoutes { best, .. } = tokens.by_level.iter().find(|routes| routes.level == 1).unwrap();
+/// let names: Vec<&String> = best.iter().map(|&route| &tokens.routes[route as usize]).collect();
+/// println!("{}", names.windows(2).all(|pair| pair[0] == pair[1]));
+/// assert_eq!(names.len(), tokens.default.len());
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LevelRoutes {
     /// The level.
@@ -314,7 +531,35 @@ pub fn plan(model: &Inference, tokens: usize, options: &OracleOptions) -> Result
 
 /// The numbers of parts that are done and of all, of the stage of that name.
 ///
-/// [`Oracle`] has an example.
+/// ```
+/// use dsmoe_train::oracle::{OracleProgress, run};
+/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
+/// # use dsmoe_kernels::{Precision, rng::Rng};
+/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
+/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
+/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
+/// # let load = || {
+/// #     let mut config = sizes.config()?;
+/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
+/// #     let mut model = Model::new(config);
+/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
+/// #     Ok(model)
+/// # };
+/// # let mut model = Inference::new(&load()?, Precision::F32);
+/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
+/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
+/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
+/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
+///
+/// let mut stages = Vec::new();
+/// let progress: &mut OracleProgress<'_> = &mut |stage, done, all| {
+///     assert!(done <= all);
+///     stages.push(stage);
+/// };
+/// run(oracle, progress)?;
+/// println!("{stages:?}");
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 pub type OracleProgress<'p> = dyn FnMut(&'static str, u64, u64) + 'p;
 
 /// Measures routes and their control. An interrupted run with the same file of its state goes on and gives the same result.

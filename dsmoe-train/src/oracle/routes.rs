@@ -10,7 +10,17 @@ use crate::error::{Error, Result};
 
 /// The options of every layer.
 ///
-/// [`Oracle`](crate::oracle::Oracle) has an example.
+/// ```
+/// use dsmoe_train::oracle::{RouteKind, RouteSpace};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let dense = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// let kind: RouteKind = "big-skip".parse()?;
+/// assert!(RouteSpace::of(kind, &dense).is_ok());
+/// // A dense model has no experts to choose among.
+/// assert!(RouteSpace::of(RouteKind::Experts, &dense).is_err());
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RouteKind {
@@ -40,7 +50,17 @@ pub(crate) type Digits = Vec<u16>;
 
 /// All routes of a model.
 ///
-/// [`Oracle`](crate::oracle::Oracle) has an example.
+/// ```
+/// use dsmoe_train::oracle::{RouteKind, RouteSpace};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// // Each of the 4 layers runs or is skipped; a level is the number of those that run.
+/// let space = RouteSpace::of(RouteKind::BigSkip, &model)?;
+/// assert_eq!((space.layers(), space.count(1 << 10), space.levels()), (4, Some(16), 5));
+/// assert_eq!(space.count(15), None); // too many to measure them all
+/// # Ok::<(), dsmoe_train::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct RouteSpace {
     options: Vec<Vec<Route>>,

@@ -13,7 +13,17 @@ use crate::ranks::Zero;
 
 /// The directories and the device of a run, and how it starts and stops.
 ///
-/// [`Trainer`](crate::Trainer) has an example.
+/// ```
+/// use dsmoe_train::RunOptions;
+///
+/// let options = RunOptions {
+///     teacher: Some("dense".into()),
+///     resume: true, // from the newest checkpoint in `run`, or from the start
+///     ..RunOptions::new("converted".as_ref(), "run".as_ref())
+/// };
+/// assert_eq!(options.source.as_os_str(), "converted");
+/// assert!(options.stop_after.is_none(), "the run goes to its end");
+/// ```
 #[derive(Clone, Debug)]
 pub struct RunOptions {
     /// The run directory.
@@ -65,7 +75,18 @@ impl RunOptions {
 
 /// The text of a run.
 ///
-/// [`Trainer`](crate::Trainer) has an example.
+/// ```
+/// use dsmoe_datasets::{TokenSource, TokenStream};
+/// use dsmoe_train::TrainData;
+///
+/// let mut stream = TokenStream::default();
+/// stream.push(&[1, 5, 9, 2]);
+/// // A single text, or several that are mixed by their weights.
+/// let single = TrainData::from(&stream);
+/// let source = |name: &str, weight| TokenSource { name: name.to_owned(), weight, tokens: (&stream).into() };
+/// let mixed = TrainData { sources: vec![source("web", 3.0), source("code", 1.0)], texts: None };
+/// assert_eq!([&single, &mixed].map(|data| data.sources.len()), [1, 2]);
+/// ```
 #[derive(Clone, Debug)]
 pub struct TrainData {
     /// Its sources.

@@ -24,7 +24,21 @@ const VERSION: u32 = 2;
 
 /// The work of a model for its responses.
 ///
-/// [`Responder`](crate::tasks::Responder) has an example.
+/// ```
+/// use dsmoe_router::RoutingStats;
+/// use dsmoe_train::tasks::Ran;
+///
+/// // One token of a layer of two experts, which runs both, and one that runs the first.
+/// let ran = |load: [u64; 2], histogram: [u64; 3]| {
+///     let mut routing = RoutingStats::new(1, 2);
+///     routing.add_counts(0, &load, &histogram);
+///     Ran { tokens: 1, routing: Some(routing) }
+/// };
+/// let mut all = Ran::default();
+/// all.add(&ran([1, 1], [0, 0, 1]));
+/// all.add(&ran([1, 0], [0, 1, 0]));
+/// assert_eq!((all.tokens, all.routing.unwrap().active_ratio()), (2, 0.75));
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ran {
     /// Tokens.
@@ -50,7 +64,22 @@ impl Ran {
 
 /// The responses to requests of one model; held by one process at a time.
 ///
-/// [`Responder`](crate::tasks::Responder) has an example.
+/// ```
+/// use dsmoe_datasets::tasks::{Request, Response};
+/// use dsmoe_train::Error;
+/// use dsmoe_train::tasks::{Journal, Ran};
+///
+/// let work = tempfile::tempdir()?;
+/// let path = work.path().join("answers.jsonl");
+/// let (request, response) = (Request::Rolling { text: "A text.".into() }, Response::Rolling { sum: -12.5 });
+/// let mut journal = Journal::open(&path, "the model's hash", None)?;
+/// journal.put([(&request, &response)], Ran { tokens: 3, routing: None })?;
+/// drop(journal);
+/// // Another process finds the response; another model's is refused.
+/// assert_eq!(Journal::open(&path, "the model's hash", None)?.get(&request), Some(&response));
+/// assert!(matches!(Journal::open(&path, "another hash", None), Err(Error::OtherResponses(_))));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,

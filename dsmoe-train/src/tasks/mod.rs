@@ -43,7 +43,24 @@ const SIDE_BY_SIDE: usize = 4;
 
 /// A response, or the reason why the document has none.
 ///
-/// [`Responder`] has an example.
+/// ```
+/// use dsmoe_datasets::tasks::Response;
+/// use dsmoe_train::tasks::Answer;
+///
+/// let answers: [Answer; 2] = [
+///     Ok(Response::LogLikelihood { sum: -3.5, greedy: false }),
+///     Err("the prompt has more tokens than the model has positions".to_owned()),
+/// ];
+/// let sums = answers.iter().map(|answer| match answer {
+///     Ok(Response::LogLikelihood { sum, .. }) => Some(*sum),
+///     Ok(_) => None,
+///     Err(reason) => {
+///         eprintln!("no answer: {reason}");
+///         None
+///     }
+/// });
+/// assert_eq!(sums.collect::<Vec<_>>(), [Some(-3.5), None]);
+/// ```
 pub type Answer = std::result::Result<Response, String>;
 
 /// Answers requests with a model.
@@ -84,7 +101,30 @@ pub struct Responder<'a> {
 
 /// The answers to documents' requests.
 ///
-/// [`Responder`] has an example.
+/// ```
+/// use dsmoe_datasets::tasks::{Request, Response};
+/// use dsmoe_train::tasks::{Answers, Responder};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # use dsmoe_datasets::tasks::Profile;
+/// # use dsmoe_datasets::{Bos, Tokenizer, train_bpe};
+/// # let work = tempfile::tempdir()?;
+/// # train_bpe(std::iter::once("a text".to_owned()), 258, work.path())?;
+/// # let tokenizer = Tokenizer::load(work.path(), Some(0), 2048)?;
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+/// # let responder = Responder::new(&model, &tokenizer, Bos::Auto, Profile::default());
+///
+/// let likelihood = |continuation: &str| Request::LogLikelihood {
+///     context: "The sky is".into(),
+///     continuation: continuation.to_owned(),
+/// };
+/// // One document of two choices. The result is none if the responder was stopped.
+/// let requests = [likelihood(" blue"), likelihood(" late")];
+/// let Answers { documents, ran } = responder.answer(&[&requests], None, &mut |_, _| {})?.unwrap();
+/// assert_eq!(documents[0].len(), 2);
+/// assert!(matches!(documents[0][0], Ok(Response::LogLikelihood { sum, .. }) if sum < 0.0));
+/// assert!(ran.tokens > 0 && ran.routing.is_none()); // a dense model
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Answers {
     /// One list a document, one answer a request.

@@ -12,7 +12,25 @@ const PIECE_BYTES: usize = 8 << 20;
 /// Perplexity by units that do not depend on a tokenizer. Every document is scored by itself from the start token on,
 /// in windows as long as the model that do not overlap, as lm-evaluation-harness does.
 ///
-/// [`Responder`](crate::tasks::Responder) has an example.
+/// ```
+/// use dsmoe_train::tasks::{Responder, RollingReport, rolling};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # use dsmoe_datasets::tasks::Profile;
+/// # use dsmoe_datasets::{Bos, Tokenizer, train_bpe};
+/// # let work = tempfile::tempdir()?;
+/// # train_bpe(std::iter::once("a text".to_owned()), 258, work.path())?;
+/// # let tokenizer = Tokenizer::load(work.path(), Some(0), 2048)?;
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+/// # let responder = Responder::new(&model, &tokenizer, Bos::Auto, Profile::default());
+///
+/// let texts = ["Two words.", "And three more."].map(|text| Ok(text.to_owned()));
+/// // The result is none if the responder was stopped.
+/// let (report, ran): (RollingReport, _) = rolling(&responder, texts, &mut |_| {})?.unwrap();
+/// assert_eq!((report.documents, report.words), (2, 5));
+/// assert!((report.byte_perplexity.log2() - report.bits_per_byte).abs() < 1e-9);
+/// assert!(ran.tokens > 0);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct RollingReport {
