@@ -78,7 +78,18 @@ pub struct LayerStream {
 
 /// Input of some linears of a layer.
 ///
-/// [`LayerStream`] has an example.
+/// ```
+/// use dsmoe_core::calibrate::{Input, LayerStream};
+/// # let work = tempfile::tempdir()?;
+/// # let dense = work.path();
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, dense, &Default::default(), &mut |_| {})?;
+///
+/// // Without sequences the stream gives weights alone.
+/// let mut weights = LayerStream::open(dense, &[])?.layer(0)?;
+/// let counts = Input::ALL.map(|input| weights.reading(input).count());
+/// assert_eq!(counts, [3, 1, 2, 1]); // q, k, v; o; gate, up; down
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
     /// The states, normed where the family does that, read by q, k and v.
@@ -98,7 +109,26 @@ impl Input {
 
 /// Input of linears in one sequence.
 ///
-/// [`LayerStream`] has an example.
+/// ```
+/// use dsmoe_core::calibrate::{Input, LayerStream, Tap};
+/// # let work = tempfile::tempdir()?;
+/// # let dense = work.path();
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, dense, &Default::default(), &mut |_| {})?;
+///
+/// let mut stream = LayerStream::open(dense, &[vec![1, 5, 9, 2], vec![1, 7, 3, 8]])?;
+/// let weights = stream.layer(0)?;
+/// // The sums of squares of each channel that gate and up read, which Wanda's scores need.
+/// let mut squares = vec![0.0; stream.config().hidden];
+/// stream.forward(&weights, &mut |Tap { input, x, .. }: Tap<'_>| {
+///     if input == Input::Ffn {
+///         for x in x.chunks_exact(squares.len()) {
+///             squares.iter_mut().zip(x).for_each(|(sum, x)| *sum += x * x);
+///         }
+///     }
+/// })?;
+/// assert!(squares.iter().all(|&sum| sum > 0.0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Tap<'a> {
     /// Number of the sequence.

@@ -59,7 +59,17 @@ pub struct LeastSquares {
 
 /// The solution of a least-squares problem.
 ///
-/// [`LeastSquares`] has an example.
+/// ```
+/// use dsmoe_core::compensate::{Correction, LeastSquares, Rows};
+///
+/// // What is missing is the input plus 3.
+/// let mut squares = LeastSquares::new(1, 1);
+/// squares.add(Rows { inputs: &[1.0, 2.0, 3.0], residuals: &[4.0, 5.0, 6.0], factors: &[1.0; 3] });
+/// let Correction { weight, bias, ridge } = squares.solve(1e-6, true).unwrap();
+/// assert!((weight[0] - 1.0).abs() < 1e-3);
+/// assert!(bias.is_some_and(|bias| (bias[0] - 3.0).abs() < 1e-2));
+/// assert_eq!(ridge, 1e-6); // it sufficed
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Correction {
     /// C transposed, `[inputs, outputs]`: to be added to the projection.
@@ -72,7 +82,15 @@ pub struct Correction {
 
 /// Tokens of a least-squares problem.
 ///
-/// [`LeastSquares`] has an example.
+/// ```
+/// use dsmoe_core::compensate::{LeastSquares, Rows};
+///
+/// // The third token is an outlier: its factor of 0 leaves it out.
+/// let mut squares = LeastSquares::new(1, 1);
+/// let rows = Rows { inputs: &[1.0, 2.0, 900.0], residuals: &[2.0, 4.0, -5.0], factors: &[1.0, 1.0, 0.0] };
+/// squares.add(rows);
+/// assert!((squares.solve(1e-6, false).unwrap().weight[0] - 2.0).abs() < 1e-3);
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
     /// h `[tokens, inputs]`.

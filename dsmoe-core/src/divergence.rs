@@ -28,7 +28,32 @@ const BLOCK: usize = 512;
 
 /// A changed FFN: sets its first argument `[seq, hidden]` to the output.
 ///
-/// [`Alone`] has an example.
+/// ```
+/// use dsmoe_core::calibrate::{Down, LayerStream};
+/// use dsmoe_core::divergence::{Alone, Change};
+/// use dsmoe_kernels::Precision;
+/// # let work = tempfile::tempdir()?;
+/// # let dense = work.path();
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, dense, &Default::default(), &mut |_| {})?;
+/// # let text = vec![vec![1, 5, 9, 2]];
+///
+/// let stream = LayerStream::open(dense, &text)?;
+/// let mut alone = Alone::open(dense, &text, 4, Precision::F32)?;
+/// for i in 0..stream.config().num_layers {
+///     let weights = stream.layer(i)?;
+///     let down = Down::of(Precision::F32, &weights);
+///     let same: Box<Change<'_>> = Box::new(|y, tap| down.forward(y, tap.neurons));
+///     // Half of the output.
+///     let less: Box<Change<'_>> = Box::new(|y, tap| {
+///         down.forward(y, tap.neurons);
+///         y.iter_mut().for_each(|y| *y *= 0.5);
+///     });
+///     alone.layer(&weights, &mut [same, less])?;
+/// }
+/// let costs = alone.divergences()?;
+/// assert!(costs.chunks(2).all(|pair| pair[0] < pair[1]), "{costs:?}");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub type Change<'a> = dyn FnMut(&mut [f32], FfnTap<'_>) + Send + 'a;
 
 /// The states of the text and of its copies, each with one layer changed.

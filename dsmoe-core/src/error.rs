@@ -8,11 +8,17 @@ use crate::remedy::Remedy;
 /// An error about a model directory or a request. Every message is one line that ends with its remedy.
 ///
 /// ```
-/// use dsmoe_core::{Config, Error, Result};
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::{Config, Error};
 ///
-/// let read: Result<Config> = Config::from_json("config.json".as_ref(), r#"{"model_type": "no such"}"#);
-/// let error: Error = read.unwrap_err();
-/// assert!(error.to_string().starts_with("config.json") && !error.to_string().contains('\n'));
+/// match Config::load("no/such/model".as_ref()) {
+///     // A program may word the remedy in its own way.
+///     Err(Error::Path { path, help, .. }) => println!("{}: {}", path.display(), help.worded(str::to_owned)),
+///     Err(error) => panic!("{error}"),
+///     Ok(config) => panic!("a model of {} layers", config.num_layers),
+/// }
+/// // Every message is one line.
+/// assert!(preset("no such").is_err_and(|error| !error.to_string().contains('\n')));
 /// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -116,7 +122,19 @@ pub enum Error {
 
 /// Result of this crate.
 ///
-/// [`Error`] has an example.
+/// ```
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::{Inference, Model, Result};
+/// use dsmoe_kernels::Precision;
+///
+/// fn small(name: &str) -> Result<Inference> {
+///     let config = preset(name)?;
+///     Ok(Inference::new(&Model::new(config), Precision::Bf16))
+/// }
+/// assert_eq!(small("tiny")?.config().num_layers, 4);
+/// assert!(small("minuscule").is_err());
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {

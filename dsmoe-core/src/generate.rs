@@ -11,7 +11,20 @@ use crate::model::{Cache, Inference, Workspace};
 
 /// Options for choosing the next token and for stopping.
 ///
-/// [`Generation`] has an example.
+/// ```
+/// use dsmoe_core::generate::{GenerateOptions, generate};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// let options = GenerateOptions { max_tokens: 8, temperature: 0.8, top_p: 0.9, ..GenerateOptions::default() };
+/// let tokens = |seed: u64| -> dsmoe_core::Result<Vec<u32>> {
+///     Ok(generate(&model, &[1, 5, 9], &GenerateOptions { seed, ..options.clone() }, |_| true)?.tokens)
+/// };
+/// // A text is a function of the seed.
+/// assert_eq!(tokens(7)?, tokens(7)?);
+/// assert_ne!(tokens(7)?, tokens(8)?);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateOptions {
     /// Tokens to generate at the most.
@@ -67,7 +80,24 @@ impl GenerateOptions {
 
 /// Reason for the end of a generation.
 ///
-/// [`Generation`] has an example.
+/// ```
+/// use dsmoe_core::generate::{Finish, GenerateOptions, generate};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// // The caller stops after the third token.
+/// let mut left = 3;
+/// let options = GenerateOptions { max_tokens: 8, ..GenerateOptions::default() };
+/// let generation = generate(&model, &[1, 5, 9], &options, |_token| {
+///     left -= 1;
+///     left > 0
+/// })?;
+/// match generation.finish {
+///     Finish::Caller => assert_eq!(generation.tokens.len(), 3),
+///     Finish::MaxTokens | Finish::Stop | Finish::Positions => panic!("{:?}", generation.finish),
+/// }
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
     /// `max_tokens` were generated.

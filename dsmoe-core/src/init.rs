@@ -99,7 +99,24 @@ enum Kind {
 
 /// Sizes of a small LLaMA of one's own.
 ///
-/// [`InitOptions`] has an example.
+/// ```
+/// use dsmoe_core::init::LlamaSizes;
+///
+/// let sizes = LlamaSizes {
+///     vocab: 64,
+///     hidden: 32,
+///     intermediate: 64,
+///     layers: 2,
+///     heads: 4,
+///     kv_heads: 2,
+///     positions: 128,
+///     bos_eos: [1, 2],
+/// };
+/// assert_eq!(sizes.config()?.head_dim, 8);
+/// // Heads divide the width.
+/// assert!(LlamaSizes { heads: 5, ..sizes }.config().is_err());
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LlamaSizes {
     /// Tokens of the vocabulary.

@@ -15,7 +15,7 @@ pub const LINEARS: usize = 7;
 ///
 /// ```
 /// use dsmoe_core::init::preset;
-/// use dsmoe_core::kept::{KeptScratch, LINEARS, LayerThresholds, UsedWeights};
+/// use dsmoe_core::kept::{LINEARS, LayerThresholds, UsedWeights};
 /// use dsmoe_core::model::{Cache, Workspace};
 /// use dsmoe_core::{Inference, Model};
 /// use dsmoe_kernels::Precision;
@@ -28,7 +28,6 @@ pub const LINEARS: usize = 7;
 /// inference.decode(&[1, 5, 9], &mut cache, None, &mut workspace)?;
 /// let used: UsedWeights = workspace.take_used();
 /// assert!(used.words().iter().any(|&word| word > 0));
-/// let _ = KeptScratch::default(); // what an `FfnScratch` has for such layers
 /// # Ok::<(), dsmoe_core::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -60,7 +59,14 @@ impl LayerThresholds {
 
 /// Memory of layers with thresholds, and the weights that tokens have used.
 ///
-/// [`LayerThresholds`] has an example.
+/// ```
+/// use dsmoe_core::ffn::FfnScratch;
+/// use dsmoe_core::kept::KeptScratch;
+///
+/// let mut scratch = FfnScratch::default();
+/// // Frees what layers with thresholds have used for a long prompt; the next pass makes room again.
+/// scratch.kept = KeptScratch::default();
+/// ```
 #[derive(Debug, Default)]
 pub struct KeptScratch {
     pub(crate) ops: kept::Scratch,
@@ -72,7 +78,26 @@ pub struct KeptScratch {
 
 /// Sums over tokens of the weights that they used, by layer and linear. Empty without thresholds.
 ///
-/// [`LayerThresholds`] has an example.
+/// ```
+/// use dsmoe_core::kept::{LINEARS, LayerThresholds, UsedWeights};
+/// use dsmoe_core::model::{Cache, Workspace};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Model::new(preset("tiny")?);
+/// # let thresholds = LayerThresholds { inputs: [0.5; LINEARS], ..LayerThresholds::NONE };
+/// # let thresholds = vec![thresholds; model.config().num_layers];
+/// # let model = Inference::with_thresholds(&model, thresholds, dsmoe_kernels::Precision::F32);
+///
+/// let (mut cache, mut workspace) = (Cache::new(&model, 8), Workspace::default());
+/// model.decode(&[1, 5, 9], &mut cache, None, &mut workspace)?;
+/// let used: UsedWeights = workspace.take_used();
+/// assert_eq!(workspace.take_used(), UsedWeights::default());
+/// // The sums of two processes that ran the same text.
+/// let mut both = UsedWeights::default();
+/// both.add_words(&used.words());
+/// both.add_words(&used.words());
+/// assert!(both.words().iter().zip(used.words()).all(|(both, one)| *both == 2 * one));
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct UsedWeights {
     tokens: u64,

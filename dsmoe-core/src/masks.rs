@@ -22,7 +22,14 @@ const BITS: usize = 8;
 
 /// Mask of the weights of one linear: a bit is 1 where the weight is kept.
 ///
-/// [`Masks`] has an example.
+/// ```
+/// use dsmoe_core::masks::Mask;
+///
+/// // One row of ten columns: the first four are pruned, and the last one.
+/// let mask = Mask::from_bits(1, 10, vec![0b1111_0000, 0b01]);
+/// assert_eq!((mask.kept(), mask.pruned()), (5, 5));
+/// assert!(!mask.keeps(0, 3) && mask.keeps(0, 4));
+/// ```
 #[derive(Clone, PartialEq, Eq)]
 pub struct Mask {
     rows: usize,

@@ -7,7 +7,15 @@ use std::ops::Range;
 
 /// Relation of a tensor in memory to the one in a checkpoint.
 ///
-/// [`Layout`] has an example.
+/// ```
+/// use dsmoe_core::params::{Stored, TensorSpec};
+///
+/// let up = TensorSpec::matrix("up_proj.weight", 512, 128);
+/// let down = TensorSpec::matrix("down_proj.weight", 512, 128).transposed();
+/// assert_eq!((up.stored, down.stored), (Stored::AsIs, Stored::Transposed));
+/// // Neurons are rows of both in memory; the checkpoint has those of down as columns.
+/// assert_eq!((up.stored_shape(), down.stored_shape()), (vec![512, 128], vec![128, 512]));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stored {
     /// Row-major values as in memory.
@@ -18,7 +26,16 @@ pub enum Stored {
 
 /// Description of a tensor that has no place yet.
 ///
-/// [`Layout`] has an example.
+/// ```
+/// use dsmoe_core::params::TensorSpec;
+///
+/// // The tensors of a gate with a factor that is learnt.
+/// let router = TensorSpec::router("router.weight", vec![8, 128]);
+/// let scale = TensorSpec { decay: false, ..TensorSpec::matrix("scale", 1, 128) };
+/// let noise = TensorSpec::router("noise.weight", vec![8, 128]).training_only();
+/// assert_eq!([&router, &scale, &noise].map(TensorSpec::numel), [1024, 128, 1024]);
+/// assert!(router.router && !router.decay && noise.training_only);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
     /// Name in the checkpoint; for an [`crate::ffn::Ffn`], relative to `model.layers.{i}.mlp.`.
@@ -85,7 +102,22 @@ impl TensorSpec {
 
 /// A tensor with its place in the arena.
 ///
-/// [`Layout`] has an example.
+/// ```
+/// use dsmoe_core::Model;
+/// use dsmoe_core::init::preset;
+/// use dsmoe_core::params::Entry;
+///
+/// let mut model = Model::new(preset("tiny")?);
+/// let entries: Vec<Entry> = model.layout().entries().to_vec();
+/// // Norms start at 1.
+/// for Entry { range, .. } in entries.iter().filter(|entry| entry.spec.name.contains("norm")) {
+///     model.params_mut()[range.clone()].fill(1.0);
+/// }
+/// let of_last_layer = entries.iter().filter(|entry| entry.layer == Some(3));
+/// assert!(of_last_layer.clone().all(|entry| entry.spec.name.starts_with("model.layers.3.")));
+/// assert_eq!(of_last_layer.count(), 9);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Description, with the full name.

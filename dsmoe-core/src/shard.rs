@@ -45,7 +45,20 @@ pub struct Shards {
 
 /// Memory of what is sent and received.
 ///
-/// [`Shards`] has an example.
+/// ```
+/// use dsmoe_core::params::{Layout, TensorSpec};
+/// use dsmoe_core::shard::{Shards, Staging};
+/// use dsmoe_kernels::comm::{Alone, What};
+///
+/// let layout = Layout::of(vec![TensorSpec::matrix("up_proj.weight", 4, 16)]);
+/// let shards = Shards::new(&layout, 1);
+/// let (mut grads, mut sum, mut staging) = (vec![0.5; 64], vec![0.0; 64], Staging::default());
+/// // The memory grows with the first unit and serves all others.
+/// let of = (&Alone as _, What::of("gradients"));
+/// shards.reduce(of, 0, &mut grads, Some(&mut sum), &mut staging)?;
+/// assert_eq!(sum, [0.5; 64]); // a single process owns everything
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Debug, Default)]
 pub struct Staging {
     send: Buf,

@@ -61,7 +61,27 @@ pub struct LayerExperts {
 /// Sums over tokens of what each expert does. m is 1 where a token runs an expert, c the coefficient there, z the logits of
 /// the gates, and o the output of an expert, not multiplied by anything.
 ///
-/// [`LayerExperts`] has an example.
+/// ```
+/// use dsmoe_core::calibrate::{ExpertStats, LayerStream};
+/// # use dsmoe_core::convert::{UpcycleOptions, upcycle};
+/// # let work = tempfile::tempdir()?;
+/// # let [dense, mixture] = ["dense", "mixture"].map(|name| work.path().join(name));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+/// # let family = "mixtral".to_owned();
+/// # let options = UpcycleOptions { family, num_experts: 4, top_k: 2, seed: 0, force: false };
+/// # upcycle(&dense, &mixture, &options, &mut |_| {})?;
+///
+/// let mut stream = LayerStream::open_experts(&mixture, &[vec![1, 5, 9, 2]])?;
+/// let (weights, experts) = (stream.layer(0)?, stream.experts(0)?);
+/// stream.attend(&weights)?;
+/// let stats: ExpertStats = stream.expert_stats(&weights, &experts, false);
+/// // The least used expert, and how alike two gates are.
+/// let usage = stats.usage();
+/// let least = (0..4).min_by(|&a, &b| usage[a].total_cmp(&usage[b])).unwrap();
+/// println!("expert {least}; gates 0 and 1 correlate by {:.2}", stats.correlation(0, 1));
+/// assert!((usage.iter().sum::<f64>() - 1.0).abs() < 1e-9);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct ExpertStats {
     /// T.
@@ -78,7 +98,26 @@ pub struct ExpertStats {
 
 /// The sums of one expert. Those of outputs are empty or 0 where outputs were not asked for.
 ///
-/// [`LayerExperts`] has an example.
+/// ```
+/// use dsmoe_core::calibrate::{ExpertSums, LayerStream};
+/// # use dsmoe_core::convert::{UpcycleOptions, upcycle};
+/// # let work = tempfile::tempdir()?;
+/// # let [dense, mixture] = ["dense", "mixture"].map(|name| work.path().join(name));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+/// # let family = "mixtral".to_owned();
+/// # let options = UpcycleOptions { family, num_experts: 4, top_k: 2, seed: 0, force: false };
+/// # upcycle(&dense, &mixture, &options, &mut |_| {})?;
+///
+/// let mut stream = LayerStream::open_experts(&mixture, &[vec![1, 5, 9, 2]])?;
+/// let (weights, experts) = (stream.layer(0)?, stream.experts(0)?);
+/// stream.attend(&weights)?;
+/// // With the outputs of all experts.
+/// for ExpertSums { hard, norms, outputs, .. } in stream.expert_stats(&weights, &experts, true).experts {
+///     println!("{hard} tokens, whose outputs have a mean norm of {:.3}", norms / f64::max(hard, 1.0));
+///     assert_eq!(outputs.len(), stream.config().hidden);
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ExpertSums {
     /// Tokens that run it: sum of m.

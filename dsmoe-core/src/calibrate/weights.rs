@@ -14,7 +14,19 @@ use crate::params::TensorSpec;
 
 /// A linear layer: `y = x W^T + b`.
 ///
-/// [`LayerStream`](crate::calibrate::LayerStream) has an example.
+/// ```
+/// use dsmoe_core::calibrate::{LayerStream, Linear};
+/// # let work = tempfile::tempdir()?;
+/// # let dense = work.path();
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, dense, &Default::default(), &mut |_| {})?;
+///
+/// let mut weights = LayerStream::open(dense, &[])?.layer(0)?;
+/// let Linear { name, outputs, inputs, weight, .. } = &mut weights.linears[4];
+/// assert_eq!((&name[..], *outputs, *inputs), ("model.layers.0.mlp.gate_proj.weight", 512, 128));
+/// // The first neuron goes.
+/// weight[..*inputs].fill(0.0);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// Name of the weight in the checkpoint.
@@ -33,7 +45,23 @@ pub struct Linear {
 
 /// The weights of one layer, in f32.
 ///
-/// [`LayerStream`](crate::calibrate::LayerStream) has an example.
+/// ```
+/// use dsmoe_core::calibrate::{LayerStream, LayerWeights};
+/// # let work = tempfile::tempdir()?;
+/// # let dense = work.path();
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, dense, &Default::default(), &mut |_| {})?;
+///
+/// let mut stream = LayerStream::open(dense, &[vec![1, 5, 9, 2]])?;
+/// let mut weights: LayerWeights = stream.layer(0)?;
+/// for linear in &mut weights.linears {
+///     // Small weights are pruned.
+///     linear.weight.iter_mut().filter(|w| w.abs() < 0.01).for_each(|w| *w = 0.0);
+/// }
+/// // The next layer is then seen behind the pruned one.
+/// stream.advance(&weights)?;
+/// assert_eq!(weights.layer, 0);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct LayerWeights {
     /// Number of the layer.
@@ -130,7 +158,16 @@ pub(super) fn vector(reader: &mut WeightReader<'_>, name: String, len: usize) ->
 
 /// A projection of neurons to outputs, packed.
 ///
-/// [`FfnTap`](crate::calibrate::FfnTap) has an example.
+/// ```
+/// use dsmoe_core::calibrate::Down;
+/// use dsmoe_kernels::Precision;
+///
+/// // Two outputs of three neurons, with a bias.
+/// let down = Down::new(Precision::F32, &[1.0, 0.0, 2.0, 0.0, 1.0, 0.0], 3, Some(&[0.5, 0.0]));
+/// let mut y = [0.0; 2];
+/// down.forward(&mut y, &[1.0, 2.0, 3.0]);
+/// assert_eq!(y, [7.5, 2.0]);
+/// ```
 #[derive(Debug)]
 pub struct Down {
     packed: Packed,

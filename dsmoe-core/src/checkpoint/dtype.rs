@@ -16,7 +16,18 @@ const BLOCK: usize = 32;
 
 /// Element type of a stored tensor.
 ///
-/// [`Checkpoint`](crate::checkpoint::Checkpoint) has an example.
+/// ```
+/// use dsmoe_core::checkpoint::Dtype;
+///
+/// let dtype: Dtype = "bfloat16".parse()?;
+/// assert_eq!((dtype, dtype.size(), dtype.is_float()), (Dtype::BF16, 2, true));
+/// let mut values = [1.0, 1.001];
+/// dtype.round(&mut values);
+/// assert_eq!(values, [1.0, 1.0]);
+/// // Weights are not written as integers.
+/// assert!("i8".parse::<Dtype>().is_err());
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "the names are those of the safetensors format")]
 pub enum Dtype {

@@ -41,7 +41,17 @@ pub struct Header {
 
 /// One tensor of a header.
 ///
-/// [`Header`] has an example.
+/// ```
+/// use dsmoe_core::checkpoint::{Header, HeaderEntry};
+///
+/// let json = br#"{"b": {"dtype": "BF16", "shape": [3], "data_offsets": [8, 14]},
+///     "a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}}"#;
+/// let header = Header::parse("model.safetensors".as_ref(), json, 8 + json.len() as u64 + 14)?;
+/// // Entries are in the order of their data.
+/// let places = header.entries.iter().map(|HeaderEntry { name, offset, len, .. }| (&name[..], *offset, *len));
+/// assert_eq!(places.collect::<Vec<_>>(), [("a", 0, 8), ("b", 8, 6)]);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeaderEntry {
     /// Name.

@@ -29,7 +29,15 @@ const UNDAMAGED: &str = "take an undamaged copy, or make the directory again";
 
 /// The size and the hash of a file.
 ///
-/// [`Manifest`] has an example.
+/// ```
+/// use dsmoe_core::checkpoint::FileSum;
+///
+/// let sum = FileSum::of(b"written");
+/// assert_eq!((sum.bytes, sum.hex().len()), (7, 32));
+/// assert_ne!(sum, FileSum::of(b"damaged"));
+/// // Its bytes, for a file of its own.
+/// assert_eq!(FileSum::from_bytes(&sum.to_bytes()), Some(sum));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileSum {
     /// Size.
@@ -126,7 +134,19 @@ impl std::fmt::Debug for Summing {
 
 /// Sums of files that were computed while they were written, by name. Clones share them.
 ///
-/// [`Manifest`] has an example.
+/// ```
+/// use dsmoe_core::checkpoint::{FileSum, Manifest, Sums};
+///
+/// let work = tempfile::tempdir()?;
+/// std::fs::write(work.path().join("notes.txt"), "written")?;
+/// let (sums, of_writer) = (Sums::default(), Sums::default());
+/// let shared = of_writer.clone();
+/// shared.set("notes.txt", FileSum::of(b"written")); // by whoever writes the file
+/// assert_eq!(of_writer.get("notes.txt"), Some(FileSum::of(b"written")));
+/// // The manifest is the same whether a file was hashed before or is read for it.
+/// assert_eq!(Manifest::write(work.path(), &of_writer)?, Manifest::write(work.path(), &sums)?);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Sums(Arc<Mutex<BTreeMap<String, FileSum>>>);
 
@@ -185,7 +205,21 @@ pub struct Manifest {
 
 /// The comparison of a directory with its manifest.
 ///
-/// [`Manifest`] has an example.
+/// ```
+/// use dsmoe_core::checkpoint::{Manifest, Sums, Verification};
+///
+/// let work = tempfile::tempdir()?;
+/// let file = |name: &str| work.path().join(name);
+/// std::fs::write(file("a.txt"), "kept")?;
+/// std::fs::write(file("b.txt"), "lost")?;
+/// let manifest = Manifest::write(work.path(), &Sums::default())?;
+/// std::fs::remove_file(file("b.txt"))?;
+///
+/// let found: Verification = manifest.verify(work.path(), &mut |_, _| {})?;
+/// assert!(!found.holds());
+/// assert_eq!((found.good, &found.missing[..]), (1, &["b.txt".to_owned()][..]));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Verification {
     /// The number of files that are as the manifest says.

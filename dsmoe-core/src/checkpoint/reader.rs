@@ -22,7 +22,24 @@ use crate::remedy::Remedy;
 
 /// A tensor's place in a checkpoint.
 ///
-/// [`Checkpoint`] has an example.
+/// ```
+/// use dsmoe_core::checkpoint::{Checkpoint, TensorView};
+/// # use dsmoe_core::checkpoint::{Dtype, TensorInfo, Writer};
+/// # let work = tempfile::tempdir()?;
+/// # let info = TensorInfo { name: "a".into(), dtype: Dtype::F32, shape: vec![2, 2] };
+/// # let mut writer = Writer::create(work.path(), vec![info])?;
+/// # writer.write_f32("a", &[1.0, 2.0, 3.0, 4.0])?;
+/// # writer.finish()?;
+///
+/// // A matrix of two rows; the second one is read alone.
+/// let checkpoint = Checkpoint::open(work.path())?;
+/// let all: &TensorView = checkpoint.tensor("a").unwrap();
+/// let (row, mut bytes) = (all.rows(1, 1), [0; 8]);
+/// assert_eq!((&row.shape[..], row.len), (&[1, 2][..], 8));
+/// checkpoint.read_at(&row, 0, &mut bytes)?;
+/// assert_eq!(bytes[..4], 3f32.to_le_bytes());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorView {
     /// Element type.

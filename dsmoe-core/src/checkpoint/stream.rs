@@ -11,7 +11,15 @@ const CHUNK: usize = 8 << 20;
 
 /// Progress of a streamed operation.
 ///
-/// [`TensorSource`] has an example.
+/// ```
+/// use dsmoe_core::checkpoint::Progress;
+///
+/// let show = |Progress { done_bytes, total_bytes }: Progress| match total_bytes {
+///     0 => "nothing to write".to_owned(),
+///     _ => format!("{:.0} %", 100.0 * done_bytes as f64 / total_bytes as f64),
+/// };
+/// assert_eq!(show(Progress { done_bytes: 512, total_bytes: 2048 }), "25 %");
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     /// Bytes written.
@@ -39,7 +47,24 @@ impl<'a> Meter<'a> {
 
 /// Change of a tensor `[rows, cols]` while it is copied.
 ///
-/// [`TensorSource`] has an example.
+/// ```
+/// use dsmoe_core::checkpoint::{Change, Checkpoint, TensorSource};
+/// # use dsmoe_core::checkpoint::{Dtype, TensorInfo, Writer};
+/// # let work = tempfile::tempdir()?;
+/// # let info = TensorInfo { name: "a".into(), dtype: Dtype::F32, shape: vec![2, 2] };
+/// # let mut writer = Writer::create(work.path(), vec![info])?;
+/// # writer.write_f32("a", &[1.0, 2.0, 3.0, 4.0])?;
+/// # writer.finish()?;
+///
+/// // The columns of [[1, 2], [3, 4]] in the other order.
+/// let (checkpoint, mut bytes) = (Checkpoint::open(work.path())?, Vec::new());
+/// TensorSource::new(&checkpoint).stream("a", Change::Cols(&[1, 0]), |chunk| {
+///     bytes.extend_from_slice(chunk);
+///     Ok(())
+/// })?;
+/// assert_eq!(bytes, [2f32, 1.0, 4.0, 3.0].map(f32::to_le_bytes).concat());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub enum Change<'a> {
     /// Nothing.

@@ -20,7 +20,13 @@ const BUFFER: usize = 1 << 20;
 
 /// A tensor to be written.
 ///
-/// [`Checkpoint`](crate::checkpoint::Checkpoint) has an example.
+/// ```
+/// use dsmoe_core::checkpoint::{Dtype, TensorInfo};
+///
+/// let infos = [(Dtype::BF16, vec![2048, 128]), (Dtype::F32, vec![128])];
+/// let infos = infos.map(|(dtype, shape)| TensorInfo { name: "weight".to_owned(), dtype, shape });
+/// assert_eq!(infos.iter().map(TensorInfo::len_bytes).sum::<u64>(), 2 * 2048 * 128 + 4 * 128);
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Name.
@@ -44,7 +50,21 @@ impl TensorInfo {
 
 /// A streaming writer of safetensors: all tensors are declared first, then written in that order.
 ///
-/// [`Checkpoint`](crate::checkpoint::Checkpoint) has an example.
+/// ```
+/// use dsmoe_core::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer};
+///
+/// let work = tempfile::tempdir()?;
+/// let info = |name: &str| TensorInfo { name: name.to_owned(), dtype: Dtype::F32, shape: vec![4] };
+/// // Shards of at most 16 bytes: one for each tensor, and an index.
+/// let mut writer = Writer::create_sharded(work.path(), vec![info("a"), info("b")], 16)?;
+/// writer.write_f32("a", &[1.0; 4])?;
+/// writer.begin("b")?;
+/// writer.write_f32_chunk(&[2.0; 3])?;
+/// writer.write_f32_chunk(&[3.0])?;
+/// writer.finish()?;
+/// assert_eq!(Checkpoint::open(work.path())?.files().count(), 2);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Writer {
     infos: Vec<TensorInfo>,

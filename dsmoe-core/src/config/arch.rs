@@ -6,7 +6,18 @@ use super::rope::Rope;
 
 /// RMSNorm of queries and keys, before they are rotated.
 ///
-/// [`Architecture`] has an example.
+/// ```
+/// use dsmoe_core::config::QkNorm;
+/// use dsmoe_core::init::preset;
+///
+/// let mut config = preset("tiny")?;
+/// assert_eq!(config.qk_norm_widths(0), None);
+/// config.architecture.qk_norm = QkNorm::Head;
+/// assert_eq!(config.qk_norm_widths(0), Some([32, 32])); // one weight for all heads
+/// config.architecture.qk_norm = QkNorm::Whole;
+/// assert_eq!(config.qk_norm_widths(0), Some([128, 64])); // 4 query heads, 2 key heads
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum QkNorm {
     /// None.
@@ -20,7 +31,14 @@ pub enum QkNorm {
 
 /// Places of the norms of a layer.
 ///
-/// [`Architecture`] has an example.
+/// ```
+/// use dsmoe_core::config::{Architecture, Norms, Rope};
+///
+/// let llama = Architecture::llama(64, 2, Rope::plain(10_000.0, 64));
+/// let like_olmo = Architecture { norms: Norms::Post, ..llama.clone() };
+/// assert!(llama.norms_before() && !llama.norms_after());
+/// assert!(!like_olmo.norms_before() && like_olmo.norms_after());
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Norms {
     /// Before attention and before the FFN.
@@ -34,7 +52,16 @@ pub enum Norms {
 
 /// Attention of one layer.
 ///
-/// [`Architecture`] has an example.
+/// ```
+/// use dsmoe_core::config::{Architecture, LayerAttention, Rope};
+///
+/// // Every second layer sees 512 tokens alone.
+/// let mut architecture = Architecture::llama(64, 4, Rope::plain(10_000.0, 64));
+/// for layer in architecture.layers.iter_mut().step_by(2) {
+///     *layer = LayerAttention { window: Some(512), ..*layer };
+/// }
+/// assert_eq!(architecture.differences(), ["a window of 512 in 2 layers"]);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LayerAttention {
     /// A query sees itself and the keys before it, this many together; none for all of them.

@@ -124,7 +124,19 @@ pub struct Config {
 
 /// Sizes that may differ from layer to layer.
 ///
-/// [`Config`] has an example.
+/// ```
+/// use dsmoe_core::config::LayerShape;
+/// use dsmoe_core::init::preset;
+///
+/// let mut config = preset("tiny")?;
+/// // Half of the neurons of the last layer go.
+/// let mut layers: Vec<LayerShape> = config.layers().collect();
+/// layers[3].intermediate /= 2;
+/// config.set_layers(layers);
+/// assert_eq!((config.layer(0).intermediate, config.layer(3).intermediate), (512, 256));
+/// assert!(config.to_json().contains("layer_shapes"));
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerShape {

@@ -15,7 +15,20 @@ const MOST_BUDGETS: usize = 256;
 
 /// Order of the neurons in the stored FFN tensors.
 ///
-/// [`MoeConfig`] has an example.
+/// ```
+/// use dsmoe_core::config::PartitionKind;
+/// use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
+/// # let work = tempfile::tempdir()?;
+/// # let (dense, moe) = (work.path().join("dense"), work.path().join("moe"));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+///
+/// let options = ConvertOptions { partition: PartitionSpec::Random, ..ConvertOptions::new(8) };
+/// convert(&dense, &moe, &options, &mut |_| {})?;
+/// let config = dsmoe_core::Config::load(&moe)?;
+/// // The directory holds the original places of the neurons.
+/// assert_eq!(config.moe.unwrap().partition, PartitionKind::Permuted);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PartitionKind {
@@ -60,7 +73,24 @@ pub struct MoeConfig {
 
 /// The optional parts beside routed experts and their routers. The default has none.
 ///
-/// [`MoeConfig`] has an example.
+/// ```
+/// use dsmoe_core::Model;
+/// use dsmoe_core::config::{MoeConfig, MoeParts};
+/// use dsmoe_core::init::preset;
+/// use dsmoe_router::RouterConfig;
+///
+/// // The first of 8 experts always runs in every layer, and routers have rank 4.
+/// let mut config = preset("tiny")?;
+/// let parts = MoeParts { core: vec![1; config.num_layers], router_rank: Some(4), ..MoeParts::default() };
+/// config.moe = Some(MoeConfig { parts, ..MoeConfig::new(RouterConfig::new(8)) });
+/// let router_params = |model: &Model| -> usize {
+///     model.layout().entries().iter().filter(|entry| entry.spec.router).map(|entry| entry.spec.numel()).sum()
+/// };
+/// let small = router_params(&Model::new(config.clone()));
+/// config.moe = Some(MoeConfig::new(RouterConfig::new(8)));
+/// assert!(small < router_params(&Model::new(config)));
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MoeParts {
     /// The leading experts of each layer that every token runs with the factor 1 and that no router knows; empty for
@@ -76,7 +106,20 @@ pub struct MoeParts {
 
 /// Thresholds that leave a share of the experts active.
 ///
-/// [`MoeConfig`] has an example.
+/// ```
+/// use dsmoe_core::config::{Budget, MoeConfig};
+/// use dsmoe_router::RouterConfig;
+///
+/// let mut moe = MoeConfig::new(RouterConfig::new(8));
+/// moe.parts.budgets = vec![
+///     Budget { active: 0.25, thresholds: vec![2.0, 1.0] },
+///     Budget { active: 0.5, thresholds: vec![0.0, -1.0] },
+/// ];
+/// assert_eq!(moe.thresholds_for(0.5)?, [0.0, -1.0]);
+/// // Below the smallest share there is no threshold.
+/// assert!(moe.thresholds_for(0.1).is_err());
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Budget {

@@ -23,7 +23,16 @@ pub struct Rope {
 
 /// Scaling of the rotary frequencies.
 ///
-/// [`Rope`] has an example.
+/// ```
+/// use dsmoe_core::config::{Rope, RopeScaling};
+///
+/// let dynamic = RopeScaling::Dynamic { factor: 2.0, max_position: 512 };
+/// assert!(dynamic.varies() && !RopeScaling::Linear { factor: 2.0 }.varies());
+/// let rope = Rope { scaling: dynamic, ..Rope::plain(10_000.0, 8) };
+/// // The base grows only past the positions that the model was made for.
+/// assert_eq!(rope.frequencies(512), Rope::plain(10_000.0, 8).frequencies(512));
+/// assert_ne!(rope.frequencies(1024), rope.frequencies(512));
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// None.

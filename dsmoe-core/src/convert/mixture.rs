@@ -49,7 +49,20 @@ pub struct UpcycleOptions {
 
 /// Summary of the result.
 ///
-/// [`UpcycleOptions`] has an example.
+/// ```
+/// use dsmoe_core::convert::{UpcycleOptions, UpcycleReport, upcycle};
+/// # let work = tempfile::tempdir()?;
+/// # let (dense, mixture) = (work.path().join("dense"), work.path().join("mixture"));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+///
+/// let family = "mixtral".to_owned();
+/// let options = UpcycleOptions { family, num_experts: 4, top_k: 1, seed: 0, force: false };
+/// let report: UpcycleReport = upcycle(&dense, &mixture, &options, &mut |_| {})?;
+/// println!("a token uses {:.0} % of the parameters", 100.0 * report.activated / report.total as f64);
+/// // Every expert has all neurons of the dense FFN; 4 layers have routers of 4 x 128 weights.
+/// assert_eq!((report.expert_width, report.router_params), (512, 4 * 4 * 128));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct UpcycleReport {
     /// Neurons of an expert.

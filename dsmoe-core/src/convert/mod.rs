@@ -29,7 +29,16 @@ use crate::partition::{Partition, check_divisible};
 
 /// Assignment of neurons to experts.
 ///
-/// [`ConvertOptions`] has an example.
+/// ```
+/// use dsmoe_core::convert::PartitionSpec;
+///
+/// assert_eq!("clusters".parse::<PartitionSpec>()?, PartitionSpec::Clusters);
+/// // Any other word is the path of a file.
+/// let file: PartitionSpec = "experts.json".parse()?;
+/// assert_eq!(file, PartitionSpec::File("experts.json".into()));
+/// assert_eq!(file.to_string(), "experts.json");
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PartitionSpec {
     /// Blocks of consecutive neurons, as in the paper (eq. 6).
@@ -124,7 +133,20 @@ impl ConvertOptions {
 
 /// The first weights of routers.
 ///
-/// [`ConvertOptions`] has an example.
+/// ```
+/// use dsmoe_core::convert::{ConvertOptions, RouterStart, convert};
+/// use dsmoe_router::{RouterInit, RouterValues};
+/// # let work = tempfile::tempdir()?;
+/// # let (dense, moe) = (work.path().join("dense"), work.path().join("moe"));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+///
+/// let with = |routers| ConvertOptions { routers, ..ConvertOptions::new(8) };
+/// // One router where there are four layers is refused; a start that reads no text always fits.
+/// let one = RouterValues { weight: vec![0.0; 8 * 128], bias: vec![1.0; 8] };
+/// assert!(convert(&dense, &moe, &with(RouterStart::Values(vec![one])), &mut |_| {}).is_err());
+/// convert(&dense, &moe, &with(RouterStart::Init(RouterInit::Open)), &mut |_| {})?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub enum RouterStart {
     /// A start that reads no text.
@@ -137,7 +159,20 @@ pub enum RouterStart {
 
 /// The progress of a conversion.
 ///
-/// [`ConvertOptions`] has an example.
+/// ```
+/// use dsmoe_core::convert::{ConvertOptions, ConvertProgress, convert};
+/// # let work = tempfile::tempdir()?;
+/// # let (dense, moe) = (work.path().join("dense"), work.path().join("moe"));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+///
+/// let mut last = None;
+/// convert(&dense, &moe, &ConvertOptions::new(8), &mut |progress: ConvertProgress| {
+///     println!("{}: {} of {}", progress.stage, progress.done, progress.total);
+///     last = Some(progress);
+/// })?;
+/// assert!(last.is_some_and(|last| last.stage == "writing" && last.done == last.total));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConvertProgress {
     /// The current stage.
@@ -150,7 +185,18 @@ pub struct ConvertProgress {
 
 /// Summary of the result.
 ///
-/// [`ConvertOptions`] has an example.
+/// ```
+/// use dsmoe_core::convert::{ConvertOptions, ConvertReport, convert};
+/// # let work = tempfile::tempdir()?;
+/// # let (dense, moe) = (work.path().join("dense"), work.path().join("moe"));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+///
+/// let report: ConvertReport = convert(&dense, &moe, &ConvertOptions::new(8), &mut |_| {})?;
+/// let ConvertReport { num_layers, num_experts, expert_width, router_params, .. } = report;
+/// assert_eq!((num_layers, num_experts, expert_width), (4, 8, 64));
+/// assert_eq!(router_params, 4 * 8 * 128);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConvertReport {
     /// Decoder layers.

@@ -13,7 +13,20 @@ const KEEP_OR_FOLD: &str =
 
 /// The relation of a dense export to the sparse model.
 ///
-/// [`ExportOptions`](crate::export::ExportOptions) has an example.
+/// ```
+/// use dsmoe_core::convert::{ConvertOptions, convert};
+/// use dsmoe_core::export::{DenseForm, ExportAs, ExportOptions, export};
+/// # let work = tempfile::tempdir()?;
+/// # let [dense, moe, back] = ["dense", "moe", "back"].map(|name| work.path().join(name));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+///
+/// convert(&dense, &moe, &ConvertOptions::new(8), &mut |_| {})?;
+/// match export(&moe, &back, &ExportOptions::new(ExportAs::Dense), &mut |_| {})?.dense {
+///     Some(DenseForm::Source) => {} // the bytes of the original
+///     Some(DenseForm::AllOpen | DenseForm::Folded) | None => panic!("nothing was trained"),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DenseForm {
     /// The sparse model was not trained: the dense model is the one that it was made from.

@@ -24,7 +24,16 @@ use dense::{Dense, scale_columns};
 
 /// Form of an export.
 ///
-/// [`ExportOptions`] has an example.
+/// ```
+/// use dsmoe_core::export::{ExportAs, ExportOptions};
+///
+/// let form: ExportAs = "hf".parse()?;
+/// assert_eq!(ExportOptions::new(form).form, ExportAs::Transformers);
+/// // The message names the forms.
+/// let error = "onnx".parse::<ExportAs>().unwrap_err().to_string();
+/// assert!(error.ends_with("use dense, native or hf"), "{error}");
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExportAs {
     /// A plain model of its family: neurons in their original order, no routers.
@@ -95,7 +104,19 @@ impl ExportOptions {
 
 /// A measured perplexity.
 ///
-/// [`ExportOptions`] has an example.
+/// ```
+/// use dsmoe_core::export::{ExportAs, ExportOptions, Measured, export};
+/// # let work = tempfile::tempdir()?;
+/// # let (model, out) = (work.path().join("model"), work.path().join("out"));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &model, &Default::default(), &mut |_| {})?;
+///
+/// let mut options = ExportOptions::new(ExportAs::Native);
+/// options.measured.push(Measured { text: "WikiText-2, test".to_owned(), perplexity: 31.5 });
+/// export(&model, &out, &options, &mut |_| {})?;
+/// let card = std::fs::read_to_string(out.join("README.md"))?;
+/// assert!(card.contains("WikiText-2, test") && card.contains("31.5"));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Measured {
     /// The text and the model that it was measured with.
@@ -106,7 +127,21 @@ pub struct Measured {
 
 /// Summary of the result.
 ///
-/// [`ExportOptions`] has an example.
+/// ```
+/// use dsmoe_core::checkpoint::Dtype;
+/// use dsmoe_core::export::{ExportAs, ExportOptions, ExportReport, export};
+/// # let work = tempfile::tempdir()?;
+/// # let (model, out) = (work.path().join("model"), work.path().join("out"));
+/// # let config = dsmoe_core::init::preset("tiny")?;
+/// # dsmoe_core::init::init(&config, &model, &Default::default(), &mut |_| {})?;
+///
+/// let options = ExportOptions { dtype: Some(Dtype::BF16), ..ExportOptions::new(ExportAs::Native) };
+/// let ExportReport { tensors, bytes, dense, .. } = export(&model, &out, &options, &mut |_| {})?;
+/// assert_eq!(tensors, 2 + 4 * 9); // embedding and last norm; 7 linears and 2 norms in each layer
+/// assert_eq!(bytes, 2 * dsmoe_core::accounting::Accounting::of(&config).total);
+/// assert_eq!(dense, None); // it is no dense export of a sparse model
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExportReport {
     /// Tensors written.

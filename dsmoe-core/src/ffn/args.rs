@@ -11,7 +11,21 @@ use crate::kept::KeptScratch;
 
 /// The memory an FFN works in. One serves all layers; no value in it but `pull` outlives a call.
 ///
-/// [`Ffn`](crate::ffn::Ffn) has an example.
+/// ```
+/// use dsmoe_core::ffn::{DenseFfn, DsmoeFfn, Ffn, FfnInference, FfnScratch, block_len};
+/// use dsmoe_kernels::Precision;
+/// use dsmoe_router::RouterConfig;
+///
+/// // One memory for layers of different forms, one after the other.
+/// let mut scratch = FfnScratch::default();
+/// let moe = DsmoeFfn::new(16, 32, RouterConfig::new(4), false);
+/// for ffn in [&DenseFfn::new(16, 32) as &dyn Ffn, &moe] {
+///     let packed = ffn.pack(&vec![0.1; block_len(&ffn.tensors())], Precision::F32);
+///     let (mut y, x) = ([0.0; 16], [1.0; 16]);
+///     packed.forward(FfnInference { y: &mut y, x: &x, record: None, scratch: &mut scratch });
+///     assert!(y.iter().all(|&y| y > 0.0));
+/// }
+/// ```
 #[derive(Debug, Default)]
 pub struct FfnScratch {
     /// Memory of the expert kernels.
@@ -38,7 +52,20 @@ pub struct FfnScratch {
 
 /// Statistics to which the routing of one layer is added.
 ///
-/// [`Decision`] has an example.
+/// ```
+/// use dsmoe_core::ffn::{DsmoeFfn, Ffn, FfnInference, FfnScratch, Record, block_len};
+/// use dsmoe_kernels::Precision;
+/// use dsmoe_router::{RouterConfig, RoutingStats};
+///
+/// let router = RouterConfig { threshold: 0.0, ..RouterConfig::new(4) }; // all gates are open
+/// let ffn = DsmoeFfn::new(16, 32, router, false);
+/// let packed = ffn.pack(&vec![0.1; block_len(&ffn.tensors())], Precision::F32);
+/// let (mut y, x, scratch) = ([0.0; 16], [1.0; 16], &mut FfnScratch::default());
+/// let mut stats = RoutingStats::new(1, 4);
+/// let record = Some(Record { stats: &mut stats, layer: 0 });
+/// packed.forward(FfnInference { y: &mut y, x: &x, record, scratch });
+/// assert_eq!(stats.active_ratio(), 1.0);
+/// ```
 #[derive(Debug)]
 pub struct Record<'a> {
     /// The model's statistics.
@@ -83,7 +110,25 @@ pub struct Decision {
 
 /// Losses that a training forward reports beside its output.
 ///
-/// [`Ffn`](crate::ffn::Ffn) has an example.
+/// ```
+/// use dsmoe_core::ffn::{DsmoeFfn, Ffn, FfnForward, FfnReport, FfnScratch, GateTraining, block_len};
+/// use dsmoe_router::RouterConfig;
+///
+/// // A router of weight 0: all gates are a half, and none is above the threshold of a half.
+/// let ffn = DsmoeFfn::new(16, 32, RouterConfig::new(4), false);
+/// let params = vec![0.0; block_len(&ffn.tensors())];
+/// let (mut y, x, mut saved) = ([0.0; 16], [1.0; 16], ffn.new_saved(1));
+/// let FfnReport { sparsity_loss, mean_gate, .. } = ffn.forward_train(FfnForward {
+///     y: &mut y,
+///     saved: &mut *saved,
+///     x: &x,
+///     params: &params,
+///     training: GateTraining::default(),
+///     record: None,
+///     scratch: &mut FfnScratch::default(),
+/// });
+/// assert_eq!((sparsity_loss, mean_gate), (0.0, 0.5));
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct FfnReport {
     /// Mean over tokens and experts of the gates of active experts (eq. 17-19 for one layer); 0 without a router.
@@ -102,7 +147,22 @@ pub struct FfnReport {
 
 /// Settings of one layer's gate in one micro-batch of training; the same in the forward and the backward.
 ///
-/// [`Ffn`](crate::ffn::Ffn) has an example.
+/// ```
+/// use dsmoe_core::ffn::{DsmoeFfn, Ffn, FfnForward, FfnScratch, GateTraining, block_len};
+/// use dsmoe_router::RouterConfig;
+///
+/// let ffn = DsmoeFfn::new(16, 32, RouterConfig::new(4), false);
+/// let params = vec![0.0; block_len(&ffn.tensors())];
+/// let (mut y, x, mut saved) = ([0.0; 16], [1.0; 16], ffn.new_saved(1));
+/// let mut separability = |training: GateTraining| {
+///     let (y, saved, scratch) = (&mut y, &mut *saved, &mut FfnScratch::default());
+///     let (x, params, record) = (&x, &params, None);
+///     ffn.forward_train(FfnForward { y, saved, x, params, training, record, scratch }).separability
+/// };
+/// // The loss is computed where it has a weight.
+/// assert_eq!(separability(GateTraining::default()), 0.0);
+/// assert!(separability(GateTraining { separability: 0.1, ..GateTraining::default() }) > 0.0);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GateTraining {
     /// Seed of the gate's noise.
@@ -126,7 +186,24 @@ impl Default for GateTraining {
 
 /// Arguments of [`Ffn::forward_train`](super::Ffn::forward_train).
 ///
-/// [`Ffn`](crate::ffn::Ffn) has an example.
+/// ```
+/// use dsmoe_core::ffn::{DenseFfn, Ffn, FfnForward, FfnScratch, GateTraining, block_len};
+/// # let ffn = DenseFfn::new(16, 32);
+/// # let params: Vec<f32> = (0..block_len(&ffn.tensors())).map(|i| (i as f32).sin() / 4.0).collect();
+/// # let x: Vec<f32> = (0..3 * 16).map(|i| (i as f32).cos()).collect();
+///
+/// let (mut y, mut saved) = (vec![0.0; x.len()], ffn.new_saved(3));
+/// ffn.forward_train(FfnForward {
+///     y: &mut y,
+///     saved: &mut *saved, // for the backward
+///     x: &x,
+///     params: &params,
+///     training: GateTraining::default(),
+///     record: None,
+///     scratch: &mut FfnScratch::default(),
+/// });
+/// assert!(y.iter().all(|y| y.is_finite() && *y != 0.0));
+/// ```
 #[derive(Debug)]
 pub struct FfnForward<'a> {
     /// Output `[tokens, hidden]`; set.
@@ -147,7 +224,40 @@ pub struct FfnForward<'a> {
 
 /// Arguments of [`Ffn::backward`](super::Ffn::backward).
 ///
-/// [`Ffn`](crate::ffn::Ffn) has an example.
+/// ```
+/// use dsmoe_core::ffn::{DenseFfn, Ffn, FfnBackward, GateTraining, block_len};
+/// use dsmoe_router::{SparsityGrad, SparsityOver};
+/// # use dsmoe_core::ffn::{FfnForward, FfnScratch};
+/// # let ffn = DenseFfn::new(16, 32);
+/// # let params: Vec<f32> = (0..block_len(&ffn.tensors())).map(|i| (i as f32).sin() / 4.0).collect();
+/// # let x: Vec<f32> = (0..3 * 16).map(|i| (i as f32).cos()).collect();
+/// # let (mut y, mut saved, mut scratch) = (vec![0.0; x.len()], ffn.new_saved(3), FfnScratch::default());
+/// # let training = GateTraining::default();
+/// # ffn.forward_train(FfnForward {
+/// #     y: &mut y,
+/// #     saved: &mut *saved,
+/// #     x: &x,
+/// #     params: &params,
+/// #     training,
+/// #     record: None,
+/// #     scratch: &mut scratch,
+/// # });
+///
+/// let (mut dx, mut grads) = (vec![9.0; x.len()], vec![1.0; params.len()]);
+/// ffn.backward(FfnBackward {
+///     dx: &mut dx,
+///     grads: &mut grads,
+///     dy: &vec![0.0; x.len()],
+///     saved: &mut *saved,
+///     x: &x,
+///     params: &params,
+///     sparsity: SparsityGrad { weight: 0.0, over: SparsityOver::Active },
+///     training,
+///     scratch: &mut scratch,
+/// });
+/// // A gradient of 0: `dx` is set to it, and it is added to `grads`.
+/// assert!(dx.iter().all(|&dx| dx == 0.0) && grads.iter().all(|&grad| grad == 1.0));
+/// ```
 #[derive(Debug)]
 pub struct FfnBackward<'a> {
     /// Gradient of the input `[tokens, hidden]`; set.
@@ -172,7 +282,18 @@ pub struct FfnBackward<'a> {
 
 /// Arguments of [`PackedFfn::forward`](super::PackedFfn::forward).
 ///
-/// [`Ffn`](crate::ffn::Ffn) has an example.
+/// ```
+/// use dsmoe_core::ffn::{DenseFfn, Ffn, FfnInference, FfnScratch, block_len};
+/// use dsmoe_kernels::Precision;
+/// # let ffn = DenseFfn::new(16, 32);
+/// # let params: Vec<f32> = (0..block_len(&ffn.tensors())).map(|i| (i as f32).sin() / 4.0).collect();
+/// # let x: Vec<f32> = (0..3 * 16).map(|i| (i as f32).cos()).collect();
+///
+/// let packed = ffn.pack(&params, Precision::Bf16);
+/// let (mut y, mut scratch) = (vec![0.0; x.len()], FfnScratch::default());
+/// packed.forward(FfnInference { y: &mut y, x: &x, record: None, scratch: &mut scratch });
+/// assert!(y.iter().all(|y| y.is_finite() && *y != 0.0));
+/// ```
 #[derive(Debug)]
 pub struct FfnInference<'a> {
     /// Output `[tokens, hidden]`; set.

@@ -10,7 +10,27 @@ use super::{DsmoeForm, Gated};
 
 /// Arguments of [`HostGate::backward`].
 ///
-/// [`HostGate`] has an example.
+/// ```
+/// use dsmoe_core::ffn::{GateBackward, GateTraining};
+///
+/// /// The backward of a gate whose coefficients all are one learnt value.
+/// fn backward(args: GateBackward<'_>) {
+///     let GateBackward { grads, dcoefficients, .. } = args;
+///     grads[0] += dcoefficients.iter().sum::<f32>();
+/// }
+///
+/// let (mut dx, mut grads) = ([0.0; 4], [0.5]);
+/// backward(GateBackward {
+///     dx: &mut dx, // the value does not depend on the input
+///     grads: &mut grads,
+///     dcoefficients: &[0.25, 0.25],
+///     saved: &(),
+///     x: &[1.0; 4],
+///     params: &[1.0],
+///     training: GateTraining::default(),
+/// });
+/// assert_eq!(grads, [1.0]);
+/// ```
 #[derive(Debug)]
 pub struct GateBackward<'a> {
     /// Gradient of the input `[tokens, hidden]`; added to.
@@ -31,7 +51,17 @@ pub struct GateBackward<'a> {
 
 /// Decision of a [`HostGate`] for a batch of tokens.
 ///
-/// [`HostGate`] has an example.
+/// ```
+/// use dsmoe_core::ffn::{HostRouted, Record};
+/// use dsmoe_router::{Routing, RoutingStats};
+/// use ndarray::array;
+///
+/// let routing = Routing::from_mask(array![[true, false], [true, true]].view(), |_, _| 1.0);
+/// let routed = HostRouted { routing: &routing, balance_loss: 0.0, gate_entropy: 0.0 };
+/// let mut stats = RoutingStats::new(1, 2);
+/// routed.count(Some(Record { stats: &mut stats, layer: 0 }));
+/// assert_eq!(stats.active_ratio(), 0.75);
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct HostRouted<'a> {
     /// The experts that each token runs, and their coefficients.

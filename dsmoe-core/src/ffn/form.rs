@@ -7,7 +7,17 @@ use crate::config::MoeConfig;
 
 /// The form of a layer's FFN: its gates, and what stands beside the experts that they switch.
 ///
-/// [`DsmoeFfn`](crate::ffn::DsmoeFfn) has an example.
+/// ```
+/// use dsmoe_core::ffn::{DsmoeFfn, DsmoeForm, Ffn, Gated};
+/// use dsmoe_router::RouterConfig;
+///
+/// let plain = DsmoeForm::new(RouterConfig::new(8), false);
+/// let form = DsmoeForm { core: 2, router_rank: Some(4), ..plain };
+/// assert_eq!((form.routed(), form.parts().len()), (6, 2));
+/// // The router is two matrices of rank 4, for the experts behind the core.
+/// let ffn = DsmoeFfn::of(Gated::silu(16, 32), form);
+/// assert_eq!(ffn.tensors().iter().filter(|tensor| tensor.router).count(), 2);
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct DsmoeForm {
     /// The gates, with the number of all experts of the layer.

@@ -10,7 +10,16 @@ use crate::params::{TensorSpec, padded};
 
 /// `y = (act(x W_gate^T + b_gate) * (x W_up^T + b_up)) W_down + b_down`, cut into experts or not.
 ///
-/// [`DenseFfn`](crate::ffn::DenseFfn) has an example.
+/// ```
+/// use dsmoe_core::ffn::{Gated, block_len};
+///
+/// let plain = Gated::silu(16, 32);
+/// let biased = Gated { bias: true, ..plain };
+/// assert_eq!((plain.tensors().len(), biased.tensors().len()), (3, 6));
+/// // The projections lie first in the parameters of an FFN, and its gate after them.
+/// assert_eq!(biased.len(), block_len(&biased.tensors()));
+/// assert_eq!(plain.ranges()[1], 512..1024);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gated {
     /// Width of its input.

@@ -159,7 +159,29 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
 
 /// One layer's FFN for inference, with its weights; made by [`Ffn::pack`].
 ///
-/// [`Ffn`] has an example.
+/// ```
+/// use dsmoe_core::ffn::{FfnInference, FfnScratch, PackedFfn};
+///
+/// /// Multiplies its input.
+/// #[derive(Debug)]
+/// struct Scale(f32);
+///
+/// impl PackedFfn for Scale {
+///     fn forward(&self, args: FfnInference<'_>) {
+///         args.y.iter_mut().zip(args.x).for_each(|(y, x)| *y = self.0 * x);
+///     }
+///
+///     fn bytes(&self) -> usize {
+///         size_of::<f32>()
+///     }
+/// }
+///
+/// let (mut y, scratch) = ([0.0; 2], &mut FfnScratch::default());
+/// Scale(3.0).forward(FfnInference { y: &mut y, x: &[1.0, 2.0], record: None, scratch });
+/// assert_eq!(y, [3.0, 6.0]);
+/// // It has no router, and so no threshold.
+/// assert!(!Scale(3.0).set_threshold(0.5));
+/// ```
 pub trait PackedFfn: std::fmt::Debug + Send + Sync {
     /// Lets `bound` choose experts in place of the router, where there are gates; returns whether there are.
     fn set_router_bound(&mut self, _bound: RouterBound) -> bool {

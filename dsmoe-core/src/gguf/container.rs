@@ -61,7 +61,25 @@ pub struct Container {
 
 /// One tensor of a GGUF file.
 ///
-/// [`Container`] has an example.
+/// ```
+/// use dsmoe_core::gguf::{Container, TensorPlace, TensorType};
+/// # let mut file = b"GGUF".to_vec();
+/// # file.extend(3u32.to_le_bytes());
+/// # [1u64, 0, 6].iter().for_each(|count| file.extend(count.to_le_bytes()));
+/// # file.extend(b"weight");
+/// # file.extend(2u32.to_le_bytes());
+/// # [32u64, 2].iter().for_each(|size| file.extend(size.to_le_bytes()));
+/// # file.extend(TensorType::Q8_0.id().to_le_bytes());
+/// # file.extend(0u64.to_le_bytes());
+/// # file.resize(file.len().next_multiple_of(32) + 2 * 34, 0);
+///
+/// // A file with two rows of 32 values, in blocks of 34 bytes.
+/// let container = Container::read("model.gguf".as_ref(), &file[..], file.len() as u64)?;
+/// let TensorPlace { kind, shape, offset, .. } = container.tensor("weight").unwrap();
+/// assert_eq!((*kind, &shape[..]), (TensorType::Q8_0, &[2, 32][..]));
+/// assert_eq!(file.len() as u64 - offset, 2 * 34);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorPlace {
     /// Name, in GGUF's spelling.

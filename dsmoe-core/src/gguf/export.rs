@@ -27,7 +27,14 @@ const BLOCK: usize = 32;
 
 /// Encoding of the matrices of an exported file.
 ///
-/// [`GgufReport`] has an example.
+/// ```
+/// use dsmoe_core::checkpoint::Dtype;
+/// use dsmoe_core::gguf::GgufType;
+///
+/// let types = ["q8_0", "bf16"].map(|name| name.parse::<GgufType>());
+/// assert!(matches!(types, [Ok(GgufType::Q8_0), Ok(GgufType::Float(Dtype::BF16))]));
+/// assert!("q3_k".parse::<GgufType>().is_err()); // read, but not written
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GgufType {
     /// F32, F16 or BF16.

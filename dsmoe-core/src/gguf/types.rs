@@ -35,7 +35,16 @@ pub enum TensorType {
 
 /// Size of the blocks of an encoding.
 ///
-/// [`TensorType`] has an example.
+/// ```
+/// use dsmoe_core::gguf::{Layout, TensorType};
+///
+/// let bytes = |kind: TensorType, values: usize| {
+///     kind.layout().map(|Layout { elements, bytes }| values.div_ceil(elements) * bytes)
+/// };
+/// assert_eq!(bytes(TensorType::BF16, 4096), Some(8192));
+/// assert_eq!(bytes(TensorType::Q4_K, 4096), Some(2304));
+/// assert_eq!(bytes(TensorType::Other(99), 4096), None); // an encoding that is not read
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Elements of a block.

@@ -181,7 +181,20 @@ pub(crate) fn logits_of(config: &Config) -> cross_entropy::Logits {
 
 /// Sequences of one length, one after the other, with the tokens to predict.
 ///
-/// [`Teacher`](crate::model::Teacher) has an example.
+/// ```
+/// use dsmoe_core::model::{Batch, Workspace};
+/// use dsmoe_kernels::cross_entropy::IGNORE;
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// // Two sequences; the last token of each has no target.
+/// let (inputs, targets) = ([1, 5, 9, 1, 7, 3], [5, 9, IGNORE, 7, 3, IGNORE]);
+/// let batch = Batch { inputs: &inputs, targets: &targets, seq: 3 };
+/// let mut losses = [0.0; 6];
+/// model.score(&mut losses, batch, None, &mut Workspace::default())?;
+/// assert!(losses[1] > 0.0 && losses[2] == 0.0);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
     /// Tokens of all sequences.

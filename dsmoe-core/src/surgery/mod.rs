@@ -62,7 +62,17 @@ pub struct LayerSurgery {
 
 /// An expert of the new model.
 ///
-/// [`LayerSurgery`] has an example.
+/// ```
+/// use dsmoe_core::surgery::{LayerSurgery, NewExpert, RouterRule};
+///
+/// // Of four experts the first stays and the others become one, by the share of tokens that they run.
+/// let experts = vec![NewExpert::kept(0), NewExpert::merged([(1, 0.5), (2, 0.25), (3, 0.25)])];
+/// let layer = LayerSurgery { experts, router: RouterRule::Mean };
+/// assert_eq!(layer.check(4, 512), Ok(()));
+/// // Weights are shares of 1.
+/// let half = NewExpert::merged([(1, 0.25), (2, 0.25)]);
+/// assert!(LayerSurgery { experts: vec![half], router: RouterRule::Mean }.check(4, 512).is_err());
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct NewExpert {
     /// The experts that it is made of: a kept one has one part.
@@ -71,7 +81,21 @@ pub struct NewExpert {
 
 /// The part of an old expert in a new one.
 ///
-/// [`LayerSurgery`] has an example.
+/// ```
+/// use dsmoe_core::surgery::{LayerSurgery, NewExpert, Part, RouterRule};
+///
+/// // The second expert of two neurons resembles the first one with its neurons swapped.
+/// let parts = |neurons: Vec<u32>| {
+///     let first = Part { old: 0, weight: 0.5, neurons: None };
+///     vec![first, Part { old: 1, weight: 0.5, neurons: Some(neurons) }]
+/// };
+/// let layer = |neurons| LayerSurgery {
+///     experts: vec![NewExpert { parts: parts(neurons) }],
+///     router: RouterRule::Mean,
+/// };
+/// assert_eq!(layer(vec![1, 0]).check(2, 2), Ok(()));
+/// assert!(layer(vec![1, 1]).check(2, 2).is_err()); // no order
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Part {
     /// Number of the old expert.
@@ -84,7 +108,16 @@ pub struct Part {
 
 /// The rule for the gates of a layer.
 ///
-/// [`LayerSurgery`] has an example.
+/// ```
+/// use dsmoe_core::surgery::{LayerSurgery, NewExpert, RouterRule};
+///
+/// let merged = NewExpert::merged([(1, 0.5), (2, 0.5)]);
+/// let layer = |router| LayerSurgery { experts: vec![merged.clone()], router };
+/// // Expert 0 may go with its gate. Where all gates stay, each has to lead to an expert.
+/// assert_eq!(layer(RouterRule::Rows).check(3, 512), Ok(()));
+/// let problem = layer(RouterRule::Map).check(3, 512).unwrap_err();
+/// assert_eq!(problem, "drops expert 0, whose gate stays");
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RouterRule {
     /// A new expert has the gate of its first part; the others go.
@@ -97,7 +130,23 @@ pub enum RouterRule {
 
 /// Summary of the result.
 ///
-/// [`LayerSurgery`] has an example.
+/// ```
+/// use dsmoe_core::surgery::{LayerSurgery, SurgeryReport, operate};
+/// # use dsmoe_core::convert::{UpcycleOptions, upcycle};
+/// # let work = tempfile::tempdir()?;
+/// # let [dense, mixture, out] = ["dense", "mixture", "out"].map(|name| work.path().join(name));
+/// # dsmoe_core::init::init(&dsmoe_core::init::preset("tiny")?, &dense, &Default::default(), &mut |_| {})?;
+/// # let family = "mixtral".to_owned();
+/// # let options = UpcycleOptions { family, num_experts: 4, top_k: 2, seed: 0, force: false };
+/// # upcycle(&dense, &mixture, &options, &mut |_| {})?;
+///
+/// // Three of four experts stay, in each of four layers.
+/// let layers = vec![LayerSurgery::keep([0, 1, 3]); 4];
+/// let report: SurgeryReport = operate(&mixture, &out, (&layers, None), false, &mut |_| {})?;
+/// // In each layer an expert of 3 x 512 x 128 weights goes, and its gate.
+/// assert_eq!(report.total_before - report.total, 4 * (3 * 512 * 128 + 128));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SurgeryReport {
     /// Held parameters of the source.

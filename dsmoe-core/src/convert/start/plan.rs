@@ -8,7 +8,25 @@ use crate::error::{Error, Result};
 
 /// A start from calibration text.
 ///
-/// [`Started`](crate::convert::start::Started) has an example.
+/// ```
+/// use dsmoe_core::convert::start::{Start, StartSettings, start};
+/// use dsmoe_router::{GateValue, RouterConfig};
+/// # use dsmoe_core::init::{LlamaSizes, init};
+/// # let work = tempfile::tempdir()?;
+/// # let (dense, moe) = (work.path().join("dense"), work.path().join("moe"));
+/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [64, 16, 64, 2, 2, 1, 64];
+/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
+/// # init(&sizes.config()?, &dense, &Default::default(), &mut |_| {})?;
+/// # let sequences: Vec<Vec<u32>> = (0..8).map(|i| (0..64).map(|t| (3 + 5 * i + t * t) % 64).collect()).collect();
+///
+/// // 8 sequences of 64 tokens; half of the experts run, as they are.
+/// let router = RouterConfig { gate_value: GateValue::Binary, ..RouterConfig::new(8) };
+/// let settings = StartSettings { massive: 0, ..StartSettings::default() };
+/// let options = Start { sequences, active: 0.5, router, settings, seed: 0, force: false };
+/// let started = start(&dense, &moe, &options, &mut |_| {})?;
+/// assert_eq!((started.report.num_experts, started.shares), (8, vec![0.5; 2]));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Start {
     /// Token ids of sequences of one length.

@@ -13,7 +13,20 @@ pub const RIDGE_TOKENS: usize = 16_384;
 
 /// The settings of the start that is fitted to calibration text. Every part can be switched off.
 ///
-/// [`Started`](crate::convert::start::Started) has an example.
+/// ```
+/// use dsmoe_core::convert::start::{StartSettings, Widths};
+///
+/// // No core, no least squares: routed experts alone, in layers of different shares.
+/// let settings = StartSettings {
+///     core: 0.0,
+///     least_squares: None,
+///     widths: Widths::Kl,
+///     ..StartSettings::default()
+/// };
+/// settings.validate()?;
+/// assert!(StartSettings { core: 1.5, ..settings }.validate().is_err());
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct StartSettings {
     /// The core's share of the experts that run; 0 for none.
@@ -42,7 +55,14 @@ pub struct StartSettings {
 
 /// How layers share a budget.
 ///
-/// [`Started`](crate::convert::start::Started) has an example.
+/// ```
+/// use dsmoe_core::convert::start::{StartSettings, Widths};
+///
+/// let widths: Widths = "kl".parse()?;
+/// assert_eq!(widths, Widths::Kl);
+/// assert_eq!(StartSettings::default().widths.to_string(), "uniform");
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Widths {
     /// All layers run the same share of their experts.
@@ -53,7 +73,15 @@ pub enum Widths {
 
 /// The quantity that the router of an expert predicts.
 ///
-/// [`Started`](crate::convert::start::Started) has an example.
+/// ```
+/// use dsmoe_core::convert::start::{RouterTarget, StartSettings};
+///
+/// let target: RouterTarget = "log-norm".parse()?;
+/// assert_eq!(target, RouterTarget::LogNorm);
+/// assert_eq!(StartSettings::default().target, RouterTarget::Norm);
+/// assert!("size".parse::<RouterTarget>().is_err());
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RouterTarget {
     /// The logarithm of the norm of the expert's output.

@@ -4,7 +4,19 @@ use crate::config::{Config, RopeScaling};
 
 /// Keys and values of all positions so far, per layer.
 ///
-/// [`Inference`](crate::Inference) has an example.
+/// ```
+/// use dsmoe_core::model::{Cache, Workspace};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// let (mut cache, mut workspace) = (Cache::new(&model, 16), Workspace::default());
+/// model.decode(&[1, 5, 9], &mut cache, None, &mut workspace)?; // the prompt
+/// model.decode(&[2], &mut cache, None, &mut workspace)?; // one token more
+/// assert_eq!(cache.len(), 4);
+/// cache.clear(); // for another text
+/// assert!(cache.is_empty());
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Cache {
     /// Per layer: keys, values, `[len, kv_heads * head_dim]` each; of a model that runs on the host.

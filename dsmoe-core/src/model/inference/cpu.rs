@@ -44,7 +44,20 @@ pub(crate) struct CpuInference {
 
 /// Activations of one forward pass; reused from call to call.
 ///
-/// [`Segment`](crate::model::Segment) has an example.
+/// ```
+/// use dsmoe_core::model::{Cache, Workspace};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// // One memory for all texts that run one after the other; each text has a cache of its own.
+/// let mut workspace = Workspace::default();
+/// for text in [[1, 5, 9], [1, 7, 3]] {
+///     let mut cache = Cache::new(&model, text.len());
+///     let logits = model.decode(&text, &mut cache, None, &mut workspace)?;
+///     assert_eq!(logits.len(), model.config().vocab_size);
+/// }
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Debug, Default)]
 pub struct Workspace {
     x: Buf,

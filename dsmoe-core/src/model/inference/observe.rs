@@ -34,7 +34,21 @@ pub struct Observe {
 
 /// The values that a pass over one text has computed.
 ///
-/// [`Observe`] has an example.
+/// ```
+/// use dsmoe_core::model::{Observe, Observed};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// let what = Observe { states: true, ..Observe::default() };
+/// let Observed { states, stats, .. } = model.observe(&[1, 5, 9], what)?;
+/// // The norm of the last token's state behind every layer, the embedding first.
+/// let [hidden, layers] = [model.config().hidden, model.config().num_layers];
+/// let last = states.chunks_exact(3 * hidden).map(|tokens| &tokens[2 * hidden..]);
+/// let norms: Vec<f32> = last.map(|state| state.iter().map(|x| x * x).sum::<f32>().sqrt()).collect();
+/// assert_eq!(norms.len(), layers + 1);
+/// assert!(stats.is_none()); // a dense model
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Observed {
     /// `[logits, vocab]`: the logits after the last tokens.

@@ -6,7 +6,21 @@ use crate::model::tensors::check_input;
 
 /// Context of a [`Segment`].
 ///
-/// [`Segment`] has an example.
+/// ```
+/// use dsmoe_core::model::{After, Segment, Workspace};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// // The tokens 1 5 9 in one piece, and cut into a beginning and what comes after it.
+/// let whole = [Segment { tokens: 3, after: After::Nothing }];
+/// let cut = [Segment { tokens: 2, after: After::Nothing }, Segment { tokens: 1, after: After::Segment(0) }];
+/// let mut last = |segments: &[Segment]| {
+///     model.likelihoods(&[1, 5, 9], segments, &[(2, 7)], None, &mut Workspace::default())
+/// };
+/// let difference = last(&whole)?[0].log_probability - last(&cut)?[0].log_probability;
+/// assert!(difference.abs() < 1e-4);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum After {
     /// Nothing.
@@ -46,7 +60,19 @@ pub struct Segment {
 
 /// Likelihood of a token at a place of the text.
 ///
-/// [`Segment`] has an example.
+/// ```
+/// use dsmoe_core::model::{After, Likelihood, Segment, Workspace};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
+///
+/// // How likely is 9 2 after 1 5?
+/// let (ids, segments) = ([1, 5, 9], [Segment { tokens: 3, after: After::Nothing }]);
+/// let found = model.likelihoods(&ids, &segments, &[(1, 9), (2, 2)], None, &mut Workspace::default())?;
+/// let sum: f32 = found.iter().map(|Likelihood { log_probability, .. }| log_probability).sum();
+/// assert!(sum < 0.0);
+/// assert!(!found.iter().all(|likelihood| likelihood.greedy), "greedy decoding would not write this");
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Likelihood {
     /// Natural logarithm of its probability.

@@ -20,7 +20,21 @@ use crate::model::tensors::{Batch, in_pool, logits_of};
 
 /// Weights of the losses of one micro-batch.
 ///
-/// [`Teacher`] has an example.
+/// ```
+/// use dsmoe_core::model::StepArgs;
+/// use dsmoe_router::SparsityOver;
+///
+/// // A step of 4 micro-batches of 1024 tokens, under a sparsity loss of weight 0.5 over all gates.
+/// let (micro_batches, tokens) = (4, 1024);
+/// let args = StepArgs {
+///     loss_scale: 1.0 / (micro_batches * tokens) as f32,
+///     sparsity_weight: 0.5 / micro_batches as f32,
+///     sparsity_over: SparsityOver::All,
+///     balance_scale: 1.0 / micro_batches as f32,
+///     ..StepArgs::default()
+/// };
+/// assert_eq!((args.sparsity_weight, args.separability_weight), (0.125, 0.0));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepArgs {
     /// Factor of each token's loss: one over the predicted tokens of the whole optimiser step.
@@ -46,7 +60,22 @@ pub struct StepArgs {
 
 /// Losses and checks of a micro-batch.
 ///
-/// [`Model`](crate::Model) has an example.
+/// ```
+/// use dsmoe_core::model::{Batch, StepArgs, StepOutput, TrainWorkspace};
+/// # let model = dsmoe_core::Model::new(dsmoe_core::init::preset("tiny")?);
+/// # let mut grads = vec![0.0; model.params().len()];
+/// # let mut workspace = TrainWorkspace::new(&model, 4, dsmoe_kernels::Precision::F32);
+/// # let args = StepArgs::default();
+///
+/// let batch = Batch { inputs: &[1, 5, 9, 2], targets: &[5, 9, 2, 7], seq: 4 };
+/// let output: StepOutput = model.train_step(&mut grads, batch, &args, &mut workspace)?;
+/// match &output.non_finite {
+///     None => println!("loss {:.3}", output.loss_sum / output.predicted as f64),
+///     Some(place) => println!("{place} is not finite: the step must not be applied"),
+/// }
+/// assert!(output.went_back);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct StepOutput {
     /// Sum of the token losses, nats.
@@ -195,7 +224,21 @@ impl Teacher {
 
 /// The most likely next tokens of a teacher, for every token of a batch.
 ///
-/// [`Teacher`] has an example.
+/// ```
+/// use dsmoe_core::model::{Teacher, TopRows};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let student = preset("tiny")?;
+/// # let teacher = Inference::new(&Model::new(student.clone()), dsmoe_kernels::Precision::F32);
+///
+/// let mut teacher = Teacher::new(teacher, 0.9, &student)?;
+/// let mut rows = TopRows::default();
+/// teacher.most_likely(&[1, 5, 9], 3, 4, &mut rows)?;
+/// // The probabilities of the 4 most likely tokens and of all others add up to 1.
+/// for log_p in rows.log_p.chunks_exact(4 + 1) {
+///     assert!((log_p.iter().map(|p| p.exp()).sum::<f32>() - 1.0).abs() < 1e-3);
+/// }
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TopRows {
     /// `[tokens, top]`, the most likely first.
@@ -206,7 +249,29 @@ pub struct TopRows {
 
 /// The targets of a micro-batch beside its text.
 ///
-/// [`Teacher`] has an example.
+/// ```
+/// use dsmoe_core::model::{Batch, StepArgs, Teacher, Teaching, TopRows, TrainWorkspace, Whole};
+/// # use dsmoe_core::{Inference, Model, init::preset};
+/// # let student = Model::new(preset("tiny")?);
+/// # let teacher = Inference::new(&student, dsmoe_kernels::Precision::F32);
+/// # let mut teacher = Teacher::new(teacher, 0.9, student.config())?;
+/// # let mut grads = vec![0.0; student.params().len()];
+/// # let mut workspace = TrainWorkspace::new(&student, 2, dsmoe_kernels::Precision::F32);
+///
+/// let batch = Batch { inputs: &[1, 5], targets: &[5, 9], seq: 2 };
+/// let mut divergence = |teaching: Teaching<'_>| {
+///     let units = &mut Whole { params: student.params(), grads: &mut grads };
+///     let step = student.step_on(units, (batch, teaching), &StepArgs::default(), &mut workspace);
+///     step.map(|step| step.divergence_sum)
+/// };
+/// // The text alone; a teacher beside it; or what was kept of the teacher, with the weight of its divergence.
+/// assert_eq!(divergence(Teaching::None)?, 0.0);
+/// assert!(divergence(Teaching::Of(&mut teacher))?.abs() < 1e-3);
+/// let mut rows = TopRows::default();
+/// teacher.most_likely(batch.inputs, 2, 8, &mut rows)?;
+/// assert!(divergence(Teaching::Rows(&rows, 0.9))?.abs() < 1e-3);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub enum Teaching<'a> {
     /// Nothing.

@@ -7,7 +7,44 @@ use crate::model::weights::{Params, Weights};
 
 /// The gradients of a unit, by their places in the arena.
 ///
-/// [`Units`] has an example.
+/// ```
+/// use dsmoe_core::model::{Batch, Grads, Params, StepArgs, Teaching, TrainWorkspace, Units, Weights, Whole};
+/// use dsmoe_core::{Model, Result};
+///
+/// /// Whole arenas that note which unit is complete.
+/// struct Noted<'a>(Whole<'a>, Vec<usize>);
+///
+/// impl Weights for Noted<'_> {
+///     fn params(&mut self, unit: usize) -> Result<Params<'_>> {
+///         self.0.params(unit)
+///     }
+/// }
+///
+/// impl Units for Noted<'_> {
+///     fn grads(&mut self, _unit: usize) -> Grads<'_> {
+///         Grads::new(0, self.0.grads) // the arena from its first value on
+///     }
+///
+///     fn both(&mut self, unit: usize) -> Result<(Params<'_>, Grads<'_>)> {
+///         self.0.both(unit)
+///     }
+///
+///     fn done(&mut self, unit: usize) -> Result<()> {
+///         self.1.push(unit);
+///         Ok(())
+///     }
+/// }
+/// # let model = Model::new(dsmoe_core::init::preset("tiny")?);
+/// # let mut grads = vec![0.0; model.params().len()];
+/// # let mut workspace = TrainWorkspace::new(&model, 2, dsmoe_kernels::Precision::F32);
+/// # let batch = Batch { inputs: &[1, 5], targets: &[5, 9], seq: 2 };
+///
+/// let mut units = Noted(Whole { params: model.params(), grads: &mut grads }, Vec::new());
+/// model.step_on(&mut units, (batch, Teaching::None), &StepArgs::default(), &mut workspace)?;
+/// // The backward pass ends with the embedding.
+/// assert_eq!(units.1.last(), Some(&0));
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Grads<'a> {
     first: usize,
@@ -91,7 +128,20 @@ pub trait Units: Weights {
 
 /// Whole arenas.
 ///
-/// [`Teacher`](crate::model::Teacher) has an example.
+/// ```
+/// use dsmoe_core::model::{Batch, StepArgs, Teaching, TrainWorkspace, Whole};
+/// # let model = dsmoe_core::Model::new(dsmoe_core::init::preset("tiny")?);
+/// # let batch = Batch { inputs: &[1, 5], targets: &[5, 9], seq: 2 };
+/// # let mut workspace = TrainWorkspace::new(&model, 2, dsmoe_kernels::Precision::F32);
+///
+/// // Parameters that are no part of the model, such as an average of earlier ones.
+/// let average = vec![0.01; model.params().len()];
+/// let mut grads = vec![0.0; average.len()];
+/// let mut units = Whole { params: &average, grads: &mut grads };
+/// let step = model.step_on(&mut units, (batch, Teaching::None), &StepArgs::default(), &mut workspace)?;
+/// assert!(step.went_back && grads.iter().any(|&d| d != 0.0));
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Whole<'a> {
     /// All parameters.

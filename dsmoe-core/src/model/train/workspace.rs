@@ -40,7 +40,20 @@ pub(crate) struct NormActs {
 
 /// Activations and scratch of training in one precision, sized for a number of tokens and reused every step.
 ///
-/// [`Teacher`](crate::model::Teacher) has an example.
+/// ```
+/// use dsmoe_core::model::TrainWorkspace;
+/// # let model = dsmoe_core::Model::new(dsmoe_core::init::preset("tiny")?);
+/// use dsmoe_kernels::Precision;
+///
+/// // What would 512 tokens take, with the activations of all layers and without?
+/// let bytes = |recompute| -> usize {
+///     TrainWorkspace::memory(model.config(), 512, 1.0, recompute).iter().map(|part| part.bytes).sum()
+/// };
+/// assert!(bytes(true) < bytes(false));
+/// let workspace = TrainWorkspace::new(&model, 4, Precision::F32); // room for 4 tokens
+/// # drop(workspace);
+/// # Ok::<(), dsmoe_core::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct TrainWorkspace {
     pub(crate) precision: Precision,

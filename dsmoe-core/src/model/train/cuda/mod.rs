@@ -91,7 +91,21 @@ struct Recording {
 
 /// The results of a step's micro-batches.
 ///
-/// [`CudaTrainer`] has an example.
+/// ```no_run
+/// use dsmoe_core::model::StepArgs;
+/// use dsmoe_core::model::cuda::{CudaStep, CudaTrainer};
+///
+/// fn step(trainer: &mut CudaTrainer, micro_batches: &[[Vec<u32>; 2]], seq: usize) -> dsmoe_core::Result<f64> {
+///     trainer.begin()?;
+///     for [inputs, targets] in micro_batches {
+///         trainer.micro_batch(inputs, targets, seq, &StepArgs::default())?;
+///     }
+///     // The work of all micro-batches was only queued; this waits for it.
+///     let CudaStep { loss, squares, .. } = trainer.finish(None)?;
+///     println!("gradient norm {}", squares.sqrt());
+///     Ok(loss)
+/// }
+/// ```
 #[derive(Clone, Debug)]
 pub struct CudaStep {
     /// Sum of the token losses, nats.
