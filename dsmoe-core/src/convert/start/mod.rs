@@ -45,13 +45,13 @@ use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 ///
 /// ```no_run
 /// use dsmoe_core::convert::start::{RouterTarget, Start, StartSettings, Started, Widths, start};
-/// use dsmoe_router::RouterConfig;
+/// use dsmoe_router::{GateValue, RouterConfig};
 ///
 /// fn fit(dense: &std::path::Path, out: &std::path::Path, sequences: Vec<Vec<u32>>) -> dsmoe_core::Result<()> {
 ///     let settings =
 ///         StartSettings { widths: Widths::Kl, target: RouterTarget::Square, ..StartSettings::default() };
-///     let (router, seed, force) = (RouterConfig::new(16), 0, false);
-///     let options = Start { sequences, active: 0.5, router, settings, seed, force };
+///     let router = RouterConfig { gate_value: GateValue::Binary, ..RouterConfig::new(16) };
+///     let options = Start { sequences, active: 0.5, router, settings, seed: 0, force: false };
 ///     let Started { active, errors, .. } = start(dense, out, &options, &mut |_| {})?;
 ///     println!("{active} of the experts run; errors by layer: {errors:?}");
 ///     Ok(())
