@@ -19,6 +19,16 @@ pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     file.sync_all()
 }
 
+/// Replaces a file by one with these bytes, which is on the disk before it has the name. It is `.NAME.tmp-PID` meanwhile; a call that
+/// fails leaves none, and one that was killed leaves what the next call removes.
+pub(crate) fn replace_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    recover(path)?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let temporary = path.with_file_name(format!(".{name}.tmp-{}", std::process::id()));
+    let replaced = write_synced(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));
+    replaced.inspect_err(|_| drop(fs::remove_file(&temporary)))
+}
+
 /// Waits until renames in `dir` are on the disk.
 pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     // Only Unix can open a directory, and only there is it needed.
@@ -225,6 +235,21 @@ fn is_hub_part(part: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_cannot_get_its_name_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.json");
+        fs::write(dir.path().join(".a.json.tmp-4294967295"), "half").unwrap();
+        replace_synced(&path, b"{}").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"{}");
+        fs::remove_file(&path).unwrap();
+        // A folder is in its place, which no file replaces.
+        fs::create_dir_all(path.join("folder")).unwrap();
+        replace_synced(&path, b"[]").unwrap_err();
+        let alive = if Path::new("/proc/self").exists() { 1 } else { 2 };
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), alive);
+    }
 
     #[test]
     fn what_killed_processes_left_is_told_from_other_names() {

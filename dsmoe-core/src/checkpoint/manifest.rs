@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use twox_hash::xxhash3_128::Hasher;
 
 use crate::error::{Error, Result};
-use crate::files::{open_regular, recover, write_synced};
+use crate::files::{open_regular, replace_synced};
 use crate::json::{parse, read_json};
 
 /// Name of the manifest in its directory.
@@ -254,8 +254,7 @@ impl Manifest {
             files.insert(name, sum);
         }
         let manifest = Manifest { files };
-        let path = dir.join(MANIFEST_FILE);
-        write_synced(&path, manifest.to_json().as_bytes()).map_err(Error::io(&path))?;
+        manifest.replace(dir)?;
         Ok(manifest)
     }
 
@@ -303,10 +302,7 @@ impl Manifest {
     /// Replaces the manifest of `dir`.
     fn replace(&self, dir: &Path) -> Result<()> {
         let path = dir.join(MANIFEST_FILE);
-        recover(&path).map_err(Error::io(&path))?;
-        let temporary = dir.join(format!(".{MANIFEST_FILE}.tmp-{}", std::process::id()));
-        write_synced(&temporary, self.to_json().as_bytes()).map_err(Error::io(&temporary))?;
-        fs::rename(&temporary, &path).map_err(Error::io(&path))
+        replace_synced(&path, self.to_json().as_bytes()).map_err(Error::io(&path))
     }
 
     /// Returns whether it names every file of `dir`, of which there is one at least.

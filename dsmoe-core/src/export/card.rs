@@ -10,7 +10,7 @@ use crate::checkpoint::{
 use crate::config::{Config, MoeConfig};
 use crate::error::{Error, Result};
 use crate::ffn::DsmoeForm;
-use crate::files::{recover, write_synced};
+use crate::files::{replace_synced, write_synced};
 use crate::gguf;
 use crate::masks::Masks;
 
@@ -232,11 +232,8 @@ pub fn add_perplexity(dir: &Path, measured: &Measured) -> Result<()> {
     if let Some(last) = lines.iter().rposition(is_row) {
         let (key, value) = row(measured);
         lines.insert(last + 1, format!("| {key} | {value} |"));
-        recover(&path).map_err(Error::io(&path))?;
-        let temporary = dir.join(format!(".{CARD_FILE}.tmp-{}", std::process::id()));
-        write_synced(&temporary, (lines.join("\n") + "\n").as_bytes()).map_err(Error::io(&temporary))?;
         Manifest::forget(dir, CARD_FILE)?;
-        std::fs::rename(&temporary, &path).map_err(Error::io(&path))?;
+        replace_synced(&path, (lines.join("\n") + "\n").as_bytes()).map_err(Error::io(&path))?;
         Manifest::renew(dir, CARD_FILE)?;
     }
     Ok(())

@@ -2,7 +2,6 @@
 
 use std::ffi::{CStr, CString, c_char};
 use std::fs;
-use std::io::Write;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
@@ -156,11 +155,9 @@ fn store(path: &std::path::Path, cubin: &[u8]) -> std::io::Result<()> {
     fs::create_dir_all(dir)?;
     // Processes that compile the same kernel at once write separate files.
     let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-    let mut file = fs::File::create(&temporary)?;
-    file.write_all(cubin)?;
-    file.write_all(&Sha256::digest(cubin))?;
-    drop(file);
-    fs::rename(&temporary, path)
+    let sealed = [cubin, &Sha256::digest(cubin)].concat();
+    let stored = fs::write(&temporary, sealed).and_then(|()| fs::rename(&temporary, path));
+    stored.inspect_err(|_| drop(fs::remove_file(&temporary)))
 }
 
 #[cfg(test)]
