@@ -227,7 +227,7 @@ pub struct DomainReport {
 /// use dsmoe_kernels::Precision;
 /// use dsmoe_train::eval::{Agreement, agreement};
 /// # let mut weights = Model::new(dsmoe_core::init::preset("tiny")?);
-/// # dsmoe_kernels::rng::Rng::new(3, 0).fill_normal(weights.params_mut(), 0.1);
+/// # dsmoe_kernels::rng::Rng::new(3, 0).fill_normal(weights.params_mut(), 0.3);
 ///
 /// // The cost of bf16 on a text.
 /// let (full, half) = (Inference::new(&weights, Precision::F32), Inference::new(&weights, Precision::Bf16));

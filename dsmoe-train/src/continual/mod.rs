@@ -224,11 +224,11 @@ pub struct ContinualReport {
 ///
 /// // A closure for `learn`: it shows steps, and stops at a loss that grows out of hand.
 /// let mut show = |TaskProgress { name, done, total, loss }: TaskProgress<'_>| {
-///     println!("{name}: step {done} of {total}, loss {loss:.3}");
-///     loss < 20.0
+///     println!("{name}: step {done} of {total}, loss {loss:?}");
+///     loss.is_none_or(|loss| loss < 20.0)
 /// };
-/// assert!(show(TaskProgress { name: "code", done: 1, total: 400, loss: 3.2 }));
-/// assert!(!show(TaskProgress { name: "code", done: 2, total: 400, loss: 55.0 }));
+/// assert!(show(TaskProgress { name: "code", done: 1, total: 400, loss: Some(3.2) }));
+/// assert!(!show(TaskProgress { name: "code", done: 2, total: 400, loss: Some(55.0) }));
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct TaskProgress<'a> {
