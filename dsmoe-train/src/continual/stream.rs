@@ -36,6 +36,9 @@ pub struct Window {
     pub window: usize,
 }
 
+/// What a step uphill costs each of some windows; nothing if the work is to end.
+pub(super) type Score<'a> = dyn FnMut(&[Window]) -> Result<Option<Vec<f32>>> + 'a;
+
 /// The windows that a task's steps have drawn so far.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -125,7 +128,7 @@ impl Stream {
         &mut self,
         step: u64,
         replay: &[Window],
-        score: &mut dyn FnMut(&[Window]) -> Result<Option<Vec<f32>>>,
+        score: &mut Score<'_>,
     ) -> Result<Option<Vec<Window>>> {
         let fresh = match self.pool {
             None => {
@@ -162,12 +165,7 @@ impl Stream {
     }
 
     /// Returns the new windows of a step, out of the pool of its steps.
-    fn select(
-        &mut self,
-        pool: Pool,
-        step: u64,
-        score: &mut dyn FnMut(&[Window]) -> Result<Option<Vec<f32>>>,
-    ) -> Result<Option<Vec<usize>>> {
+    fn select(&mut self, pool: Pool, step: u64, score: &mut Score<'_>) -> Result<Option<Vec<usize>>> {
         let number = step / pool.steps;
         if self.drawn.pool.as_ref().is_none_or(|(at, _)| *at != number) {
             let first = number * pool.candidates as u64;
