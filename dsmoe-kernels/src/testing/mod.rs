@@ -167,8 +167,10 @@ pub fn assert_same_on_threads<R: PartialEq + Send>(name: &str, f: impl Fn() -> R
 /// # Panics
 /// It is absent, and `DSMOE_REQUIRE` contains `shared`.
 pub fn shared(test: &str, needed: &str) -> Option<PathBuf> {
-    let default = || concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared").into();
-    let dir = PathBuf::from(std::env::var_os("DSMOE_SHARED").unwrap_or_else(default));
+    // Cargo sets the folder of the package when it runs a test. The folder at compile time would be part of the library, whose bytes
+    // would depend on where it is built.
+    let package = || std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from).unwrap_or_default();
+    let dir = std::env::var_os("DSMOE_SHARED").map_or_else(|| package().join("../../shared"), PathBuf::from);
     if dir.join(needed).exists() {
         return Some(dir);
     }
