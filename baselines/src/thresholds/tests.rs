@@ -73,8 +73,8 @@ fn model_of(cases: &Value, dir: &Path) -> Model {
     model
 }
 
-/// By `scripts/make-threshold-cases`: thresholds, the shares of weights that they leave, and logits, in float64 and from the
-/// definitions of R-LLM's search, TEAL, CATS and one share everywhere.
+/// The expected thresholds, shares of weights and logits are computed by `scripts/make-threshold-cases` in float64. The script
+/// implements R-LLM's search, TEAL, CATS and a uniform share from their definitions.
 #[test]
 fn thresholds_are_those_of_numpy() {
     let cases: Value = serde_json::from_str(include_str!("../../tests/data/thresholds.json")).unwrap();

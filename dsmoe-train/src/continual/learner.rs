@@ -138,9 +138,8 @@ impl<'a> Learner<'a> {
         let drawn = std::mem::take(&mut inside.drawn);
         let mut stream = Stream::new(task, &texts[task], config, method, (replay, drawn))?;
         for step in inside.step..steps {
-            let asks = &mut || show(step, (step > 0).then_some(inside.loss));
-            let score = &mut |asked: &[Window]| self.uphill_costs(asked, asks);
-            let Some(windows) = stream.windows(step, replay, score)? else {
+            let goes_on = &mut || show(step, (step > 0).then_some(inside.loss));
+            let Some(windows) = self.windows(&mut stream, step, goes_on)? else {
                 self.save(Inside { drawn: stream.drawn().clone(), ..inside }, checkpoints)?;
                 return Ok(None);
             };
@@ -168,9 +167,8 @@ impl<'a> Learner<'a> {
         let mut learnt = Learnt { loss: inside.loss, ..Learnt::default() };
         if method.ranks() && method.when == Some(When::End) && steps > 0 {
             let before = held_out_loss(self.model, &texts[task], config)?;
-            let asks = &mut || show(steps, Some(inside.loss));
-            let score = &mut |asked: &[Window]| self.uphill_costs(asked, asks);
-            let Some(windows) = stream.windows(steps, replay, score)? else {
+            let goes_on = &mut || show(steps, Some(inside.loss));
+            let Some(windows) = self.windows(&mut stream, steps, goes_on)? else {
                 self.save(Inside { drawn: stream.drawn().clone(), ..inside }, checkpoints)?;
                 return Ok(None);
             };
@@ -274,8 +272,18 @@ impl<'a> Learner<'a> {
         self.model.apply_masks();
     }
 
-    /// Returns what a step uphill costs each of the windows `asked`; nothing if `goes_on` says no before all are known. The
-    /// direction is that of the first ones.
+    /// Returns the windows of step `step`, or `None` if `goes_on` returns false while candidates are scored.
+    fn windows(
+        &mut self,
+        stream: &mut Stream,
+        step: u64,
+        goes_on: &mut dyn FnMut() -> bool,
+    ) -> Result<Option<Vec<Window>>> {
+        stream.windows(step, self.given.replay, &mut |asked| self.uphill_costs(asked, goes_on))
+    }
+
+    /// Returns the rise in loss of each window of `asked` after a step along the gradient of the first ones, or `None` if `goes_on`
+    /// returns false before all are known.
     fn uphill_costs(
         &mut self,
         asked: &[Window],

@@ -116,7 +116,7 @@ pub(super) fn fisher(
     Ok(sum)
 }
 
-/// Returns the mean loss of every window; nothing if `goes_on` says no before all are known.
+/// Returns the mean loss of every window, or `None` if `goes_on` returns false before all are known.
 pub(super) fn losses(
     model: &Model,
     texts: &[Mixture],

@@ -36,7 +36,7 @@ pub struct Window {
     pub window: usize,
 }
 
-/// What a step uphill costs each of some windows; nothing if the work is to end.
+/// A function that returns the rise in loss of each given window after a step along its gradient, or `None` if it was interrupted.
 pub(super) type Score<'a> = dyn FnMut(&[Window]) -> Result<Option<Vec<f32>>> + 'a;
 
 /// The windows that a task's steps have drawn so far.
@@ -122,8 +122,8 @@ impl Stream {
         Ok(Stream { task, order, seed, fresh, replayed, pool, drawn })
     }
 
-    /// Returns the windows of step `step`, counted from 0. `score` tells what a step uphill costs each of the windows that it is
-    /// given; where it tells nothing, nothing is drawn.
+    /// Returns the windows of step `step`, counted from 0. `score` is called for candidates; if it
+    /// returns `None`, so does this, and nothing is drawn.
     pub(super) fn windows(
         &mut self,
         step: u64,
