@@ -15,19 +15,20 @@ use std::sync::Arc;
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::comm::{Communicator, alone};
-use dsmoe_kernels::expert_ffn::{self, PackedWeights, Pairs, Weights};
+use dsmoe_kernels::expert_ffn::{self, Biases, PackedWeights, Pairs, Weights};
 use rayon::prelude::*;
 
 use super::{LayerStream, LayerWeights, Scratch};
 use crate::checkpoint::{CONFIG_FILE, WeightReader, ffn_name};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::ffn::{Decision, Ffn, FfnInference, FfnScratch, Gated, PackedFfn, of_layer};
+use crate::ffn::{Decision, ExpertParts, Ffn, FfnInference, FfnScratch, Gated, PackedFfn, of_layer};
 use crate::model::block::Block;
 use crate::model::tensors::in_pool;
 use crate::params::{Layout, TensorSpec};
 
-/// The experts of one layer, and its router.
+/// The experts of one layer that have gates, and its router. A core, or residual experts, are no part of them: all tokens run
+/// those, and only [`LayerStream::join_experts`] does.
 ///
 /// ```
 /// use dsmoe_core::calibrate::{ExpertStats, ExpertSums, LayerExperts, LayerStream};
@@ -51,11 +52,12 @@ use crate::params::{Layout, TensorSpec};
 #[derive(Debug)]
 pub struct LayerExperts {
     ffn: Box<dyn Ffn>,
-    gated: Gated,
-    num_experts: usize,
+    parts: ExpertParts,
     params: Buf,
     packed: Box<dyn PackedFfn>,
     precision: Precision,
+    /// The thresholds of the layer at every budget that the model stores.
+    bars: Vec<f32>,
 }
 
 /// Sums over tokens of what each expert does. m is 1 where a token runs an expert, c the coefficient there, z the logits of
@@ -126,6 +128,9 @@ pub struct ExpertSums {
     pub soft: f64,
     /// Sum of m c.
     pub coefficients: f64,
+    /// Tokens whose logit is above the threshold of each budget that a DSMoE model stores, ascending with the budgets; empty for
+    /// another model. The tokens are those of the budget in use.
+    pub above: Vec<f64>,
     /// Sum of m |o|.
     pub norms: f64,
     /// Sum of m c |o|.
@@ -172,7 +177,7 @@ impl LayerStream {
         for layer in 0..config.num_layers {
             if of_layer(&config, layer).expert_parts().is_none() {
                 let problem = "is of a model whose experts cannot be seen one by one";
-                return wrong(problem, "use experts without a core and biases, each with a gate of its own");
+                return wrong(problem, "use experts that each have a gate of their own");
             }
         }
         LayerStream::open_model(comm, dir, config, sequences)
@@ -187,7 +192,7 @@ impl LayerStream {
     /// The model has no layer `i`, or no experts.
     pub fn experts(&self, i: usize) -> Result<LayerExperts> {
         let ffn = of_layer(&self.config, i);
-        let (gated, num_experts) = ffn.expert_parts().expect("calibrate: a layer with experts");
+        let parts = ffn.expert_parts().expect("calibrate: a layer with experts");
         let layout = Layout::of(ffn.tensors());
         let mut params = Buf::zeros(layout.len());
         let mut reader = WeightReader::resume(self.names, &self.checkpoint);
@@ -196,7 +201,9 @@ impl LayerStream {
             reader.read(&spec, &mut params[entry.range.clone()])?;
         }
         let packed = ffn.pack(&params, self.precision);
-        Ok(LayerExperts { ffn, gated, num_experts, params, packed, precision: self.precision })
+        let budgets = self.config.moe.iter().flat_map(|moe| &moe.parts.budgets);
+        let bars = budgets.map(|budget| budget.thresholds[i]).collect();
+        Ok(LayerExperts { ffn, parts, params, packed, precision: self.precision, bars })
     }
 
     /// Sums what the experts of a layer do to all tokens, between [`LayerStream::attend`] and [`LayerStream::join_experts`]. The
@@ -210,7 +217,7 @@ impl LayerStream {
         experts: &LayerExperts,
         with_outputs: bool,
     ) -> ExpertStats {
-        let mut stats = ExpertStats::new(experts.num_experts);
+        let mut stats = ExpertStats::new(experts.num_experts());
         let packed = with_outputs.then(|| experts.pack_each());
         self.each_input(weights, &mut |_, x, _| stats.add(experts, packed.as_deref(), x));
         stats
@@ -250,12 +257,12 @@ impl LayerStream {
 impl LayerExperts {
     /// Returns the number of experts.
     pub fn num_experts(&self) -> usize {
-        self.num_experts
+        self.parts.routed.len()
     }
 
     /// Returns the neurons of an expert.
     pub fn width(&self) -> usize {
-        self.gated.intermediate / self.num_experts
+        self.parts.width()
     }
 
     /// Returns the rows of an expert in gate, up and down, `[width, hidden]` each, down transposed.
@@ -263,19 +270,29 @@ impl LayerExperts {
     /// # Panics
     /// There is no such expert.
     pub fn rows(&self, expert: usize) -> [&[f32]; 3] {
-        let len = self.width() * self.gated.hidden;
-        let Weights { gate, up, down, .. } = self.gated.weights(&self.params);
-        [gate, up, down].map(|matrix| &matrix[expert * len..][..len])
+        let ExpertParts { gated, routed, .. } = &self.parts;
+        assert!(expert < routed.len(), "calibrate: expert {expert} of {}", routed.len());
+        let len = self.width() * gated.hidden;
+        let Weights { gate, up, down, .. } = gated.weights(&self.params);
+        [gate, up, down].map(|matrix| &matrix[(routed.start + expert) * len..][..len])
     }
 
-    /// Returns the layer with some of its experts alone, in order.
+    /// Returns the biases of an expert's neurons in gate and up, where there are biases.
+    fn biases(&self, expert: usize) -> Option<[&[f32]; 2]> {
+        let Biases { gate, up, .. } = self.parts.gated.weights(&self.params).biases?;
+        let start = (self.parts.routed.start + expert) * self.width();
+        Some([gate, up].map(|bias| &bias[start..][..self.width()]))
+    }
+
+    /// Returns the layer with some of its experts alone, in order, and what all tokens run.
     ///
     /// # Panics
-    /// The layer is of no mixture, or there are fewer experts than a token runs, or no such expert.
+    /// There are fewer experts than a token runs, or no such expert.
     #[must_use]
     pub fn keep(&self, kept: &[usize]) -> LayerExperts {
-        let ffn = self.ffn.with_experts(kept.len()).expect("calibrate: experts of a mixture");
-        let (gated, num_experts) = ffn.expert_parts().expect("calibrate: a layer with experts");
+        let ffn = self.ffn.with_experts(kept.len()).expect("calibrate: a layer with experts");
+        let parts = ffn.expert_parts().expect("calibrate: a layer with experts");
+        let blocks = self.kept_blocks(kept);
         let (old, new) = (Layout::of(self.ffn.tensors()), Layout::of(ffn.tensors()));
         let mut params = Buf::zeros(new.len());
         for entry in new.entries() {
@@ -286,17 +303,23 @@ impl LayerExperts {
             let to = &mut params[entry.range.clone()];
             match place {
                 Some((number, end)) => to.copy_from_slice(from(&format!("experts.{}.{end}", kept[number]))),
-                None if to.len() == from(name).len() => to.copy_from_slice(from(name)),
-                None => {
-                    let (rows, hidden) = (from(name), gated.hidden);
-                    for (to, &expert) in to.chunks_exact_mut(hidden).zip(kept) {
-                        to.copy_from_slice(&rows[expert * hidden..][..hidden]);
-                    }
+                None if parts.gates.contains(&&**name) => copy_rows(to, from(name), self.num_experts(), kept),
+                None if IN_BLOCKS.contains(&&**name) => {
+                    copy_rows(to, from(name), self.parts.blocks, &blocks);
                 }
+                None => to.copy_from_slice(from(name)),
             }
         }
         let packed = ffn.pack(&params, self.precision);
-        LayerExperts { ffn, gated, num_experts, params, packed, precision: self.precision }
+        let (precision, bars) = (self.precision, self.bars.clone());
+        LayerExperts { ffn, parts, params, packed, precision, bars }
+    }
+
+    /// Returns the blocks of neurons of some experts and of what all tokens run, in the order of both.
+    fn kept_blocks(&self, kept: &[usize]) -> Vec<usize> {
+        let ExpertParts { blocks, routed, .. } = &self.parts;
+        let experts = kept.iter().map(|&expert| routed.start + expert);
+        (0..routed.start).chain(experts).chain(routed.end..*blocks).collect()
     }
 
     /// Returns what the gates decide for `x` `[tokens, hidden]`.
@@ -305,17 +328,32 @@ impl LayerExperts {
     }
 
     fn pack_each(&self) -> Vec<PackedWeights> {
+        // The bias of the down projection is no expert's.
+        let none = vec![0.0; self.parts.gated.hidden];
         let pack = |expert| {
             let [gate, up, down] = self.rows(expert);
-            let weights = Weights { gate, up, down, biases: None };
+            let biases = self.biases(expert).map(|[gate, up]| Biases { gate, up, down: &none });
+            let weights = Weights { gate, up, down, biases };
             PackedWeights::new(self.precision, &weights, self.one().dims(0))
         };
-        (0..self.num_experts).map(pack).collect()
+        (0..self.num_experts()).map(pack).collect()
     }
 
     /// Describes an expert alone.
     fn one(&self) -> Gated {
-        Gated { intermediate: self.width(), ..self.gated }
+        Gated { intermediate: self.width(), ..self.parts.gated }
+    }
+}
+
+/// Tensors whose rows in memory, or values, are neurons, expert after expert.
+const IN_BLOCKS: [&str; 5] =
+    ["gate_proj.weight", "up_proj.weight", "down_proj.weight", "gate_proj.bias", "up_proj.bias"];
+
+/// Sets `to` to some of the `parts` equal parts of `from`, in order.
+fn copy_rows(to: &mut [f32], from: &[f32], parts: usize, kept: &[usize]) {
+    let len = from.len() / parts;
+    for (to, &part) in to.chunks_exact_mut(len).zip(kept) {
+        to.copy_from_slice(&from[part * len..][..len]);
     }
 }
 
@@ -342,6 +380,10 @@ impl ExpertStats {
         }
         let mut runs = vec![false; tokens * n];
         for e in 0..n {
+            let above = |&bar: &f32| logits.column(e).iter().filter(|&&z| z > bar).count() as f64;
+            let sums = &mut self.experts[e].above;
+            sums.resize(layer.bars.len(), 0.0);
+            sums.iter_mut().zip(&layer.bars).for_each(|(sum, bar)| *sum += above(bar));
             self.logits[e] += logits.column(e).iter().map(|&z| f64::from(z)).sum::<f64>();
             self.experts[e].soft += soft.column(e).sum();
             let tokens = &routing.tokens[routing.offsets[e]..routing.offsets[e + 1]];
@@ -442,7 +484,7 @@ mod tests {
 
     /// Compares the statistics of a layer with loops over all tokens and experts.
     fn compare(name: &str, experts: &LayerExperts, stats: &ExpertStats, x: &[f32]) {
-        let (hidden, n) = (experts.gated.hidden, experts.num_experts);
+        let (hidden, n) = (experts.parts.gated.hidden, experts.num_experts());
         let decision = experts.decide(x);
         let mut want = ExpertStats::new(n);
         for (t, x) in f64s(x).chunks_exact(hidden).enumerate() {

@@ -12,8 +12,8 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use super::bound::{RouterBound, draws};
 use super::gating::{Gating, GatingBackward, GatingWeights, PackedGating};
 use super::{
-    Decision, DeviceFfn, DsmoeForm, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport,
-    FfnScratch, Gated, PackedFfn, Record, add_output_bias, routes,
+    Decision, DeviceFfn, DsmoeForm, ExpertParts, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind,
+    FfnReport, FfnScratch, Gated, PackedFfn, Record, add_output_bias, routes,
 };
 use crate::params::TensorSpec;
 
@@ -266,14 +266,28 @@ impl Ffn for DsmoeFfn {
         Some(DeviceFfn::Routed { gated, form, bar, centre })
     }
 
-    fn expert_parts(&self) -> Option<(Gated, usize)> {
-        let alone =
-            self.form.core == 0 && !self.form.correction && !self.gated.bias && !self.gated.output_bias;
-        alone.then_some((self.gated, self.form.router.num_experts))
+    fn expert_parts(&self) -> Option<ExpertParts> {
+        let DsmoeForm { router, core, router_rank, .. } = &self.form;
+        let gates: &[&str] = match router_rank {
+            None => &["router.weight", "router.bias"],
+            // All gates read the values of the first matrix.
+            Some(_) => &["router.b.weight", "router.bias"],
+        };
+        let routed = *core..router.num_experts;
+        Some(ExpertParts { gated: self.gated, blocks: router.num_experts, routed, gates })
+    }
+
+    fn with_experts(&self, count: usize) -> Option<Box<dyn Ffn>> {
+        let num_experts = self.form.core + count;
+        let width = self.gated.intermediate / self.form.router.num_experts;
+        let gated = Gated { intermediate: num_experts * width, ..self.gated };
+        let router = RouterConfig { num_experts, ..self.form.router.clone() };
+        let ffn = DsmoeFfn::of(gated, DsmoeForm { router, ..self.form.clone() });
+        // Gates stay as open as they are.
+        Some(Box::new(DsmoeFfn { bar: self.bar, centre: self.centre, ..ffn }))
     }
 
     fn decide(&self, params: &[f32], x: &[f32]) -> Option<Decision> {
-        self.expert_parts()?;
         let (mut routed, mut logits, mut low) = (Routed::default(), Buf::default(), Buf::default());
         let weights = self.gating().weights(&params[self.gated.len()..]);
         self.route(&mut routed, [&mut logits, &mut low], x, weights);

@@ -16,6 +16,7 @@ mod gated;
 mod gating;
 pub(crate) mod kept;
 mod mixture;
+mod parts;
 mod registry;
 mod route;
 
@@ -42,6 +43,7 @@ pub use gated::{Gated, add_output_bias};
 pub(crate) use gating::Gating;
 pub use mixture::MixtureFfn;
 pub(crate) use mixture::SHARED_EXPERT;
+pub use parts::ExpertParts;
 pub(crate) use registry::read_spec;
 pub use registry::{FfnReader, ReadSpec, register};
 pub use route::Route;
@@ -124,14 +126,14 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
         None
     }
 
-    /// Returns the projections of its experts, which come first in its parameters, and their number; none without experts
-    /// that each have a gate of their own, and where experts have biases.
-    fn expert_parts(&self) -> Option<(Gated, usize)> {
+    /// Returns which of its blocks of neurons are experts with a gate, and where the gates are; none without experts that each
+    /// have a gate of their own.
+    fn expert_parts(&self) -> Option<ExpertParts> {
         None
     }
 
-    /// Returns the form with that many experts and gates of their own; some for the layers of mixtures, whose experts are tensors
-    /// of their own.
+    /// Returns the form with that many experts that have a gate, 1 or more, and the same beside them; some where
+    /// [`Ffn::expert_parts`] are.
     fn with_experts(&self, _count: usize) -> Option<Box<dyn Ffn>> {
         None
     }
@@ -315,6 +317,12 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
     /// Returns the settings with `top_k` chosen experts, 1 or more and no more than there are, and the same tensors; none where no
     /// number is fixed.
     fn with_top_k(&self, _top_k: usize) -> Option<Arc<dyn FfnSpec>> {
+        None
+    }
+
+    /// Returns the settings with `count` experts that have a gate, 1 or more, in every layer and the same beside them, whose FFNs
+    /// are those of [`Ffn::with_experts`]; none for mixtures, which [`Config::set_mixture`] changes, and where the number is fixed.
+    fn with_experts(&self, _count: usize) -> Option<Arc<dyn FfnSpec>> {
         None
     }
 

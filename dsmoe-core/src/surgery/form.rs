@@ -7,17 +7,19 @@ use std::sync::Arc;
 
 use dsmoe_router::expert_map::ExpertMap;
 
-use super::{LayerSurgery, RouterRule};
+use super::{LayerSurgery, NewExpert, Part, RouterRule, Surgery, shares};
 use crate::config::{Config, LayerShape, MixtureSpec, PartitionKind};
 use crate::error::{Error, Result};
+use crate::ffn::{ExpertParts, of_layer};
 
 /// A form of experts.
 #[derive(Debug)]
 pub(super) enum Form {
     /// A tensor for each expert and projection.
     Mixture(MixtureSpec),
-    /// DSMoE: the experts of a layer are blocks of neurons of one FFN, all of this width.
-    Blocks { width: usize },
+    /// DSMoE and FFNs of types like top-k: the experts of a layer are blocks of neurons of one FFN, among those that all tokens
+    /// run.
+    Blocks(Vec<ExpertParts>),
 }
 
 /// The source of a tensor of the new model.
@@ -25,7 +27,7 @@ pub(super) enum Form {
 pub(super) enum Source {
     /// The tensor of that name.
     Same,
-    /// A projection of experts.
+    /// A projection of some of the blocks of a layer ([`Form::blocks`]), or a bias of its neurons.
     Experts { layer: usize, experts: Range<usize>, which: Projection },
     /// The gates.
     Gates { layer: usize },
@@ -44,11 +46,11 @@ pub(super) struct Projection {
 
 impl Source {
     /// Returns the name of an old tensor that has the type of the new one, `name`.
-    pub(super) fn first<'a>(&self, name: &'a str, layers: &[LayerSurgery]) -> Cow<'a, str> {
+    pub(super) fn first<'a>(&self, name: &'a str, blocks: &[Vec<NewExpert>]) -> Cow<'a, str> {
         match self {
             Source::Same | Source::Gates { .. } => Cow::Borrowed(name),
             Source::Experts { layer, experts, which } => {
-                let old = layers[*layer].experts[experts.start].parts[0].old;
+                let old = blocks[*layer][experts.start].parts[0].old;
                 Cow::Owned(which.tensor(old))
             }
         }
@@ -79,58 +81,81 @@ impl Form {
                 wrong(problem, "use the model before its experts were merged")
             }
             Some(spec) => Ok(Form::Mixture(spec.clone())),
-            None if config.is_dense() => {
+            None if config.moe.is_none() && config.ffn.is_none() => {
                 let problem = format!("is {:?}, which has no experts", config.model_type());
                 wrong(problem, "use a mixture of experts, or make one by converting this model as mixtral")
             }
-            None => match config.moe.as_ref().map(|_| blocks(config)) {
-                Some(Ok(width)) => Ok(Form::Blocks { width }),
-                Some(Err(problem)) => {
-                    wrong(problem.to_owned(), "use a DSMoE model of experts and gates alone")
+            None => {
+                let parts = (0..config.num_layers).map(|layer| of_layer(config, layer).expert_parts());
+                let changes = config.ffn.as_ref().is_none_or(|spec| spec.with_experts(1).is_some());
+                match parts.collect::<Option<Vec<_>>>().filter(|_| changes) {
+                    Some(parts) => Ok(Form::Blocks(parts)),
+                    None => {
+                        let kind = config.ffn.as_ref().map_or("dsmoe", |spec| spec.kind());
+                        let problem = format!(
+                            "is of a model with experts of type {kind}, which cannot be changed one by one"
+                        );
+                        wrong(problem, "use Mixtral, Qwen-MoE, OLMoE, DSMoE or a top-k model")
+                    }
                 }
-                None => {
-                    let kind = config.ffn.as_ref().map_or("dsmoe", |spec| spec.kind());
-                    let problem = format!(
-                        "is of a model with experts of type {kind}, which cannot be changed one by one"
-                    );
-                    wrong(problem, "use Mixtral, Qwen-MoE, OLMoE or DSMoE")
-                }
-            },
+            }
         }
     }
 
-    /// Returns the experts of a layer.
+    /// Returns the experts of a layer that have gates.
     pub(super) fn held(&self, config: &Config, layer: usize) -> usize {
-        config.layer_experts(layer).unwrap_or(1)
+        match self {
+            Form::Mixture(_) => config.layer_experts(layer).unwrap_or(1),
+            Form::Blocks(parts) => parts[layer].routed.len(),
+        }
     }
 
-    /// Returns the neurons of an expert.
-    pub(super) fn width(&self) -> usize {
+    /// Returns the neurons of an expert of a layer.
+    pub(super) fn width(&self, layer: usize) -> usize {
         match self {
             Form::Mixture(spec) => spec.width,
-            Form::Blocks { width } => *width,
+            Form::Blocks(parts) => parts[layer].width(),
         }
     }
 
-    /// Returns what a tensor of the new model is made of.
-    pub(super) fn source(&self, name: &str, layers: &[LayerSurgery]) -> Source {
+    /// Returns the new blocks of neurons of every layer, of old ones: its experts, and in their old places what all tokens run.
+    pub(super) fn blocks(&self, layers: &[LayerSurgery]) -> Vec<Vec<NewExpert>> {
+        let of_layer = |(i, layer): (usize, &LayerSurgery)| match self {
+            Form::Mixture(_) => layer.experts.clone(),
+            Form::Blocks(parts) => {
+                let ExpertParts { blocks, routed, .. } = &parts[i];
+                let behind_core = |expert: &NewExpert| {
+                    let part = |part: &Part| Part { old: part.old + routed.start, ..part.clone() };
+                    NewExpert { parts: expert.parts.iter().map(part).collect() }
+                };
+                let core = (0..routed.start).map(NewExpert::kept);
+                let residual = (routed.end..*blocks).map(NewExpert::kept);
+                core.chain(layer.experts.iter().map(behind_core)).chain(residual).collect()
+            }
+        };
+        layers.iter().enumerate().map(of_layer).collect()
+    }
+
+    /// Returns what a tensor of the new model with those [`Form::blocks`] is made of.
+    pub(super) fn source(&self, name: &str, blocks: &[Vec<NewExpert>]) -> Source {
         let of_ffn = name.strip_prefix("model.layers.").and_then(|rest| {
             let (layer, rest) = rest.split_once(".mlp.")?;
-            Some((layer.parse::<usize>().ok().filter(|&layer| layer < layers.len())?, rest))
+            Some((layer.parse::<usize>().ok().filter(|&layer| layer < blocks.len())?, rest))
         });
         let Some((layer, rest)) = of_ffn else { return Source::Same };
-        if let Form::Blocks { .. } = self {
+        if let Form::Blocks(parts) = self {
             return match rest {
-                "gate_proj.weight" | "up_proj.weight" | "down_proj.weight" => Source::Experts {
+                "gate_proj.weight" | "up_proj.weight" | "down_proj.weight" | "gate_proj.bias"
+                | "up_proj.bias" => Source::Experts {
                     layer,
-                    experts: 0..layers[layer].experts.len(),
+                    experts: 0..blocks[layer].len(),
                     which: Projection {
                         name: [name.to_owned(), String::new()],
                         is_whole: true,
                         is_down: rest.starts_with("down"),
                     },
                 },
-                "router.weight" | "router.b.weight" | "router.bias" => Source::Gates { layer },
+                _ if parts[layer].gates.contains(&rest) => Source::Gates { layer },
                 _ => Source::Same,
             };
         }
@@ -151,14 +176,12 @@ impl Form {
     }
 
     /// Returns the configuration after a surgery that was checked.
-    pub(super) fn after(
-        &self,
-        path: &Path,
-        config: &Config,
-        layers: &[LayerSurgery],
-        top_k: Option<usize>,
-    ) -> Result<Config> {
-        let Form::Mixture(spec) = self else { return self.fewer_blocks(path, config, layers, top_k) };
+    pub(super) fn after(&self, path: &Path, config: &Config, surgery: Surgery<'_>) -> Result<Config> {
+        let Surgery { layers, top_k, .. } = surgery;
+        let spec = match self {
+            Form::Mixture(spec) => spec,
+            Form::Blocks(parts) => return other_blocks(path, config, parts, surgery),
+        };
         let mut spec = spec.clone();
         let is_map = layers.first().is_some_and(|layer| layer.router == RouterRule::Map);
         let maps = is_map.then(|| {
@@ -169,11 +192,7 @@ impl Form {
         spec.experts = layers.iter().map(|layer| layer.experts.len()).collect();
         spec.top_k = top_k.unwrap_or(spec.top_k);
         let fewest = (0..layers.len()).map(|layer| spec.gates(layer)).min().unwrap_or(0);
-        if !(1..=fewest).contains(&spec.top_k) {
-            let problem =
-                format!("{} experts of a token are more than the {fewest} gates that are left", spec.top_k);
-            return Err(Error::argument(problem, format!("keep more experts, or let a token run {fewest}")));
-        }
+        check_top_k(spec.top_k, fewest)?;
         let mut after = config.clone();
         after.set_mixture(spec);
         // The written map is read back unchanged.
@@ -181,66 +200,56 @@ impl Form {
     }
 }
 
-impl Form {
-    /// Returns the configuration of a DSMoE model after a surgery that was checked.
-    fn fewer_blocks(
-        &self,
-        path: &Path,
-        config: &Config,
-        layers: &[LayerSurgery],
-        top_k: Option<usize>,
-    ) -> Result<Config> {
-        let counts: Vec<usize> = layers.iter().map(|layer| layer.experts.len()).collect();
-        let refusal = match layers.first().map(|layer| layer.router) {
-            _ if top_k.is_some() => Some("a DSMoE model with a fixed number of experts for each token"),
-            Some(RouterRule::Map) => Some("a DSMoE model with gates that share experts"),
-            _ if counts.iter().any(|&count| count != counts[0]) => {
-                Some("a DSMoE model with layers of different numbers of experts")
-            }
-            _ => None,
-        };
-        if let Some(what) = refusal {
-            let problem = format!("surgery to {what}, for which there is no format");
-            return Err(Error::argument(
-                problem,
-                "keep as many experts in every layer, each with a gate of its own",
-            ));
-        }
-        let mut after = config.clone();
-        let shape = |(i, &experts): (usize, &usize)| LayerShape {
-            intermediate: experts * self.width(),
-            ..config.layer(i)
-        };
-        after.set_layers(counts.iter().enumerate().map(shape).collect());
-        if let (Some(moe), Some(&count)) = (&mut after.moe, counts.first()) {
-            moe.router.num_experts = count;
-            // The share that was trained for is of other experts, and the neurons are not all of the dense model's.
-            (moe.partition, moe.active_target, moe.untrained) = (PartitionKind::Contiguous, None, false);
-        }
-        Config::from_json(path, &after.to_json())
+fn check_top_k(top_k: usize, fewest: usize) -> Result<()> {
+    if (1..=fewest).contains(&top_k) {
+        return Ok(());
     }
+    let problem = format!("{top_k} experts of a token are more than the {fewest} gates that are left");
+    Err(Error::argument(problem, format!("keep more experts, or let a token run {fewest}")))
 }
 
-/// Returns the width of the experts of a DSMoE model, or what it has that surgery does not change.
-fn blocks(config: &Config) -> std::result::Result<usize, &'static str> {
-    let Some(moe) = &config.moe else { return Err("is of no DSMoE model") };
-    let width = |layer: usize| config.layer(layer).intermediate / moe.router.num_experts;
-    let refusals = [
-        (
-            moe.parts.core.iter().any(|&core| core > 0),
-            "is of a DSMoE model with a core of experts that always run",
-        ),
-        (!moe.parts.budgets.is_empty(), "is of a DSMoE model with thresholds by budget"),
-        (config.architecture.mlp_bias, "is of a DSMoE model whose FFNs have biases"),
-        (
-            (1..config.num_layers).any(|layer| width(layer) != width(0)),
-            "is of a DSMoE model with experts of different widths",
-        ),
-    ];
-    match refusals.iter().find(|(has, _)| *has) {
-        Some((_, problem)) => Err(problem),
-        None => Ok(width(0)),
+/// Returns the configuration of a model whose experts are blocks of neurons after a surgery that was checked.
+fn other_blocks(path: &Path, config: &Config, parts: &[ExpertParts], surgery: Surgery<'_>) -> Result<Config> {
+    let Surgery { layers, top_k, shares } = surgery;
+    let counts: Vec<usize> =
+        layers.iter().zip(parts).map(|(layer, parts)| layer.experts.len() + parts.always()).collect();
+    let of_kind = match &config.ffn {
+        Some(spec) => format!("a model with experts of type {}", spec.kind()),
+        None => "a DSMoE model".to_owned(),
+    };
+    let refused = match layers.first().map(|layer| layer.router) {
+        _ if top_k.is_some() && config.ffn.is_none() => Some("a fixed number of experts for each token"),
+        Some(RouterRule::Map) => Some("gates that share experts"),
+        _ if counts.iter().any(|&count| count != counts[0]) => Some("layers of different numbers of experts"),
+        _ => None,
+    };
+    if let Some(with) = refused {
+        let problem = format!("surgery to {of_kind} with {with}, for which there is no format");
+        let help = "keep as many experts in every layer, each with a gate of its own";
+        return Err(Error::argument(problem, help));
     }
+    let mut after = config.clone();
+    let shape = |(i, (&blocks, parts)): (usize, (&usize, &ExpertParts))| LayerShape {
+        intermediate: blocks * parts.width(),
+        ..config.layer(i)
+    };
+    after.set_layers(counts.iter().zip(parts).enumerate().map(shape).collect());
+    if let (Some(moe), Some(&count)) = (&mut after.moe, counts.first()) {
+        // The share that was trained for is of other experts; budgets have theirs.
+        moe.active_target = moe.budget();
+        shares::of_other_experts(moe, count, shares);
+        moe.router.num_experts = count;
+        // The neurons are not all of the dense model's.
+        (moe.partition, moe.untrained) = (PartitionKind::Contiguous, false);
+    }
+    if let (Some(spec), Some(layer)) = (&config.ffn, layers.first()) {
+        let experts = layer.experts.len();
+        let top_k = top_k.or(spec.top_k());
+        top_k.map_or(Ok(()), |top_k| check_top_k(top_k, experts))?;
+        let fewer = spec.with_experts(experts);
+        after.ffn = fewer.map(|spec| top_k.and_then(|top_k| spec.with_top_k(top_k)).unwrap_or(spec));
+    }
+    Config::from_json(path, &after.to_json())
 }
 
 /// Returns the new expert of every old one.

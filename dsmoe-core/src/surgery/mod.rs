@@ -1,4 +1,4 @@
-//! Expert surgery: a model whose layers keep, merge or drop the experts of a trained one.
+//! Expert surgery: a model whose layers keep, merge, drop or reorder the experts of a trained one.
 //!
 //! A method says what it wants layer by layer ([`LayerSurgery`]); [`operate`] checks it and writes the model, tensor by tensor.
 //!
@@ -9,8 +9,25 @@
 //!             Map    all gates stay, and gate e runs the expert that has e among its parts
 //! ```
 //! An expert of one part is copied bit for bit, where its neurons move too.
+//!
+//! The experts of a surgery are those that have a gate, numbered as the gates are. What all tokens run stays bit for bit: DSMoE's
+//! core, the residual experts of a top-k model, a shared expert, the bias and the correction of the output. So do the parts of a
+//! router that its gates have in common: the first matrix of a router of low rank, and the first of a gate of two matrices. Biases
+//! of gate and up are of neurons and follow them; the bias of down is of no expert.
+//!
+//! Of a sigmoid gate, `Rows` keeps row, bias and threshold, so that a gate that is left opens for the same tokens with the same
+//! value, and dropping experts that never open changes no logit (but with the rescaling of eq. 8, whose n is that of the experts
+//! that are left). Budgets keep their thresholds, and their shares are of the experts that are left ([`Surgery::shares`]). `Mean`
+//! has a logit that is the mean of its parts' logits for every token, since logits are linear in rows and biases, and the threshold
+//! of a layer is one for all of its gates: the merged gate opens where its parts open on average, and equal parts have equal
+//! values before and after. A mean of sigmoids is no sigmoid of a linear map, so that no other rule has a format; a gate that is
+//! open where any of its parts is would be `Map`, which sigmoid gates have no format for.
+//!
+//! Top-k gates keep the factor of the scores: a softmax over the chosen logits does not know the others, so that dropping experts
+//! that are never chosen changes no logit. A factor that was made of the number of experts is not made anew.
 
 mod form;
+mod shares;
 mod tensors;
 
 use std::path::Path;
@@ -128,6 +145,34 @@ pub enum RouterRule {
     Map,
 }
 
+/// The surgery of all layers of a model.
+///
+/// ```
+/// use dsmoe_core::surgery::{LayerSurgery, Surgery};
+///
+/// let layers = vec![LayerSurgery::keep([0, 2]); 4];
+/// let surgery = Surgery { top_k: Some(1), ..Surgery::of(&layers) };
+/// assert_eq!((surgery.layers.len(), surgery.shares), (4, None));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Surgery<'a> {
+    /// The experts of every layer.
+    pub layers: &'a [LayerSurgery],
+    /// The number of experts that a token runs, in place of the model's own; none where it is not fixed, or stays.
+    pub top_k: Option<usize>,
+    /// The share of the new experts that is active at each budget that a DSMoE model stores, mean over layers and the core
+    /// included, where it was measured. Budgets whose shares are equal become one. Otherwise gates that go count as open as often
+    /// as those that stay.
+    pub shares: Option<&'a [f64]>,
+}
+
+impl<'a> Surgery<'a> {
+    /// Describes a surgery after which tokens run as many experts as before, and whose shares were not measured.
+    pub fn of(layers: &'a [LayerSurgery]) -> Surgery<'a> {
+        Surgery { layers, top_k: None, shares: None }
+    }
+}
+
 /// Summary of the result.
 ///
 /// ```
@@ -233,15 +278,21 @@ fn is_order(order: &[u32], len: usize) -> bool {
 ///
 /// # Errors
 /// The model has no experts that can be changed; there is not one surgery for each layer, or one does not fit its layer; k
-/// would be above the gates that are left.
+/// would be above the gates that are left; the format of the model does not hold the result.
 pub fn plan(path: &Path, config: &Config, layers: &[LayerSurgery], top_k: Option<usize>) -> Result<Config> {
+    let surgery = Surgery { top_k, ..Surgery::of(layers) };
     let form = Form::of(path, config)?;
-    check(&form, config, layers)?;
-    form.after(path, config, layers, top_k)
+    check(&form, config, surgery)?;
+    form.after(path, config, surgery)
 }
 
-fn check(form: &Form, config: &Config, layers: &[LayerSurgery]) -> Result<()> {
+fn check(form: &Form, config: &Config, surgery: Surgery<'_>) -> Result<()> {
     let refuse = |problem: String| Err(Error::argument(problem, "correct the plan of the surgery"));
+    let Surgery { layers, shares, .. } = surgery;
+    let budgets = config.moe.as_ref().map_or(0, |moe| moe.parts.budgets.len());
+    if let Some(shares) = shares.filter(|shares| shares.len() != budgets) {
+        return refuse(format!("surgery with shares of {} budgets, and there are {budgets}", shares.len()));
+    }
     if layers.len() != config.num_layers {
         return refuse(format!("surgery of {} layers, and there are {}", layers.len(), config.num_layers));
     }
@@ -249,7 +300,7 @@ fn check(form: &Form, config: &Config, layers: &[LayerSurgery]) -> Result<()> {
         return refuse("surgery that keeps all gates of some layers only".to_owned());
     }
     for (i, layer) in layers.iter().enumerate() {
-        if let Err(problem) = layer.check(form.held(config, i), form.width()) {
+        if let Err(problem) = layer.check(form.held(config, i), form.width(i)) {
             return refuse(format!("surgery of layer {i} {problem}"));
         }
     }
@@ -268,7 +319,7 @@ pub fn operate(
     force: bool,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<SurgeryReport> {
-    operate_on(alone(), [model, out], (layers, top_k), force, progress)
+    operate_on(alone(), [model, out], Surgery { top_k, ..Surgery::of(layers) }, force, progress)
 }
 
 /// Does as [`operate`] from the first to the second directory on the processes of `comm`: the first one writes, and all return its
@@ -279,25 +330,26 @@ pub fn operate(
 pub fn operate_on(
     comm: &Arc<dyn Communicator>,
     [model, out]: [&Path; 2],
-    (layers, top_k): (&[LayerSurgery], Option<usize>),
+    surgery: Surgery<'_>,
     force: bool,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<SurgeryReport> {
     let path = model.join(CONFIG_FILE);
     let config = Config::load(model)?;
     let form = Form::of(&path, &config)?;
-    check(&form, &config, layers)?;
-    let after = form.after(&path, &config, layers, top_k)?;
+    check(&form, &config, surgery)?;
+    let after = form.after(&path, &config, surgery)?;
     let checkpoint = open_model(model, &config)?;
     let names = check_llama_tensors(&config, &checkpoint)?;
     if Masks::load(model)?.is_some() {
         let problem = "has pruned weights, whose masks would not fit the experts";
         return Err(Error::path(model, problem, "use the model before it was pruned"));
     }
+    let blocks = form.blocks(surgery.layers);
     let mut tensors: Vec<(TensorInfo, Source)> = Vec::new();
     for (name, shape) in crate::checkpoint::tensor_names(&after) {
-        let source = form.source(&name, layers);
-        let from = source.first(&name, layers);
+        let source = form.source(&name, &blocks);
+        let from = source.first(&name, &blocks);
         let dtype = checkpoint.need(names.stored_name(&from))?.dtype;
         tensors.push((TensorInfo { name, dtype, shape }, source));
     }
@@ -307,7 +359,7 @@ pub fn operate_on(
     let mut meter = Meter::new(bytes, progress);
     let mut writer = output.model_writer(&after, infos)?;
     let mut source = TensorSource::new(&checkpoint);
-    let experts = Experts::new(&checkpoint, form.width());
+    let experts = |layer: usize| Experts::new(&checkpoint, form.width(layer));
     for (info, from) in &tensors {
         match from {
             Source::Same => {
@@ -316,9 +368,11 @@ pub fn operate_on(
                     .copy(names.stored_name(&info.name), Change::None, |bytes| writer.write_chunk(bytes))?;
             }
             Source::Experts { layer, experts: range, which } => {
-                experts.write(&mut writer, info, &layers[*layer].experts[range.clone()], which)?;
+                experts(*layer).write(&mut writer, info, &blocks[*layer][range.clone()], which)?;
             }
-            Source::Gates { layer } => experts.write_gates(&mut writer, info, &layers[*layer])?,
+            Source::Gates { layer } => {
+                experts(*layer).write_gates(&mut writer, info, &surgery.layers[*layer])?;
+            }
         }
         meter.add(info.len_bytes() as usize);
     }

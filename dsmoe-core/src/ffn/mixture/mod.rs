@@ -20,8 +20,8 @@ use dsmoe_kernels::matmul::Packed;
 pub(crate) use shared::SHARED_EXPERT;
 
 use super::{
-    Decision, DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch,
-    GateBackward, Gated, HostGate, PackedFfn, routes,
+    Decision, DeviceFfn, ExpertParts, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport,
+    FfnScratch, GateBackward, Gated, HostGate, PackedFfn, routes,
 };
 use crate::config::MixtureSpec;
 use crate::params::{TensorSpec, padded};
@@ -170,9 +170,10 @@ impl Ffn for MixtureFfn {
         })
     }
 
-    fn expert_parts(&self) -> Option<(Gated, usize)> {
+    fn expert_parts(&self) -> Option<ExpertParts> {
+        let (gated, blocks) = (self.gated, self.spec.experts[self.layer]);
         let has_gates = self.spec.maps.is_none();
-        has_gates.then(|| (self.gated, self.spec.experts[self.layer]))
+        has_gates.then(|| ExpertParts { gated, blocks, routed: 0..blocks, gates: &["gate.weight"] })
     }
 
     fn with_experts(&self, count: usize) -> Option<Box<dyn Ffn>> {
