@@ -53,6 +53,7 @@ fn cases() -> [Case; 4] {
         normalize,
         noise,
         bias: network == GateNetwork::Linear,
+        hidden: None,
     };
     let llama_moe =
         TopkSpec { router: topk(6, 2), gate: gate(GateNetwork::Mlp, false, true), balance_weight: 0.5 };

@@ -75,7 +75,8 @@ impl Cmoe {
         let shared = self.0.shared.unwrap_or_else(|| (active / 2).max(1));
         let router = TopKConfig::new(self.0.experts - shared, active - shared).expect("k of n");
         let router = TopKConfig { num_residual: shared, scores: Scores::One, score_scale: 1.0, ..router };
-        let gate = GateSpec { network: GateNetwork::Neuron, normalize: false, noise: false, bias: false };
+        let network = GateNetwork::Neuron;
+        let gate = GateSpec { network, normalize: false, noise: false, bias: false, hidden: None };
         TopkSpec { router, gate, balance_weight: 0.0 }
     }
 

@@ -140,7 +140,8 @@ impl Settings {
         let plain = TopKConfig::new(self.experts, k).expect("k of n");
         let score_scale = if self.scaled { plain.score_scale } else { 1.0 };
         let router = TopKConfig { scores: Scores::One, score_scale, ..plain };
-        let gate = GateSpec { network: GateNetwork::Linear, normalize: false, noise: false, bias: true };
+        let network = GateNetwork::Linear;
+        let gate = GateSpec { network, normalize: false, noise: false, bias: true, hidden: None };
         TopkSpec { router, gate, balance_weight: 0.0 }
     }
 

@@ -77,8 +77,8 @@ impl Cut {
 /// models, package `smoe`) is not written.
 ///
 /// # Errors
-/// `model` cannot be read or has something that LLaMA-MoE's model has not: residual experts, MoEfication's router,
-/// another rotary base, heads of another width, layers of different sizes; `dtype` is not a float; `out` is not
+/// `model` cannot be read or has something that LLaMA-MoE's model has not: residual experts, MoEfication's router, a gate
+/// that lost experts, another rotary base, heads of another width, layers of different sizes; `dtype` is not a float; `out` is not
 /// empty; the file system refuses.
 pub fn export(
     model: &Path,
@@ -158,6 +158,9 @@ fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
         ("ffn.normalize", "is true, as LLaMA-MoE's gate cannot have it".to_owned())
     } else if spec.gate.bias {
         ("ffn.bias", "is true, as LLaMA-MoE's gate cannot have it".to_owned())
+    } else if let Some(rows) = spec.gate.hidden {
+        let problem = format!("is {rows}, and LLaMA-MoE's gate has a row for each expert in both matrices");
+        ("ffn.gate_hidden", problem)
     } else if family != "llama" || !config.architecture.differences().is_empty() {
         ("base_model_type", format!("is {family}, and LLaMA-MoE's models are LLaMA's without biases"))
     } else if theta != ROPE_THETA || rope.scaling != RopeScaling::None {

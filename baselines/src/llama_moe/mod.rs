@@ -91,7 +91,8 @@ impl Settings {
         check_experts(config, self.experts)?;
         let num_residual = self.num_residual();
         let n = self.experts - num_residual;
-        let gate = GateSpec { network: self.gate, normalize: false, noise: self.noise, bias: false };
+        let (network, noise) = (self.gate, self.noise);
+        let gate = GateSpec { network, normalize: false, noise, bias: false, hidden: None };
         let spec = |k| {
             let plain = TopKConfig::new(n, k).expect("k of n");
             let score_scale = if self.scale == Scale::N { n as f32 } else { plain.score_scale };

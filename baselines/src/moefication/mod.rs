@@ -135,7 +135,8 @@ fn identity(n: usize) -> Vec<f32> {
 fn spec(n: usize, k: usize) -> TopkSpec {
     let router = TopKConfig::new(n, k).expect("k of n");
     let router = TopKConfig { scores: Scores::One, score_scale: 1.0, ..router };
-    let gate = GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false, bias: false };
+    let network = GateNetwork::Mlp;
+    let gate = GateSpec { network, normalize: true, noise: false, bias: false, hidden: None };
     TopkSpec { router, gate, balance_weight: 0.0 }
 }
 

@@ -4,8 +4,8 @@ use std::any::Any;
 use std::sync::Arc;
 
 use dsmoe_core::ffn::{
-    DeviceFfn, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport, FfnScratch, GateBackward,
-    Gated, HostGate, PackedFfn, add_output_bias, routes,
+    Decision, DeviceFfn, ExpertParts, Ffn, FfnBackward, FfnForward, FfnInference, FfnKind, FfnReport,
+    FfnScratch, GateBackward, Gated, HostGate, PackedFfn, add_output_bias, routes,
 };
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::Precision;
@@ -129,6 +129,23 @@ impl Ffn for TopkMoeFfn {
         Some(DeviceFfn::Hosted { gated: self.gated, num_experts, gate })
     }
 
+    fn expert_parts(&self) -> Option<ExpertParts> {
+        let (gated, blocks) = (self.gated, self.spec.all_experts());
+        let (routed, gates) = (0..self.spec.router.num_experts, self.router().gate().rows_of_experts());
+        Some(ExpertParts { gated, blocks, routed, gates })
+    }
+
+    fn with_experts(&self, count: usize) -> Option<Box<dyn Ffn>> {
+        let width = self.gated.intermediate / self.spec.all_experts();
+        let spec = self.spec.with_experts(count);
+        let gated = Gated { intermediate: spec.all_experts() * width, ..self.gated };
+        Some(Box::new(TopkMoeFfn::of(gated, spec)))
+    }
+
+    fn decide(&self, params: &[f32], x: &[f32]) -> Option<Decision> {
+        Some(self.router().decide(x, &params[self.router_start()..]))
+    }
+
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
         Box::new(PackedTopk {
             ffn: self.clone(),
@@ -215,7 +232,7 @@ mod tests {
     }
 
     fn spec(router: TopKConfig, network: GateNetwork) -> TopkSpec {
-        let gate = GateSpec { network, normalize: false, noise: false, bias: false };
+        let gate = GateSpec { network, normalize: false, noise: false, bias: false, hidden: None };
         TopkSpec { router, gate, balance_weight: 0.0 }
     }
 
@@ -311,7 +328,8 @@ mod tests {
         ] {
             let plain = TopKConfig::new(EXPERTS - num_residual, 2).unwrap();
             let router = TopKConfig { num_residual, scores, ..plain };
-            let gate = GateSpec { network, normalize, noise, bias: network == GateNetwork::Linear };
+            let bias = network == GateNetwork::Linear;
+            let gate = GateSpec { network, normalize, noise, bias, hidden: None };
             let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, TopkSpec { router, gate, balance_weight });
             let params = params(&ffn, 3);
             let (x, dy) = (normals(TOKENS * HIDDEN, 4), normals(TOKENS * HIDDEN, 5));
@@ -363,7 +381,8 @@ mod tests {
     #[test]
     fn noise_is_a_function_of_the_seed_and_inference_has_none() {
         let router = TopKConfig::new(EXPERTS, 2).unwrap();
-        let gate = GateSpec { network: GateNetwork::Mlp, normalize: false, noise: true, bias: false };
+        let network = GateNetwork::Mlp;
+        let gate = GateSpec { network, normalize: false, noise: true, bias: false, hidden: None };
         let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, TopkSpec { router, gate, balance_weight: 0.01 });
         let params = params(&ffn, 6);
         let x = normals(TOKENS * HIDDEN, 7);

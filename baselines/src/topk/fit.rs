@@ -242,7 +242,8 @@ mod tests {
     const EXPERTS: usize = 4;
 
     fn gate() -> Gate {
-        let spec = GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false, bias: false };
+        let network = GateNetwork::Mlp;
+        let spec = GateSpec { network, normalize: true, noise: false, bias: false, hidden: None };
         Gate { spec, hidden: HIDDEN, num_experts: EXPERTS }
     }
 

@@ -10,7 +10,8 @@
 //! neuron: with g = sign(silu(u) v) dz   du = g v silu'(u),  dv = g silu(u),  dB += (r dv)^T x,  dx += r dv B
 //! dx += r du A + draw N - r^2 (<du, u> + <dv, v>) x      the last term for a normalised input
 //! ```
-//! x `[T, hidden]`, z and raw `[T, n]`, A and N `[n, hidden]`, B `[n, n]`, of a neuron `[n, hidden]`. f32 throughout.
+//! x `[T, hidden]`, z and raw `[T, n]`, A and N `[n, hidden]`, B `[n, n]`, of a neuron `[n, hidden]`. An mlp that lost experts has A
+//! `[m, hidden]` and B `[n, m]`. f32 throughout.
 
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::buf::Buf;
@@ -82,25 +83,46 @@ impl TopkSpec {
 impl Gate {
     /// The numbers of values of A, B, the bias and N.
     pub(crate) fn lens(&self) -> [usize; 4] {
-        let (n, wide) = (self.num_experts, self.num_experts * self.hidden);
+        let (n, m, wide) = (self.num_experts, self.first_rows(), self.num_experts * self.hidden);
         let b = match self.spec.network {
-            GateNetwork::Mlp => n * n,
+            GateNetwork::Mlp => n * m,
             GateNetwork::Neuron => wide,
             GateNetwork::Linear => 0,
         };
         let bias = if self.spec.bias { n } else { 0 };
-        [wide, b, bias, if self.spec.noise { wide } else { 0 }]
+        [m * self.hidden, b, bias, if self.spec.noise { wide } else { 0 }]
+    }
+
+    /// The rows of A.
+    fn first_rows(&self) -> usize {
+        match self.spec.network {
+            GateNetwork::Mlp => self.spec.hidden.unwrap_or(self.num_experts),
+            GateNetwork::Linear | GateNetwork::Neuron => self.num_experts,
+        }
+    }
+
+    /// The names of the tensors that have a row, or a value, for every expert.
+    pub(crate) fn rows_of_experts(&self) -> &'static [&'static str] {
+        match self.spec.network {
+            GateNetwork::Linear => {
+                &["gate.gate_network.weight", "gate.gate_network.bias", "gate.weight_noise.weight"]
+            }
+            GateNetwork::Mlp => &["gate.gate_network.2.weight", "gate.weight_noise.weight"],
+            GateNetwork::Neuron => {
+                &["gate.gate_network.gate.weight", "gate.gate_network.up.weight", "gate.weight_noise.weight"]
+            }
+        }
     }
 
     /// A, B, the bias and N under LLaMA-MoE's names; a neuron's are named by their projections.
     pub(crate) fn tensors(&self) -> Vec<TensorSpec> {
-        let tensor = |name: &str, cols| {
-            TensorSpec::router(format!("gate.{name}.weight"), vec![self.num_experts, cols])
-        };
+        let of_shape =
+            |name: &str, rows, cols| TensorSpec::router(format!("gate.{name}.weight"), vec![rows, cols]);
+        let (tensor, m) = (|name, cols| of_shape(name, self.num_experts, cols), self.first_rows());
         let mut tensors = match self.spec.network {
             GateNetwork::Linear => vec![tensor("gate_network", self.hidden)],
             GateNetwork::Mlp => {
-                vec![tensor("gate_network.0", self.hidden), tensor("gate_network.2", self.num_experts)]
+                vec![of_shape("gate_network.0", m, self.hidden), tensor("gate_network.2", m)]
             }
             GateNetwork::Neuron => {
                 vec![tensor("gate_network.gate", self.hidden), tensor("gate_network.up", self.hidden)]
@@ -142,13 +164,14 @@ impl Gate {
         weights: GateWeights<'_>,
         noisy: bool,
     ) {
-        let (rows, n) = (x.len() / self.hidden, self.num_experts);
+        let (rows, n, m) = (x.len() / self.hidden, self.num_experts, self.first_rows());
         let wide = self.dims(rows, self.hidden);
         z.resize(rows * n);
         let GateActs { scales, pre, second, raw } = acts;
-        pre.resize(rows * n);
-        linear::Forward { y: pre, x, w: weights.a, bias: None, dims: wide }.run();
-        second.resize(if self.spec.network == GateNetwork::Linear { 0 } else { rows * n });
+        pre.resize(rows * m);
+        let first = linear::Dims { outputs: m, ..wide };
+        linear::Forward { y: pre, x, w: weights.a, bias: None, dims: first }.run();
+        second.resize(if self.spec.network == GateNetwork::Linear { 0 } else { rows * m });
         if self.spec.network == GateNetwork::Neuron {
             linear::Forward { y: second, x, w: weights.b, bias: None, dims: wide }.run();
         }
@@ -157,7 +180,7 @@ impl Gate {
             for (i, x) in x.chunks_exact(self.hidden).enumerate() {
                 let norm = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
                 let scale = if norm > 0.0 { (1.0 / norm) as f32 } else { 0.0 };
-                pre[i * n..][..n].iter_mut().for_each(|u| *u *= scale);
+                pre[i * m..][..m].iter_mut().for_each(|u| *u *= scale);
                 if self.spec.network == GateNetwork::Neuron {
                     second[i * n..][..n].iter_mut().for_each(|v| *v *= scale);
                 }
@@ -168,7 +191,7 @@ impl Gate {
             GateNetwork::Linear => z.copy_from_slice(pre),
             GateNetwork::Mlp => {
                 second.iter_mut().zip(pre.iter()).for_each(|(t, u)| *t = u.tanh());
-                linear::Forward { y: z, x: second, w: weights.b, bias: None, dims: self.dims(rows, n) }.run();
+                linear::Forward { y: z, x: second, w: weights.b, bias: None, dims: self.dims(rows, m) }.run();
             }
             GateNetwork::Neuron => {
                 let values = pre.iter().zip(second.iter());
@@ -189,19 +212,19 @@ impl Gate {
     /// Adds the gradients of x and of the weights.
     pub(crate) fn backward(&self, args: NetworkBackward<'_>) {
         let NetworkBackward { dx, grads, dz, draw, acts, x, weights } = args;
-        let (rows, n) = (x.len() / self.hidden, self.num_experts);
+        let (rows, n, m) = (x.len() / self.hidden, self.num_experts, self.first_rows());
         let wide = self.dims(rows, self.hidden);
         if !grads.bias.is_empty() {
             for dz in dz.chunks_exact(n) {
                 grads.bias.iter_mut().zip(dz).for_each(|(dc, dz)| *dc += dz);
             }
         }
-        let mut du = Buf::zeros(rows * n);
+        let mut du = Buf::zeros(rows * m);
         let mut dv = Buf::default();
         match self.spec.network {
             GateNetwork::Linear => du.copy_from_slice(dz),
             GateNetwork::Mlp => {
-                let dims = self.dims(rows, n);
+                let dims = self.dims(rows, m);
                 linear::BackwardWeight { dw: grads.b, dy: dz, x: &acts.second, dims }.run();
                 linear::BackwardInput { dx: &mut du, dy: dz, w: weights.b, dims, add: false }.run();
                 du.iter_mut().zip(acts.second.iter()).for_each(|(du, t)| *du *= 1.0 - t * t);
@@ -216,7 +239,7 @@ impl Gate {
         }
         if self.spec.normalize {
             for (of, values) in [(&mut du, &acts.pre), (&mut dv, &acts.second)] {
-                let rows = of.chunks_exact_mut(n).zip(values.chunks_exact(n)).zip(&acts.scales);
+                let rows = of.chunks_exact_mut(m).zip(values.chunks_exact(m)).zip(&acts.scales);
                 let inputs = dx.chunks_exact_mut(self.hidden).zip(x.chunks_exact(self.hidden));
                 for (((du, u), scale), (dx, x)) in rows.zip(inputs) {
                     let along: f32 = du.iter().zip(u).map(|(du, u)| du * u).sum();
@@ -230,8 +253,9 @@ impl Gate {
             linear::BackwardWeight { dw: grads.b, dy: &dv, x, dims: wide }.run();
             linear::BackwardInput { dx: &mut *dx, dy: &dv, w: weights.b, dims: wide, add: true }.run();
         }
-        linear::BackwardWeight { dw: grads.a, dy: &du, x, dims: wide }.run();
-        linear::BackwardInput { dx: &mut *dx, dy: &du, w: weights.a, dims: wide, add: true }.run();
+        let first = linear::Dims { outputs: m, ..wide };
+        linear::BackwardWeight { dw: grads.a, dy: &du, x, dims: first }.run();
+        linear::BackwardInput { dx: &mut *dx, dy: &du, w: weights.a, dims: first, add: true }.run();
         if let Some(draw) = draw {
             linear::BackwardWeight { dw: grads.noise, dy: draw, x, dims: wide }.run();
             linear::BackwardInput { dx, dy: draw, w: weights.noise, dims: wide, add: true }.run();
@@ -264,7 +288,7 @@ mod tests {
                 GateNetwork::Linear => u,
                 GateNetwork::Mlp => {
                     let h: Vec<f64> = u.iter().map(|u| u.tanh()).collect();
-                    b.chunks_exact(EXPERTS).map(|row| dot(&h, row)).collect()
+                    b.chunks_exact(h.len()).map(|row| dot(&h, row)).collect()
                 }
                 GateNetwork::Neuron => {
                     let v = b.chunks_exact(HIDDEN).map(|row| dot(x, row) / norm);
@@ -283,16 +307,18 @@ mod tests {
     #[test]
     fn gradients_are_differences_of_the_formulas() {
         use dsmoe_kernels::testing::{assert_close, f64s, finite_differences};
-        for (network, normalize, noise, bias) in [
-            (GateNetwork::Mlp, false, true, false),
-            (GateNetwork::Mlp, true, false, false),
-            (GateNetwork::Linear, false, true, false),
-            (GateNetwork::Linear, false, false, true),
-            (GateNetwork::Linear, true, true, true),
-            (GateNetwork::Neuron, false, false, false),
-            (GateNetwork::Neuron, true, true, false),
+        for (network, normalize, noise, bias, hidden) in [
+            (GateNetwork::Mlp, false, true, false, None),
+            (GateNetwork::Mlp, true, false, false, None),
+            (GateNetwork::Mlp, true, true, false, Some(EXPERTS + 3)),
+            (GateNetwork::Mlp, false, false, false, Some(EXPERTS - 1)),
+            (GateNetwork::Linear, false, true, false, None),
+            (GateNetwork::Linear, false, false, true, None),
+            (GateNetwork::Linear, true, true, true, None),
+            (GateNetwork::Neuron, false, false, false, None),
+            (GateNetwork::Neuron, true, true, false, None),
         ] {
-            let spec = GateSpec { network, normalize, noise, bias };
+            let spec = GateSpec { network, normalize, noise, bias, hidden };
             let gate = Gate { spec, hidden: HIDDEN, num_experts: EXPERTS };
             let [a, b, c, noises] = gate.lens();
             let [x, a, b, c, noises] =
@@ -327,7 +353,8 @@ mod tests {
 
     #[test]
     fn an_input_of_zeros_is_no_nan() {
-        let spec = GateSpec { network: GateNetwork::Mlp, normalize: true, noise: false, bias: false };
+        let network = GateNetwork::Mlp;
+        let spec = GateSpec { network, normalize: true, noise: false, bias: false, hidden: None };
         let gate = Gate { spec, hidden: HIDDEN, num_experts: EXPERTS };
         let (a, b) = (normals(EXPERTS * HIDDEN, 1), normals(EXPERTS * EXPERTS, 2));
         let mut z = Buf::default();

@@ -14,6 +14,8 @@ use super::spec::{GateNetwork, GateSpec, TopkSpec};
 
 /// The `type`.
 const KIND: &str = "topk";
+/// The most rows of a gate's first matrix that a file is believed.
+const MOST_GATE_ROWS: usize = 1 << 16;
 
 /// [`TopkSpec`] as it is stored; `num_experts` are those the gate chooses from.
 #[derive(Serialize, Deserialize)]
@@ -29,13 +31,15 @@ struct Stored {
     noise: bool,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     bias: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    gate_hidden: Option<usize>,
     balance_weight: f64,
 }
 
 impl TopkSpec {
     fn stored(&self) -> Stored {
         let TopKConfig { num_experts, top_k, num_residual, scores, score_scale } = self.router;
-        let GateSpec { network, normalize, noise, bias } = self.gate;
+        let GateSpec { network, normalize, noise, bias, hidden } = self.gate;
         Stored {
             num_experts,
             top_k,
@@ -47,6 +51,7 @@ impl TopkSpec {
             normalize,
             noise,
             bias,
+            gate_hidden: hidden,
             balance_weight: self.balance_weight,
         }
     }
@@ -61,6 +66,15 @@ impl TopkSpec {
         if bias && stored.gate != GateNetwork::Linear {
             return Err(dsmoe_router::Error::range("bias", bias, "false, but for a linear gate"));
         }
+        if let Some(hidden) = stored.gate_hidden {
+            let allowed = match stored.gate {
+                GateNetwork::Mlp => "1 to 65536",
+                GateNetwork::Linear | GateNetwork::Neuron => "absent, but for an mlp",
+            };
+            if stored.gate != GateNetwork::Mlp || !(1..=MOST_GATE_ROWS).contains(&hidden) {
+                return Err(dsmoe_router::Error::range("gate_hidden", hidden, allowed));
+            }
+        }
         if !(stored.balance_weight.is_finite() && stored.balance_weight >= 0.0) {
             return Err(wrong("balance_weight", stored.balance_weight, "0 or a positive number"));
         }
@@ -72,6 +86,7 @@ impl TopkSpec {
                 normalize: stored.normalize,
                 noise: stored.noise,
                 bias: stored.bias,
+                hidden: stored.gate_hidden,
             },
             balance_weight: stored.balance_weight,
         })
@@ -110,6 +125,10 @@ impl FfnSpec for TopkSpec {
 
     fn with_top_k(&self, top_k: usize) -> Option<Arc<dyn FfnSpec>> {
         Some(Arc::new(TopkSpec { router: TopKConfig { top_k, ..self.router }, ..*self }))
+    }
+
+    fn with_experts(&self, count: usize) -> Option<Arc<dyn FfnSpec>> {
+        Some(Arc::new(TopkSpec::with_experts(self, count)))
     }
 
     fn active_experts(&self) -> Option<f64> {

@@ -3,7 +3,9 @@
 
 use std::any::Any;
 
-use dsmoe_core::ffn::{GateBackward, GateTraining, HostGate, HostRouted, block_len, split, split_mut};
+use dsmoe_core::ffn::{
+    Decision, GateBackward, GateTraining, HostGate, HostRouted, block_len, split, split_mut,
+};
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::topk::{self, Noise, TopKRouted};
@@ -39,6 +41,15 @@ impl TopkRouter {
         let mut tensors = self.gate().tensors();
         tensors.retain(|tensor| !tensor.training_only);
         block_len(&tensors)
+    }
+
+    /// Returns what the gates decide for `x`, without noise.
+    pub(super) fn decide(&self, x: &[f32], params: &[f32]) -> Decision {
+        let (mut logits, mut acts) = (Buf::default(), GateActs::default());
+        self.gate().forward(&mut logits, &mut acts, x, self.weights(params, false), false);
+        let logits = matrix(&logits, x.len() / self.hidden, self.spec.router.num_experts).to_owned();
+        let TopKRouted { routing, .. } = topk::route(&self.spec.router, logits.view(), None, Fade::NONE);
+        Decision { soft: confidence::softmax(logits.view()), logits, routing }
     }
 
     fn weights<'a>(&self, params: &'a [f32], noisy: bool) -> GateWeights<'a> {

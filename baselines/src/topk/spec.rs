@@ -20,6 +20,16 @@ impl TopkSpec {
         self.router.num_experts + self.router.num_residual
     }
 
+    /// The settings with `num_experts` experts to choose from, and the same beside them. The first matrix of a gate of two and the
+    /// factor of the scores stay: with experts that are never chosen gone, the function is the same.
+    pub(crate) fn with_experts(&self, num_experts: usize) -> TopkSpec {
+        let router = TopKConfig { num_experts, ..self.router };
+        let rows = self.gate.hidden.unwrap_or(self.router.num_experts);
+        let is_mlp = self.gate.network == GateNetwork::Mlp;
+        let hidden = Some(rows).filter(|&rows| is_mlp && rows != num_experts);
+        TopkSpec { router, gate: GateSpec { hidden, ..self.gate }, ..*self }
+    }
+
     /// The number of experts that run for a token, residual ones included.
     pub(crate) fn active_experts(&self) -> usize {
         self.router.top_k + self.router.num_residual
@@ -49,4 +59,6 @@ pub struct GateSpec {
     pub noise: bool,
     /// A bias is added to the logits (FactorLLM).
     pub bias: bool,
+    /// Rows of the first matrix of an mlp, which stay where experts go; none for one of each expert.
+    pub hidden: Option<usize>,
 }

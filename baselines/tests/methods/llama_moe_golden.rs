@@ -20,7 +20,13 @@ fn output_balance_loss_and_gradients_are_those_of_pytorch() {
     let read = |name: &str| -> Vec<f32> { wide(name).iter().map(|&x| x as f32).collect() };
     let spec = TopkSpec {
         router: TopKConfig { num_residual: 1, ..TopKConfig::new(4, 2).unwrap() },
-        gate: GateSpec { network: GateNetwork::Mlp, normalize: false, noise: false, bias: false },
+        gate: GateSpec {
+            network: GateNetwork::Mlp,
+            normalize: false,
+            noise: false,
+            bias: false,
+            hidden: None,
+        },
         balance_weight: 0.05,
     };
     let ffn = TopkMoeFfn::new(HIDDEN, WIDTH, spec);
