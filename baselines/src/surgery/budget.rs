@@ -1,6 +1,7 @@
 //! Numbers of experts that a budget in held parameters has room for.
 //!
-//! `held = rest + sum over layers of (3 d w r_l + d g_l)`, r_l experts and g_l gates of a layer.
+//! `held = rest + sum over layers of (s_l r_l + g g_l)`, r_l experts of s_l parameters and g_l gates of a layer. What all tokens run
+//! is of the rest: a core, residual experts, and what gates have in common.
 
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
@@ -14,12 +15,14 @@ use crate::method::Budget;
 pub(super) struct Held {
     /// Everything but experts that are chosen from and their gates.
     rest: f64,
-    /// An expert.
-    expert: f64,
+    /// An expert of each layer.
+    sizes: Vec<f64>,
     /// A gate.
     gate: f64,
     /// Experts of layers.
     experts: Vec<usize>,
+    /// Experts of layers that all tokens run.
+    always: Vec<usize>,
     /// True if all gates stay.
     keeps_gates: bool,
     total: u64,
@@ -28,49 +31,66 @@ pub(super) struct Held {
 impl Held {
     /// Returns what `config` holds, of which all gates stay or not.
     pub(super) fn of(config: &Config, keeps_gates: bool) -> Result<Held> {
-        let Shape { experts: held, sizes: [expert, gate], .. } = shape(config)?;
+        let Shape { experts, always, sizes, gate, .. } = shape(config)?;
         let total = Accounting::of(config).total;
-        let (expert, gate) = (expert as f64, gate as f64);
-        let experts: usize = held.iter().sum();
-        let rest = total as f64 - experts as f64 * (expert + gate);
-        Ok(Held { rest, expert, gate, experts: held, keeps_gates, total })
+        let (sizes, gate): (Vec<f64>, _) = (sizes.into_iter().map(|size| size as f64).collect(), gate as f64);
+        let mut held = Held { rest: 0.0, sizes, gate, experts, always, keeps_gates, total };
+        held.rest = total as f64 - held.params(&held.experts);
+        Ok(held)
     }
 
-    /// Returns the parameters that are held with `experts` experts in all layers together.
-    pub(super) fn params(&self, experts: usize) -> f64 {
-        let gates = if self.keeps_gates { self.experts.iter().sum() } else { experts };
-        self.rest + experts as f64 * self.expert + gates as f64 * self.gate
+    /// Returns the parameters that are held with as many experts of each layer.
+    pub(super) fn params(&self, experts: &[usize]) -> f64 {
+        let gates = if self.keeps_gates { &self.experts[..] } else { experts };
+        let of_layer = |((&experts, &gates), &size): ((&usize, &usize), &f64)| {
+            experts as f64 * size + gates as f64 * self.gate
+        };
+        self.rest + experts.iter().zip(gates).zip(&self.sizes).map(of_layer).sum::<f64>()
     }
 
-    /// Returns the largest number of experts, at least `fewest` of every layer and the same of all, that the budget has room
-    /// for; a layer that has fewer keeps its own.
+    /// Returns the largest numbers of experts, at least `fewest` in every layer, that the budget has room for: all layers have
+    /// as many, those that all tokens run included, but for a layer that has fewer and keeps its own.
     ///
     /// # Errors
     /// There is no room for `fewest`.
-    pub(super) fn per_layer(&self, budget: Budget, fewest: usize) -> Result<usize> {
-        let most = self.experts.iter().copied().max().unwrap_or(0);
-        let all = |r: usize| self.experts.iter().map(|&held| held.min(r)).sum();
-        self.largest(budget, fewest..=most, all)
+    pub(super) fn per_layer(&self, budget: Budget, fewest: usize) -> Result<Vec<usize>> {
+        let layers = || self.experts.iter().zip(&self.always);
+        let least = layers().map(|(&held, &always)| always + held.min(fewest)).max().unwrap_or(0);
+        let most = layers().map(|(held, always)| held + always).max().unwrap_or(0);
+        let of = |r: usize| layers().map(|(&held, &always)| held.min(r.saturating_sub(always))).collect();
+        self.largest(budget, least..=most, of)
     }
 
-    /// Returns the largest number of experts of all layers together, at least `fewest` of each, that the budget has room for.
+    /// Returns the largest number of experts of all layers together, at least `fewest` of each, that the budget has room for;
+    /// those of all layers are of one size.
     ///
     /// # Errors
     /// There is no room for `fewest`.
     pub(super) fn of_all(&self, budget: Budget, fewest: usize) -> Result<usize> {
         let least = self.experts.iter().map(|&held| held.min(fewest)).sum();
-        self.largest(budget, least..=self.experts.iter().sum(), |experts| experts)
+        let most = self.experts.iter().sum();
+        // Of one size, any of them will do.
+        let of = |experts: usize| {
+            let mut left = experts;
+            let take = |&held: &usize| {
+                let taken = held.min(left);
+                left -= taken;
+                taken
+            };
+            self.experts.iter().map(take).collect()
+        };
+        Ok(self.largest(budget, least..=most, of)?.iter().sum())
     }
 
     fn largest(
         &self,
         budget: Budget,
         range: std::ops::RangeInclusive<usize>,
-        all: impl Fn(usize) -> usize,
-    ) -> Result<usize> {
+        of: impl Fn(usize) -> Vec<usize>,
+    ) -> Result<Vec<usize>> {
         let params = budget.params(self.total);
-        let least = self.params(all(*range.start()));
-        let fits = range.rev().find(|&experts| self.params(all(experts)) <= params);
+        let least = self.params(&of(*range.start()));
+        let fits = range.rev().map(of).find(|experts| self.params(experts) <= params);
         fits.ok_or_else(|| {
             let percent = 100.0 * least / self.total as f64;
             let problem =

@@ -9,7 +9,7 @@
 
 use dsmoe_core::Config;
 use dsmoe_core::calibrate::{ExpertStats, ExpertSums};
-use dsmoe_core::surgery::{LayerSurgery, NewExpert, Part, RouterRule};
+use dsmoe_core::surgery::{LayerSurgery, NewExpert, Part, RouterRule, Surgery};
 use dsmoe_kernels::rng::Rng;
 use serde::{Deserialize, Serialize};
 
@@ -129,13 +129,10 @@ impl Configured for HcSmoe {
     }
 
     fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
-        let held = Held::of(config, true)?;
         let experts = &mixture(config)?.experts;
+        let held = Held::of(config, true)?;
         let counts = match self.0.allocation {
-            Allocation::Layer => {
-                let r = held.per_layer(budget, 1)?;
-                experts.iter().map(|&held| held.min(r)).collect()
-            }
+            Allocation::Layer => held.per_layer(budget, 1)?,
             Allocation::Global => {
                 let even = experts.iter().map(|&held| vec![1.0; held]).collect::<Vec<_>>();
                 shares(&even, held.of_all(budget, 1)?, 1)
@@ -157,10 +154,7 @@ impl Configured for HcSmoe {
             Ok(())
         })?;
         let counts = match self.0.allocation {
-            Allocation::Layer => {
-                let r = held.per_layer(job.budget, 1)?;
-                layers.iter().map(|layer| layer.usage.len().min(r)).collect()
-            }
+            Allocation::Layer => held.per_layer(job.budget, 1)?,
             Allocation::Global => {
                 let usage: Vec<Vec<f64>> = layers.iter().map(|layer| layer.usage.clone()).collect();
                 shares(&usage, held.of_all(job.budget, 1)?, 1)
@@ -172,7 +166,8 @@ impl Configured for HcSmoe {
             align::align(job.model, &mut surgeries, progress)?;
         }
         let plan = self.planned(&config, &surgeries)?;
-        write(job, &surgeries, self.top_k(&config, &surgeries)?, progress)?;
+        let top_k = self.top_k(&config, &surgeries)?;
+        write(job, Surgery { top_k, ..Surgery::of(&surgeries) }, progress)?;
         let entropies: Vec<f64> = layers.iter().map(|layer| entropy(&layer.usage)).collect();
         Ok(made(plan, &entropies, Vec::new()))
     }

@@ -1,5 +1,8 @@
-//! Methods that change which experts a trained mixture holds: they merge experts that are alike, or drop those that few tokens
+//! Methods that change which experts a trained model holds: they merge experts that are alike, or drop those that few tokens
 //! run. They see the model layer by layer on calibration text and leave the writing to [`dsmoe_core::surgery`].
+//!
+//! Experts of DSMoE and of top-k models are parts of one FFN: a token needs their sum, and a mean of two is neither of them. They
+//! are dropped, and merged only where that is asked for by name.
 
 mod align;
 mod budget;
@@ -16,11 +19,12 @@ use std::path::Path;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::calibrate::{ExpertStats, LayerExperts, LayerStream, check_text};
 use dsmoe_core::config::{CONFIG_FILE, Config, MixtureSpec};
-use dsmoe_core::surgery::{self, LayerSurgery, RouterRule};
+use dsmoe_core::surgery::{self, LayerSurgery, RouterRule, Surgery};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::method::{Job, Made, Plan, Progress};
+use crate::topk;
 pub(crate) use hc_smoe::HC_SMOE;
 pub(crate) use seer::SEER_MOE;
 pub(crate) use uncurl::UNCURL;
@@ -54,42 +58,81 @@ impl Gates {
     }
 }
 
-/// Returns the experts of a mixture.
+const HELP: &str =
+    "use Mixtral, Qwen-MoE or OLMoE, or a mixture that was made of a dense model by sparse upcycling";
+
+/// Returns the experts of a mixture, whose gates can share them.
 fn mixture(config: &Config) -> Result<&MixtureSpec> {
-    let help =
-        "use Mixtral, Qwen-MoE or OLMoE, or a mixture that was made of a dense model by sparse upcycling";
     match config.mixture() {
-        Some(spec) if spec.maps.is_some() => {
-            let help = "use the model before its experts were merged";
-            Err(Error::model("its gates share experts already", help))
+        Some(spec) if spec.maps.is_none() => Ok(spec),
+        _ => {
+            shape(config)?;
+            let problem =
+                "its experts are parts of one FFN and no variants of each other, and have a gate each";
+            Err(Error::model(problem, HELP))
         }
-        Some(spec) => Ok(spec),
-        None if config.is_dense() => Err(Error::model("it is dense, and this method changes experts", help)),
-        None => Err(Error::model("its experts are parts of one FFN and no variants of each other", help)),
     }
 }
 
-/// The experts of a model that each have a gate.
+/// The experts of a model that each have a gate, and what its tokens run besides.
 struct Shape {
     /// Experts of layers.
     experts: Vec<usize>,
-    /// Parameters of an expert and of its gate.
-    sizes: [usize; 2],
+    /// Experts of layers that all tokens run: a core, or residual ones.
+    always: Vec<usize>,
+    /// Parameters of an expert of each layer.
+    sizes: Vec<usize>,
+    /// Parameters of the gate of an expert.
+    gate: usize,
     /// Experts that a token runs, where their number is fixed.
     top_k: Option<usize>,
+    /// True if the experts were made to be variants of each other; otherwise they are parts of one FFN, and all layers have as
+    /// many.
+    is_mixture: bool,
 }
 
-/// Returns the experts of a mixture or of a DSMoE model.
+/// Returns the experts of a mixture, of a DSMoE model, or of a model with FFNs of type top-k.
 fn shape(config: &Config) -> Result<Shape> {
-    if let Some(moe) = &config.moe {
-        let n = moe.router.num_experts;
-        let expert = 3 * config.hidden * (config.intermediate / n);
-        let gate = moe.parts.router_rank.unwrap_or(config.hidden) + usize::from(moe.router_bias);
-        return Ok(Shape { experts: vec![n; config.num_layers], sizes: [expert, gate], top_k: None });
+    if let Some(spec) = config.mixture() {
+        if spec.maps.is_some() {
+            let help = "use the model before its experts were merged";
+            return Err(Error::model("its gates share experts already", help));
+        }
+        let layers = config.num_layers;
+        return Ok(Shape {
+            experts: spec.experts.clone(),
+            always: vec![0; layers],
+            sizes: vec![3 * config.hidden * spec.width; layers],
+            gate: config.hidden,
+            top_k: Some(spec.top_k),
+            is_mixture: true,
+        });
     }
-    let spec = mixture(config)?;
-    let sizes = [3 * config.hidden * spec.width, config.hidden];
-    Ok(Shape { experts: spec.experts.clone(), sizes, top_k: Some(spec.top_k) })
+    let layers = 0..config.num_layers;
+    let (blocks, always, gate, top_k): (_, Vec<usize>, _, _) = match (&config.moe, config.ffn.as_deref()) {
+        (Some(moe), _) => {
+            let gate = moe.parts.router_rank.unwrap_or(config.hidden) + usize::from(moe.router_bias);
+            (moe.router.num_experts, layers.map(|layer| moe.core(layer)).collect(), gate, None)
+        }
+        (None, Some(spec)) => {
+            let Some(spec) = topk::spec_of(spec) else {
+                return Err(Error::model("its experts cannot be changed one by one", HELP));
+            };
+            let always = vec![spec.router.num_residual; config.num_layers];
+            (spec.all_experts(), always, spec.gate(config.hidden).params_of_expert(), Some(spec.router.top_k))
+        }
+        (None, None) => return Err(Error::model("it is dense, and this method changes experts", HELP)),
+    };
+    // A neuron has a row in each projection, and a bias in two of them.
+    let neuron = 3 * config.hidden + if config.architecture.mlp_bias { 2 } else { 0 };
+    Ok(Shape {
+        experts: always.iter().map(|always| blocks - always).collect(),
+        always,
+        sizes: config.layers().map(|layer| neuron * (layer.intermediate / blocks)).collect(),
+        gate,
+        top_k,
+        is_mixture: false,
+    })
 }
 
 /// The weights and statistics of one layer, which a method decides by.
@@ -150,14 +193,8 @@ fn plan(config: &Config, layers: &[LayerSurgery], top_k: Option<usize>, reached_
 }
 
 /// Writes the model of a job.
-fn write(
-    job: &Job<'_>,
-    layers: &[LayerSurgery],
-    top_k: Option<usize>,
-    progress: &mut dyn FnMut(Progress),
-) -> Result<()> {
-    let changes = (layers, top_k);
-    surgery::operate_on(job.comm, [job.model, job.out], changes, job.force, &mut |at| {
+fn write(job: &Job<'_>, surgery: Surgery<'_>, progress: &mut dyn FnMut(Progress)) -> Result<()> {
+    surgery::operate_on(job.comm, [job.model, job.out], surgery, job.force, &mut |at| {
         progress(Progress { stage: "writing", done: at.done_bytes, total: at.total_bytes });
     })?;
     Ok(())

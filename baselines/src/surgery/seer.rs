@@ -6,11 +6,13 @@
 //! ean        sum over dimensions of sqrt(sum of squared outputs), tokens that run e
 //! reap       mean over tokens that run e of c |o| mean-norm  mean over them of |o|
 //! ```
-//! Scores are shares of a layer's sum, so that layers compare. Of DSMoE, hard counts open gates and soft sums sigmoids.
+//! Scores are shares of a layer's sum, so that layers compare. Of DSMoE, hard counts open gates and soft sums sigmoids; a core and
+//! residual experts have no score and stay. Where a DSMoE model stores budgets, the calibration text says which share of the
+//! experts that are left each of them opens.
 
 use dsmoe_core::Config;
 use dsmoe_core::calibrate::{ExpertStats, ExpertSums};
-use dsmoe_core::surgery::LayerSurgery;
+use dsmoe_core::surgery::{LayerSurgery, Surgery};
 use dsmoe_kernels::rng::Rng;
 use serde::{Deserialize, Serialize};
 
@@ -23,7 +25,7 @@ use crate::settings::{Entry, SettingValues, Settings as _, settings};
 /// The method `seer-moe`.
 pub(crate) static SEER_MOE: Entry<Settings> = Entry {
     name: "seer-moe",
-    summary: "experts that few tokens run dropped with their gates, of mixtures and DSMoE; held parameters",
+    summary: "experts that few tokens run dropped with their gates, of mixtures, DSMoE and top-k models; held parameters",
     source: Source::Experts,
     counts: Counts::Held,
     ..Entry::new(configure)
@@ -95,12 +97,13 @@ impl Configured for Seer {
         let config = Config::load(job.model)?;
         self.plan(&config, job.budget)?;
         let all: Vec<Vec<usize>> = shape(&config)?.experts.iter().map(|&n| (0..n).collect()).collect();
-        let (mut kept, mut entropies) = (all.clone(), Vec::new());
+        let (mut kept, mut entropies, mut above) = (all.clone(), Vec::new(), Vec::new());
         loop {
             let mut scores = Vec::new();
             survey(job, Some(&kept), self.needs_outputs(), progress, &mut |seen| {
                 if kept == all {
                     entropies.push(entropy(&seen.stats.usage()));
+                    above.push(above_budgets(seen.stats));
                 }
                 scores.push(normalised(&scores_of(self.0.score, seen.stats, [job.seed, seen.layer as u64])));
                 Ok(())
@@ -113,8 +116,10 @@ impl Configured for Seer {
             }
         }
         let plan = self.planned(&config, &kept)?;
+        let Shape { always, top_k, .. } = shape(&config)?;
+        let shares = shares_of_budgets(&above, &kept, &always);
         let layers: Vec<LayerSurgery> = kept.into_iter().map(LayerSurgery::keep).collect();
-        write(job, &layers, shape(&config)?.top_k, progress)?;
+        write(job, Surgery { layers: &layers, top_k, shares: Some(&shares) }, progress)?;
         Ok(made(plan, &entropies, Vec::new()))
     }
 }
@@ -122,17 +127,11 @@ impl Configured for Seer {
 impl Seer {
     /// Refuses what only mixtures have.
     fn check(&self, config: &Config) -> Result<()> {
-        let is_mixture = config.mixture().is_some() || config.is_dense();
-        let wrong = |name, value: &str, help: &str| {
-            let problem = format!("cannot be {value} for experts that are parts of one FFN");
-            Err(Error::setting(name, problem, help))
-        };
-        match (self.0.allocation, self.0.rounds) {
-            _ if is_mixture => Ok(()),
-            (Allocation::Global, _) => wrong("allocation", "global", "set it to layer"),
-            (_, Rounds::Each) => wrong("rounds", "each", "set it to once"),
-            _ => Ok(()),
+        if self.0.allocation == Allocation::Layer || shape(config)?.is_mixture {
+            return Ok(());
         }
+        let problem = "cannot be global for experts that are parts of one FFN, as many in every layer";
+        Err(Error::setting("allocation", problem, "set it to layer"))
     }
 
     fn needs_outputs(&self) -> bool {
@@ -151,10 +150,7 @@ impl Seer {
     fn kept(&self, config: &Config, budget: Budget, scores: &[Vec<f64>]) -> Result<Vec<Vec<usize>>> {
         let (held, fewest) = (Held::of(config, false)?, shape(config)?.top_k.unwrap_or(1));
         let counts = match self.0.allocation {
-            Allocation::Layer => {
-                let r = held.per_layer(budget, fewest)?;
-                scores.iter().map(|scores| scores.len().min(r)).collect()
-            }
+            Allocation::Layer => held.per_layer(budget, fewest)?,
             Allocation::Global => shares(scores, held.of_all(budget, fewest)?, fewest),
         };
         Ok(scores.iter().zip(counts).map(|(scores, count)| largest(scores, count)).collect())
@@ -191,6 +187,27 @@ impl Seer {
         let names = |(kept, chosen): (&Vec<usize>, &Vec<usize>)| chosen.iter().map(|&i| kept[i]).collect();
         Ok(kept.iter().zip(&chosen).map(names).collect())
     }
+}
+
+/// Returns the share of tokens whose logit is above the threshold of each budget, expert by expert.
+fn above_budgets(stats: &ExpertStats) -> Vec<Vec<f64>> {
+    let tokens = stats.tokens.max(1) as f64;
+    stats.experts.iter().map(|sums| sums.above.iter().map(|above| above / tokens).collect()).collect()
+}
+
+/// Returns the share of the experts of a model that each budget leaves active, of which those that are `kept` and those that all
+/// tokens run are left, from the shares of tokens `above` its thresholds, by layer and expert.
+pub(super) fn shares_of_budgets(above: &[Vec<Vec<f64>>], kept: &[Vec<usize>], always: &[usize]) -> Vec<f64> {
+    let budgets = above.first().and_then(|layer| layer.first()).map_or(0, Vec::len);
+    let experts = (total(kept) + always.iter().sum::<usize>()) as f64;
+    let active = |budget: usize| {
+        let layers = above.iter().zip(kept).zip(always);
+        let open = layers.map(|((above, kept), &always)| {
+            always as f64 + kept.iter().map(|&expert| above[expert][budget]).sum::<f64>()
+        });
+        open.sum::<f64>() / experts
+    };
+    (0..budgets).map(active).collect()
 }
 
 fn total(kept: &[Vec<usize>]) -> usize {

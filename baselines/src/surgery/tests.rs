@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::budget::Held;
 use super::hc_smoe::first_clusters;
 use super::linkage::{Linkage, agglomerate};
-use super::seer::{Score, largest, scores_of};
+use super::seer::{Score, largest, scores_of, shares_of_budgets};
 use super::uncurl::{Affinity, affinities};
 use super::{align, entropy, groups_of, shares, spectral};
 use crate::method::Budget;
@@ -272,19 +272,93 @@ fn budgets_hold_what_the_fixture_says() {
     let held = |keeps_gates| Held::of(&config, keeps_gates).unwrap();
     let all = counts.total as f64;
     assert_eq!((counts.non_ffn, counts.router, counts.total), (293_376, 5_120, 5_705_216));
-    assert_eq!((held(false).params(30), held(true).params(30)), (4_352_256.0, 4_353_536.0));
-    assert_eq!((held(false).params(20), counts.activated(0.0)), (2_999_296.0, 1_650_176.0));
-    assert_eq!(held(true).params(40), all);
-    assert_eq!(held(false).params(30), all - 10.0 * (expert + 128.0));
-    assert_eq!(held(true).params(30), all - 10.0 * expert);
+    assert_eq!((held(false).params(&[6; 5]), held(true).params(&[6; 5])), (4_352_256.0, 4_353_536.0));
+    assert_eq!((held(false).params(&[4; 5]), counts.activated(0.0)), (2_999_296.0, 1_650_176.0));
+    assert_eq!(held(true).params(&[8; 5]), all);
+    assert_eq!(held(false).params(&[6; 5]), all - 10.0 * (expert + 128.0));
+    assert_eq!(held(true).params(&[8, 8, 8, 4, 2]), all - 10.0 * expert);
     // The largest that fits, with a share that just fits and one that does not.
-    let share = held(false).params(30) / all;
-    assert_eq!(held(false).per_layer(Budget::Share(share + 1e-9), 2).unwrap(), 6);
-    assert_eq!(held(false).per_layer(Budget::Share(share - 1e-6), 2).unwrap(), 5);
+    let share = held(false).params(&[6; 5]) / all;
+    assert_eq!(held(false).per_layer(Budget::Share(share + 1e-9), 2).unwrap(), [6; 5]);
+    assert_eq!(held(false).per_layer(Budget::Share(share - 1e-6), 2).unwrap(), [5; 5]);
     assert_eq!(held(false).of_all(Budget::Share(share - 1e-6), 2).unwrap(), 29);
-    assert_eq!(held(true).per_layer(Budget::Share(1.0), 1).unwrap(), 8);
+    assert_eq!(held(true).per_layer(Budget::Share(1.0), 1).unwrap(), [8; 5]);
     let error = held(false).per_layer(Budget::Share(0.1), 2).unwrap_err().to_string();
     assert!(error.contains("budget 0.1: is less than the model holds with the fewest experts"), "{error}");
+}
+
+/// Three layers of DSMoE with the keys of `moe`, FFNs of 24, 24 and 36 neurons in six experts.
+fn gated(moe: &Value, changes: &Value) -> Config {
+    let shape = |neurons: usize| {
+        let mut shape = json!({ "num_attention_heads": 2, "num_key_value_heads": 1 });
+        shape["intermediate_size"] = json!(neurons);
+        shape
+    };
+    let mut json = json!({
+        "model_type": "dsmoe", "vocab_size": 64, "hidden_size": 12, "intermediate_size": 36, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "layer_shapes": [shape(24), shape(24), shape(36)],
+        "dsmoe": {
+            "format_version": 2, "num_experts": 6, "threshold": 0.5, "partition": "contiguous", "router_bias": true,
+            "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": true,
+        },
+    });
+    json["dsmoe"].as_object_mut().unwrap().extend(moe.as_object().unwrap().clone());
+    json.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    Config::from_json(Path::new("config.json"), &json.to_string()).unwrap()
+}
+
+#[test]
+fn budgets_of_gated_experts_count_the_core_and_leave_it() {
+    // Neurons of an expert: 4, 4 and 6. A router of rank 3 has 3 weights and a bias for a gate.
+    let config = gated(&json!({ "core": [1, 2, 2], "router_rank": 3, "correction": true }), &json!({}));
+    let all = dsmoe_core::accounting::Accounting::of(&config).total as f64;
+    let held = Held::of(&config, false).unwrap();
+    let neurons = 3.0 * 12.0;
+    assert_eq!(held.params(&[5, 4, 4]), all);
+    assert_eq!(held.params(&[4, 3, 3]), all - (14.0 * neurons + 3.0 * 4.0));
+    // All layers lose as many, so that the core of the first leaves it one more.
+    let share = |lost: f64| Budget::Params(all - lost * (14.0 * neurons + 12.0));
+    assert_eq!(held.per_layer(share(1.0), 1).unwrap(), [4, 3, 3]);
+    assert_eq!(held.per_layer(share(1.5), 1).unwrap(), [3, 2, 2]);
+    assert_eq!(held.per_layer(share(3.0), 1).unwrap(), [2, 1, 1]);
+    assert!(held.per_layer(share(3.1), 1).unwrap_err().to_string().contains("fewest experts of a layer"));
+    // Biases of gate and up are of neurons, and a full router has a row of the width of the states.
+    let config = gated(&json!({ "format_version": 1 }), &json!({ "mlp_bias": true }));
+    let all = dsmoe_core::accounting::Accounting::of(&config).total as f64;
+    let held = Held::of(&config, false).unwrap();
+    assert_eq!(held.params(&[5; 3]), all - (14.0 * (neurons + 2.0) + 3.0 * 13.0));
+    // What the plan says is what the configuration of the result counts.
+    for (name, set) in [("seer-moe", &[][..]), ("uncurl", &["router=mean"])] {
+        let settings = read_settings(set.iter().copied()).unwrap();
+        let method = method(name).unwrap().configure(&settings).unwrap();
+        let plan = method.plan(&config, Budget::Params(held.params(&[5; 3]))).unwrap();
+        assert_eq!(
+            (plan.total, plan.reached_by.as_str()),
+            (held.params(&[5; 3]), "15 of 18 experts"),
+            "{name}"
+        );
+    }
+    for (name, set, part) in [
+        ("uncurl", &[][..], "router: cannot be map for experts that are parts of one FFN"),
+        ("hc-smoe", &[], "no variants of each other"),
+        ("seer-moe", &["allocation=global"], "allocation: cannot be global"),
+    ] {
+        let method = method(name).unwrap().configure(&read_settings(set.iter().copied()).unwrap()).unwrap();
+        let error = method.plan(&config, Budget::Share(0.9)).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn shares_of_budgets_are_those_of_the_experts_that_are_left() {
+    // Two layers of a core of one and three gates, at two budgets.
+    let above = [
+        vec![vec![0.5, 1.0], vec![0.0, 0.25], vec![0.25, 0.5]],
+        vec![vec![0.0, 0.0], vec![0.75, 1.0], vec![0.5, 0.5]],
+    ];
+    let shares = shares_of_budgets(&above, &[vec![0, 2], vec![1, 2]], &[1, 1]);
+    assert_close_f64("shares", &shares, &[(2.0 + 0.75 + 1.25) / 6.0, (2.0 + 1.5 + 1.5) / 6.0], 1e-12);
+    assert!(shares_of_budgets(&[vec![Vec::new(); 3]], &[vec![0]], &[0]).is_empty());
 }
 
 #[test]

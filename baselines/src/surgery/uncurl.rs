@@ -7,16 +7,19 @@
 //! neurons    of a member in the order that is most like the most used member's
 //! merge      mean of the members by the tokens that run them; equal weights where nothing does
 //! ```
+//! The experts of DSMoE and of top-k models are parts of one FFN, of which a token needs the sum: a group of them that becomes its
+//! mean gives less than it did. They are merged with the mean of their gates, since no format has gates of theirs that share an
+//! expert; [`dsmoe_core::surgery`] says what that mean is.
 
 use dsmoe_core::Config;
 use dsmoe_core::calibrate::ExpertStats;
-use dsmoe_core::surgery::LayerSurgery;
+use dsmoe_core::surgery::{LayerSurgery, Surgery};
 use serde::{Deserialize, Serialize};
 
 use super::budget::Held;
 use super::hc_smoe::{Alignment, first_clusters, most_used_first};
-use super::{Gates, align, entropy, groups_of, made, mixture, plan, spectral, survey, write};
-use crate::error::Result;
+use super::{Gates, align, entropy, groups_of, made, plan, shape, spectral, survey, write};
+use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Counts, Job, Made, Plan, Progress, Source};
 use crate::settings::{Entry, SettingValues, Settings as _, settings};
 
@@ -70,22 +73,22 @@ impl Configured for Uncurl {
     }
 
     fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
-        let r = self.held(config)?.per_layer(budget, 1)?;
+        let counts = self.held(config)?.per_layer(budget, 1)?;
         let rule = self.0.router.rule();
-        let layer = |&n: &usize| LayerSurgery { router: rule, ..first_clusters(n, n.min(r)) };
-        let layers: Vec<LayerSurgery> = mixture(config)?.experts.iter().map(layer).collect();
+        let layer = |(&n, &r): (&usize, &usize)| LayerSurgery { router: rule, ..first_clusters(n, r) };
+        let layers: Vec<LayerSurgery> = shape(config)?.experts.iter().zip(&counts).map(layer).collect();
         self.planned(config, &layers)
     }
 
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {
         let config = Config::load(job.model)?;
         let plan = self.plan(&config, job.budget)?;
-        let r = self.held(&config)?.per_layer(job.budget, 1)?;
+        let counts = self.held(&config)?.per_layer(job.budget, 1)?;
         let (mut layers, mut entropies) = (Vec::new(), Vec::new());
         survey(job, None, false, progress, &mut |seen| {
             let affinity = affinities(self.0.affinity, seen.stats);
-            let clusters = r.min(seen.stats.experts.len());
-            let labels = spectral::cluster(&affinity, clusters, job.seed.wrapping_add(seen.layer as u64));
+            let seed = job.seed.wrapping_add(seen.layer as u64);
+            let labels = spectral::cluster(&affinity, counts[seen.layer], seed);
             let usage = seen.stats.usage();
             let groups = groups_of(&labels, |e| usage[e]).into_iter();
             let experts = groups.map(|group| most_used_first(group, &usage)).collect();
@@ -97,23 +100,29 @@ impl Configured for Uncurl {
         if self.0.alignment == Alignment::Weights {
             moved = align::align(job.model, &mut layers, progress)?;
         }
-        write(job, &layers, self.top_k(&config, &layers)?, progress)?;
+        let top_k = self.top_k(&config, &layers)?;
+        write(job, Surgery { top_k, ..Surgery::of(&layers) }, progress)?;
         Ok(made(plan, &entropies, vec![("experts whose neurons moved".to_owned(), moved as f64)]))
     }
 }
 
 impl Uncurl {
     fn held(&self, config: &Config) -> Result<Held> {
-        Held::of(config, self.0.router == Gates::Map)
+        let keeps_gates = self.0.router == Gates::Map;
+        if keeps_gates && !shape(config)?.is_mixture {
+            let problem = "cannot be map for experts that are parts of one FFN, each with a gate of its own";
+            return Err(Error::setting("router", problem, "set it to mean, or use a mixture of experts"));
+        }
+        Held::of(config, keeps_gates)
     }
 
     fn top_k(&self, config: &Config, layers: &[LayerSurgery]) -> Result<Option<usize>> {
         let fewest = layers.iter().map(|layer| layer.experts.len()).min().unwrap_or(1);
-        Ok(Some(mixture(config)?.top_k.min(fewest)))
+        Ok(shape(config)?.top_k.map(|top_k| top_k.min(fewest)))
     }
 
     fn planned(&self, config: &Config, layers: &[LayerSurgery]) -> Result<Plan> {
-        let (held, all) = (layers.iter().map(|layer| layer.experts.len()), &mixture(config)?.experts);
+        let (held, all) = (layers.iter().map(|layer| layer.experts.len()), shape(config)?.experts);
         let reached_by = format!("{} of {} experts", held.sum::<usize>(), all.iter().sum::<usize>());
         plan(config, layers, self.top_k(config, layers)?, reached_by)
     }

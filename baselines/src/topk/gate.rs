@@ -101,6 +101,16 @@ impl Gate {
         }
     }
 
+    /// The number of values that a model holds of the gate for one expert.
+    pub(crate) fn params_of_expert(&self) -> usize {
+        let row = match self.spec.network {
+            GateNetwork::Linear => self.hidden,
+            GateNetwork::Mlp => self.first_rows(),
+            GateNetwork::Neuron => 2 * self.hidden,
+        };
+        row + usize::from(self.spec.bias)
+    }
+
     /// The names of the tensors that have a row, or a value, for every expert.
     pub(crate) fn rows_of_experts(&self) -> &'static [&'static str] {
         match self.spec.network {
