@@ -10,9 +10,11 @@ use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert, upcycle};
 use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::model::{Batch, Inference, Model, StepArgs, TrainWorkspace, Workspace};
-use dsmoe_core::surgery::{LayerSurgery, NewExpert, Part, RouterRule, operate};
+use dsmoe_core::surgery::{LayerSurgery, NewExpert, Part, RouterRule, Surgery, operate, operate_on};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
+use dsmoe_kernels::comm::alone;
+use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::testing::{assert_close_f64, refused};
 use serde_json::{Value, json};
 
@@ -323,6 +325,260 @@ fn dsmoe_loses_experts_and_keeps_its_function() {
     let fixed = operate(&moe, &out, (&vec![LayerSurgery::keep([0, 1]); 2], Some(1)), false, &mut |_| {});
     refused(fixed, &["a fixed number of experts for each token"]);
     assert!(!out.exists());
+}
+
+/// Two layers of six experts of 4 neurons with random weights, keys of config.json and of its object `dsmoe` added.
+fn gated(dir: &Path, moe: &Value, keys: &Value) {
+    let mut json = json!({
+        "model_type": "dsmoe", "vocab_size": 64, "hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32, "rope_theta": 5000.0,
+        "dsmoe": {
+            "format_version": 2, "num_experts": 6, "threshold": 0.5, "partition": "contiguous", "router_bias": true,
+            "gate_value": "sigmoid", "rescale": "none", "zero_active": "skip", "ste": true,
+        },
+    });
+    json["dsmoe"].as_object_mut().unwrap().extend(moe.as_object().unwrap().clone());
+    json.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+    let mut model = Model::new(Config::from_json(Path::new("config.json"), &json.to_string()).unwrap());
+    for (i, entry) in model.layout().clone().entries().iter().enumerate() {
+        let (mut rng, is_norm) = (Rng::new(7, i as u64), entry.spec.name.contains("norm"));
+        for p in &mut model.params_mut()[entry.range.clone()] {
+            *p = if is_norm { 1.0 } else { 0.4 * rng.normal() };
+        }
+    }
+    fs::create_dir_all(dir).unwrap();
+    model.save(dir, Dtype::F32).unwrap();
+}
+
+const RANK: usize = 3;
+
+/// Forms of DSMoE: what stands beside experts, their biases, and layers of another width.
+fn forms() -> [(&'static str, Value, Value); 4] {
+    let budget = |active: f64, thresholds: [f64; 2]| json!({ "active": active, "thresholds": thresholds });
+    let budgets = [budget(0.5, [0.6, 0.4]), budget(0.75, [0.0, -0.1]), budget(1.0, [-30.0, -30.0])];
+    let parts = json!({
+        "core": [1, 2], "router_rank": RANK, "correction": true, "budgets": budgets, "active_target": 0.5,
+    });
+    let shape = |neurons: usize| {
+        let mut shape = json!({ "num_attention_heads": 2, "num_key_value_heads": 1 });
+        shape["intermediate_size"] = json!(neurons);
+        shape
+    };
+    [
+        ("plain", json!({ "format_version": 1 }), json!({})),
+        ("core-and-budgets", parts, json!({ "output_bias": true })),
+        ("biases", json!({ "core": 1, "gate_value": "binary" }), json!({ "mlp_bias": true })),
+        ("widths", json!({ "format_version": 1 }), json!({ "layer_shapes": [shape(12), shape(24)] })),
+    ]
+}
+
+/// Gates of a layer.
+fn gates(config: &Config, layer: usize) -> usize {
+    config.layer_experts(layer).unwrap() - config.moe.as_ref().unwrap().core(layer)
+}
+
+/// Returns an order of an expert's neurons in a layer.
+fn turned(config: &Config, layer: usize) -> Vec<u32> {
+    let width = (config.layer(layer).intermediate / 6) as u32;
+    (0..width).map(|j| (j + 1) % width).collect()
+}
+
+#[test]
+fn gated_experts_that_all_stay_are_the_same_model_in_any_order() {
+    let work = tempfile::tempdir().unwrap();
+    for (name, moe, keys) in forms() {
+        let dir = work.path().join(name);
+        gated(&dir, &moe, &keys);
+        let (config, before) = (Config::load(&dir).unwrap(), logits_of(&dir, "mixtral"));
+        for router in [RouterRule::Rows, RouterRule::Mean] {
+            let out = work.path().join(format!("{name}-{router:?}"));
+            let layer = |i| LayerSurgery { router, ..LayerSurgery::keep(0..gates(&config, i)) };
+            let report = run(&dir, &out, &[layer(0), layer(1)]);
+            assert!(logits_of(&out, "mixtral") == before, "{name} {router:?}");
+            assert!(tensors(&out) == tensors(&dir), "{name} {router:?}");
+            assert_eq!(Config::load(&out).unwrap().moe, config.moe, "{name} {router:?}");
+            assert_eq!(report.total, report.total_before);
+        }
+        // Experts and their neurons in another order, and their gates with them.
+        let layer = |i| {
+            let part = |old| Part { old, weight: 1.0, neurons: Some(turned(&config, i)) };
+            let experts = (0..gates(&config, i)).rev().map(|old| NewExpert { parts: vec![part(old)] });
+            LayerSurgery { experts: experts.collect(), router: RouterRule::Rows }
+        };
+        let out = work.path().join(format!("{name}-turned"));
+        run(&dir, &out, &[layer(0), layer(1)]);
+        let differs = worst(&logits_of(&out, "mixtral"), before.iter().copied());
+        assert!(differs < 1e-5 && tensors(&out) != tensors(&dir), "{name}: {differs}");
+    }
+}
+
+/// Shuts gates of every layer, whatever the thresholds.
+fn shut(dir: &Path, shut: &[usize]) {
+    let mut model = Model::load(dir).unwrap();
+    for layer in 0..2 {
+        let bias = format!("model.layers.{layer}.mlp.router.bias");
+        let range = model.layout().get(&bias).unwrap().range.clone();
+        shut.iter().for_each(|&gate| model.params_mut()[range.clone()][gate] = -1e4);
+    }
+    model.save(dir, Dtype::F32).unwrap();
+}
+
+#[test]
+fn gated_experts_that_never_open_are_dropped_without_a_trace() {
+    let work = tempfile::tempdir().unwrap();
+    for (name, moe, keys) in forms() {
+        let [dir, out] = [name.to_owned(), format!("{name}-fewer")].map(|name| work.path().join(name));
+        gated(&dir, &moe, &keys);
+        shut(&dir, &[1, 3]);
+        let config = Config::load(&dir).unwrap();
+        let layer = |i| LayerSurgery::keep((0..gates(&config, i)).filter(|gate| ![1, 3].contains(gate)));
+        let report = run(&dir, &out, &[layer(0), layer(1)]);
+        let fewer = Config::load(&out).unwrap();
+        assert_eq!(fewer.num_experts(), Some(4), "{name}");
+        // What is held, by hand: two experts and their gates less in each layer.
+        let moe = config.moe.as_ref().unwrap();
+        let gate = 1 + if moe.parts.router_rank.is_some() { RANK } else { 12 };
+        let neuron = 3 * 12 + if config.architecture.mlp_bias { 2 } else { 0 };
+        let gone = |i| 2 * (config.layer(i).intermediate / 6 * neuron + gate) as u64;
+        assert_eq!(report.total, report.total_before - gone(0) - gone(1), "{name}");
+        assert_eq!(report.total, Accounting::of(&fewer).total, "{name}");
+        // Every budget opens the same experts, and counts them among those that are left.
+        let after = fewer.moe.as_ref().unwrap();
+        assert_eq!((&after.parts.core, after.parts.correction), (&moe.parts.core, moe.parts.correction));
+        assert_eq!(after.active_target.is_some(), !moe.parts.budgets.is_empty());
+        let [mut whole, mut left] = [&dir, &out].map(|dir| Inference::load(dir, Precision::F32).unwrap());
+        let rows = golden("mixtral").rows;
+        assert!(logits(&left, &rows, LENGTH) == logits(&whole, &rows, LENGTH), "{name}");
+        for (budget, new) in moe.parts.budgets.iter().zip(&after.parts.budgets) {
+            assert_eq!(budget.thresholds, new.thresholds);
+            let want = (1.5 + (budget.active * 6.0 - 1.5) / 4.5 * 2.5) / 4.0;
+            assert!((new.active - want).abs() < 1e-12, "{new:?}");
+            whole.set_active(budget.active).unwrap();
+            left.set_active(new.active).unwrap();
+            assert!(logits(&left, &rows, LENGTH) == logits(&whole, &rows, LENGTH), "{name} {new:?}");
+        }
+        // It trains, and what is saved is read again.
+        let mut model = Model::load(&out).unwrap();
+        let [inputs, targets] = batch(&rows);
+        let mut grads = Buf::zeros(model.params().len());
+        let mut workspace = TrainWorkspace::new(&model, inputs.len(), Precision::F32);
+        let batch = Batch { inputs: &inputs, targets: &targets, seq: LENGTH - 1 };
+        let step = model.train_step(&mut grads, batch, &StepArgs::default(), &mut workspace).unwrap();
+        assert!(step.loss_sum.is_finite() && grads.iter().any(|&g| g != 0.0), "{name}");
+        model.params_mut().iter_mut().zip(grads.iter()).for_each(|(p, g)| *p -= 1e-3 * g);
+        let saved = work.path().join(format!("{name}-saved"));
+        fs::create_dir(&saved).unwrap();
+        model.save(&saved, Dtype::F32).unwrap();
+        assert_eq!(Model::load(&saved).unwrap().params(), model.params(), "{name}");
+    }
+}
+
+#[test]
+fn layers_that_are_seen_with_fewer_experts_are_those_of_the_written_model() {
+    let work = tempfile::tempdir().unwrap();
+    let text: Vec<Vec<u32>> = golden("mixtral").rows;
+    for (name, moe, keys) in forms() {
+        let [dir, out] = [name.to_owned(), format!("{name}-fewer")].map(|name| work.path().join(name));
+        gated(&dir, &moe, &keys);
+        let config = Config::load(&dir).unwrap();
+        let kept = [0, 1].map(|i| (1..gates(&config, i)).collect::<Vec<_>>());
+        let layers = kept.each_ref().map(|kept| LayerSurgery::keep(kept.iter().copied()));
+        run(&dir, &out, &layers);
+        let mut whole = LayerStream::open_experts(&dir, &text).unwrap();
+        let mut fewer = LayerStream::open_experts(&out, &text).unwrap();
+        for (i, kept) in kept.iter().enumerate() {
+            let stats = [&mut whole, &mut fewer].map(|stream| {
+                let (weights, mut experts) = (stream.layer(i).unwrap(), stream.experts(i).unwrap());
+                if experts.num_experts() > kept.len() {
+                    experts = experts.keep(kept);
+                }
+                stream.attend(&weights).unwrap();
+                let stats = stream.expert_stats(&weights, &experts, true);
+                stream.join_experts(&weights, &experts);
+                stats
+            });
+            assert!(stats[0] == stats[1], "{name} layer {i}");
+            let [stats, _] = stats;
+            assert_eq!(stats.experts.len(), kept.len());
+            // The first budget is in use, and the last one opens every gate.
+            for sums in stats.experts.iter().filter(|sums| !sums.above.is_empty()) {
+                assert_eq!((sums.above[0], sums.above[2]), (sums.hard, stats.tokens as f64), "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn merged_gates_have_the_mean_of_rows_and_biases() {
+    let work = tempfile::tempdir().unwrap();
+    for (name, moe, keys) in forms() {
+        let [dir, out] = [name.to_owned(), format!("{name}-merged")].map(|name| work.path().join(name));
+        gated(&dir, &moe, &keys);
+        let config = Config::load(&dir).unwrap();
+        let layer = |i| {
+            let merged = NewExpert::merged([(0, 0.25), (1, 0.75)]);
+            let others = (2..gates(&config, i)).map(NewExpert::kept);
+            LayerSurgery { experts: [merged].into_iter().chain(others).collect(), router: RouterRule::Mean }
+        };
+        run(&dir, &out, &[layer(0), layer(1)]);
+        let (old, new) = (tensors(&dir), tensors(&out));
+        let floats = |bytes: &[u8]| -> Vec<f32> {
+            bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+        };
+        let rows = |name: &str, len: usize, of: usize| {
+            let [old, new] = [&old, &new].map(|tensors| floats(&tensors[name].1));
+            let mean = |(a, b): (&f32, &f32)| (0.25 * f64::from(*a) + 0.75 * f64::from(*b)) as f32;
+            let at = |row: usize| &old[(of + row) * len..][..len];
+            let want: Vec<f32> = at(0).iter().zip(at(1)).map(mean).collect();
+            assert!(new[..of * len] == old[..of * len], "{name}: what stays before them");
+            assert!(new[of * len..][..len] == want, "{name}");
+            assert!(new[(of + 1) * len..] == old[(of + 2) * len..], "{name}: what stays behind them");
+        };
+        for i in 0..2 {
+            let (width, core) = (config.layer(i).intermediate / 6, config.moe.as_ref().unwrap().core(i));
+            let of = |tensor: &str| format!("model.layers.{i}.mlp.{tensor}");
+            rows(&of("router.bias"), 1, 0);
+            match config.moe.as_ref().unwrap().parts.router_rank {
+                Some(rank) => rows(&of("router.b.weight"), rank, 0),
+                None => rows(&of("router.weight"), 12, 0),
+            }
+            rows(&of("up_proj.weight"), width * 12, core);
+            if config.architecture.mlp_bias {
+                rows(&of("gate_proj.bias"), width, core);
+            }
+            for same in ["router.a.weight", "correction.weight", "output_bias", "down_proj.bias"] {
+                assert!(old.get(&of(same)) == new.get(&of(same)), "{name}: {same}");
+            }
+        }
+        assert!(logits_of(&out, "mixtral").iter().all(|z| z.is_finite()), "{name}");
+    }
+}
+
+#[test]
+fn budgets_have_the_shares_that_were_measured() {
+    let work = tempfile::tempdir().unwrap();
+    let [dir, out] = ["core", "fewer"].map(|name| work.path().join(name));
+    let [_, (_, moe, keys), ..] = forms();
+    gated(&dir, &moe, &keys);
+    let layers = [LayerSurgery::keep([0, 2, 4]), LayerSurgery::keep([1, 3])];
+    let with = |shares: &[f64]| {
+        let surgery = Surgery { shares: Some(shares), ..Surgery::of(&layers) };
+        operate_on(alone(), [&dir, &out], surgery, false, &mut |_| {})
+    };
+    refused(with(&[0.5, 1.0]), &["shares of 2 budgets, and there are 3"]);
+    assert!(!out.exists());
+    with(&[0.625, 0.875, 1.0]).unwrap();
+    let moe = Config::load(&out).unwrap().moe.unwrap();
+    let shares: Vec<f64> = moe.parts.budgets.iter().map(|budget| budget.active).collect();
+    assert_eq!((shares, moe.active_target), (vec![0.625, 0.875, 1.0], Some(0.625)));
+    // Layers with cores of different sizes have different numbers of gates.
+    let uneven = [LayerSurgery::keep([0, 1, 2]), LayerSurgery::keep([0, 1, 2])];
+    let none = work.path().join("none");
+    refused(
+        operate(&dir, &none, (&uneven, None), false, &mut |_| {}),
+        &["a DSMoE model with layers of different numbers of experts", "in every layer"],
+    );
+    assert!(!none.exists());
 }
 
 #[test]
