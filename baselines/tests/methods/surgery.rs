@@ -175,12 +175,209 @@ fn seer_moe_drops_experts_of_dsmoe_as_if_they_gave_nothing() {
     let [a, b] = [&zeroed, &out].map(|dir| logits(dir, &text[0]));
     let worst = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
     assert!(worst < 1e-5, "{worst}");
-    for (set, part) in
-        [("allocation=global", "allocation: cannot be global"), ("rounds=each", "rounds: cannot be each")]
-    {
-        run("seer-moe", &[set], fewer, &text).fails(&moe, &zeroed, &[part]);
+    // Once is each round where one goes.
+    let again = work.path().join("again");
+    run("seer-moe", &["rounds=each"], fewer, &text).run(&moe, &again).unwrap();
+    assert_eq!(logits(&again, &text[0]), b);
+    for (method, set, part) in [
+        ("seer-moe", &["allocation=global"][..], "allocation: cannot be global"),
+        ("hc-smoe", &[], "no variants of each other"),
+        ("uncurl", &[], "router: cannot be map"),
+    ] {
+        run(method, set, fewer, &text).fails(&moe, &zeroed, &[part]);
     }
-    run("hc-smoe", &[], fewer, &text).fails(&moe, &zeroed, &["no variants of each other"]);
+}
+
+/// The budget of `gone` experts less in each layer of a DSMoE or a top-k model, with their gates.
+fn without(config: &Config, gone: usize) -> Budget {
+    let setting = |key: &str| config.ffn.as_ref().and_then(|spec| spec.settings().get(key).cloned());
+    let gate = match setting("gate").as_ref().and_then(Value::as_str) {
+        None => {
+            let moe = config.moe.as_ref().unwrap();
+            moe.parts.router_rank.unwrap_or(config.hidden) + usize::from(moe.router_bias)
+        }
+        // The first matrix stays.
+        Some("mlp") => {
+            let rows = setting("gate_hidden").or_else(|| setting("num_experts"));
+            rows.and_then(|rows| rows.as_u64()).unwrap() as usize
+        }
+        Some("linear") => config.hidden + usize::from(setting("bias").is_some()),
+        Some(_) => 2 * config.hidden,
+    };
+    let expert = 3 * config.hidden * config.intermediate / config.num_experts().unwrap();
+    let gone = gone * config.num_layers * (expert + gate);
+    Budget::Params((Accounting::of(config).total as usize - gone) as f64)
+}
+
+/// A dense model of two layers of 96 neurons.
+fn dense(dir: &Path) -> PathBuf {
+    dsmoe_baselines::register();
+    let sizes = json!({ "vocab_size": VOCAB, "intermediate_size": 96, "num_hidden_layers": 2 });
+    made(&tiny(&sizes), dir, Dtype::F32)
+}
+
+#[test]
+fn top_k_models_lose_experts_that_are_never_chosen_without_a_trace() {
+    let work = tempfile::tempdir().unwrap();
+    let source = dense(work.path());
+    let text = tokens(16, 24);
+    let few = [text[0][..2].to_vec()];
+    // Gates of two matrices with noise, of one, of neurons beside an expert that all tokens run, and with a bias.
+    for (method, set) in [
+        ("llama-moe", &[][..]),
+        ("random-k", &[]),
+        ("cmoe", &["experts=8"]),
+        ("factorllm", &["epochs=1", "experts=8"]),
+    ] {
+        let [moe, out, fewer] = ["", "-out", "-fewer"].map(|end| work.path().join(format!("{method}{end}")));
+        Run::new(method, set, 0.7, &text).run(&source, &moe).unwrap();
+        let config = Config::load(&moe).unwrap();
+        let (experts, k) = (config.num_experts().unwrap(), config.ffn.as_ref().unwrap().top_k().unwrap());
+        assert!(2 * k <= experts - 3, "{method}: {k} of {experts}");
+        // Two tokens leave at least two experts of each layer without one.
+        let budget = without(&config, 2);
+        let result = run("seer-moe", &[], budget, &few).run(&moe, &out).unwrap();
+        let after = Config::load(&out).unwrap();
+        assert_eq!(after.num_experts(), Some(experts - 2), "{method}");
+        assert_eq!(after.ffn.as_ref().unwrap().top_k(), Some(k), "{method}");
+        assert_eq!(result.plan.total, budget.params(0), "{method}");
+        assert_eq!(result.plan.total, Accounting::of(&after).total as f64, "{method}");
+        assert_eq!(logits(&out, &few[0]), logits(&moe, &few[0]), "{method}");
+        let of = |config: &Config, key: &str| config.ffn.as_ref().unwrap().settings().get(key).cloned();
+        for key in ["num_residual", "score_scale", "gate", "noise"] {
+            assert_eq!(of(&after, key), of(&config, key), "{method} {key}");
+        }
+        // A gate of two matrices keeps the first, once and again.
+        let rows = (method == "llama-moe").then(|| json!(experts));
+        assert_eq!(of(&after, "gate_hidden"), rows, "{method}");
+        for (other, set) in [("seer-moe", &["rounds=each", "score=ean"][..]), ("uncurl", &["router=mean"])] {
+            let budget = without(&after, 2);
+            let job = Run { force: true, ..run(other, set, budget, &text) };
+            let result = job.run(&out, &fewer).unwrap();
+            assert_eq!(result.plan.total, budget.params(0), "{method} {other}");
+            let least = Config::load(&fewer).unwrap();
+            assert_eq!(least.num_experts(), Some(experts - 4), "{method} {other}");
+            assert_eq!(of(&least, "gate_hidden"), rows, "{method} {other}");
+            assert!(logits(&fewer, &text[0]).iter().all(|z| z.is_finite()), "{method} {other}");
+            // It loads for training and is saved as it is.
+            let saved = work.path().join("saved");
+            fs::create_dir_all(&saved).unwrap();
+            Model::load(&fewer).unwrap().save(&saved, Dtype::F32).unwrap();
+            assert_eq!(logits(&saved, &text[0]), logits(&fewer, &text[0]), "{method} {other}");
+        }
+        for (other, set, part) in [
+            ("seer-moe", &["allocation=global"][..], "allocation: cannot be global"),
+            ("uncurl", &[], "router: cannot be map"),
+            ("hc-smoe", &[], "no variants of each other"),
+        ] {
+            let none = work.path().join("none");
+            run(other, set, Budget::Share(0.9), &text).fails(&moe, &none, &[part]);
+        }
+        let layers = vec![LayerSurgery::keep(0..k - 1); 2];
+        if k > 1 {
+            let none = work.path().join("none");
+            let error = operate(&moe, &none, (&layers, None), false, &mut |_| {}).unwrap_err().to_string();
+            assert!(error.contains("experts of a token are more than") && !none.exists(), "{error}");
+        }
+        let theirs = work.path().join(format!("{method}-theirs"));
+        let exported = dsmoe_baselines::llama_moe::export(&out, &theirs, None, false, &mut |_| {});
+        match method {
+            "random-k" => {
+                // Each projection of both layers becomes one of each expert.
+                let whole = crate::common::tensors(&out).len();
+                assert_eq!(exported.unwrap().tensors, whole + 2 * 3 * (experts - 3));
+            }
+            "llama-moe" => assert!(exported.unwrap_err().to_string().contains("ffn.gate_hidden is 8")),
+            _ => assert!(exported.is_err(), "{method}"),
+        }
+    }
+}
+
+#[test]
+fn experts_in_any_order_are_the_same_top_k_model() {
+    let work = tempfile::tempdir().unwrap();
+    let (source, text) = (dense(work.path()), tokens(16, 24));
+    for (method, set) in [("llama-moe", &[][..]), ("cmoe", &["experts=8"])] {
+        let [moe, same, turned] =
+            ["", "-same", "-turned"].map(|end| work.path().join(format!("{method}{end}")));
+        Run::new(method, set, 0.8, &text).run(&source, &moe).unwrap();
+        let config = Config::load(&moe).unwrap();
+        let settings = config.ffn.as_ref().unwrap().settings();
+        let [gates, residual] = ["num_experts", "num_residual"].map(|key| settings[key].as_u64().unwrap());
+        assert!(gates + residual == 8 && (residual > 0) == (method == "cmoe"), "{gates} and {residual}");
+        let gates = gates as usize;
+        let layers = vec![LayerSurgery::keep(0..gates); 2];
+        operate(&moe, &same, (&layers, None), false, &mut |_| {}).unwrap();
+        assert!(crate::common::tensors(&same) == crate::common::tensors(&moe), "{method}");
+        assert_eq!(Config::load(&same).unwrap().ffn, config.ffn, "{method}");
+        assert_eq!(logits(&same, &text[0]), logits(&moe, &text[0]), "{method}");
+        let part = |old| Part { old, weight: 1.0, neurons: Some((0..12).rev().collect()) };
+        let experts: Vec<NewExpert> =
+            (0..gates).rev().map(|old| NewExpert { parts: vec![part(old)] }).collect();
+        let layer = LayerSurgery { experts, router: RouterRule::Rows };
+        operate(&moe, &turned, (&[layer.clone(), layer], None), false, &mut |_| {}).unwrap();
+        let [a, b] = [&moe, &turned].map(|dir| logits(dir, &text[0]));
+        let worst = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
+        assert!(worst < 1e-5, "{method}: {worst}");
+        for (router, kept, part) in [
+            (RouterRule::Map, [gates, gates], "gates that share experts"),
+            (RouterRule::Rows, [gates, gates - 1], "layers of different numbers of experts"),
+        ] {
+            let layers = kept.map(|kept| LayerSurgery { router, ..LayerSurgery::keep(0..kept) });
+            let none = work.path().join("none");
+            let error = operate(&moe, &none, (&layers, None), false, &mut |_| {}).unwrap_err().to_string();
+            let kind = "a model with experts of type topk with";
+            assert!(error.contains(part) && error.contains(kind) && !none.exists(), "{error}");
+        }
+    }
+}
+
+#[test]
+fn seer_moe_leaves_the_core_and_measures_the_budgets() {
+    let work = tempfile::tempdir().unwrap();
+    let (source, text) = (dense(work.path()), tokens(24, 40));
+    let [moe, out, merged] = ["moe", "out", "merged"].map(|name| work.path().join(name));
+    Run::new("dsmoe", &["routers=fitted", "experts=8"], 0.8, &text).run(&source, &moe).unwrap();
+    let config = Config::load(&moe).unwrap();
+    let before = config.moe.as_ref().unwrap();
+    assert!(before.parts.budgets.len() > 1 && before.parts.core.iter().any(|&core| core > 0), "{before:?}");
+    let budget = without(&config, 1);
+    let result = run("seer-moe", &[], budget, &text).run(&moe, &out).unwrap();
+    let after = Config::load(&out).unwrap();
+    assert_eq!(result.plan.total, budget.params(0));
+    assert_eq!(result.plan.total, Accounting::of(&after).total as f64);
+    let moe_after = after.moe.as_ref().unwrap();
+    assert_eq!((moe_after.router.num_experts, &moe_after.parts.core), (7, &before.parts.core));
+    // The budget in use opens on the same text the share that it says.
+    let mut open = 0.0;
+    let mut stream = LayerStream::open_experts(&out, &text).unwrap();
+    for layer in 0..2 {
+        let (weights, experts) = (stream.layer(layer).unwrap(), stream.experts(layer).unwrap());
+        stream.attend(&weights).unwrap();
+        let stats = stream.expert_stats(&weights, &experts, false);
+        let hard: f64 = stats.experts.iter().map(|sums| sums.hard).sum();
+        open += before.core(layer) as f64 + hard / stats.tokens as f64;
+        stream.join_experts(&weights, &experts);
+    }
+    let share = moe_after.active_target.unwrap();
+    assert!((open / 14.0 - share).abs() < 0.05, "{} opened of {share}", open / 14.0);
+    for new in &moe_after.parts.budgets {
+        assert!(before.parts.budgets.iter().any(|old| old.thresholds == new.thresholds), "{new:?}");
+    }
+    // Gates are merged where that is asked for.
+    let result = run("uncurl", &["router=mean"], budget, &text).run(&moe, &merged).unwrap();
+    assert_eq!(result.plan.total, budget.params(0));
+    assert!(logits(&merged, &text[0]).iter().all(|z| z.is_finite()));
+    // The other kind of FFN has no gates of experts.
+    let duo = work.path().join("duo");
+    Run::new("duo", &[], 0.8, &text).run(&source, &duo).unwrap();
+    let none = work.path().join("none");
+    for method in ["seer-moe", "hc-smoe", "uncurl"] {
+        run(method, &[], Budget::Share(0.9), &text).fails(&duo, &none, &["cannot be changed one by one"]);
+    }
+    let layers = vec![LayerSurgery::keep([0]); 2];
+    let error = operate(&duo, &none, (&layers, None), false, &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("experts of type duo, which cannot be changed one by one"), "{error}");
 }
 
 #[test]

@@ -311,9 +311,11 @@ class TopkGate(nn.Module):
         super().__init__()
         self.normalize, self.noise = settings["normalize"], settings["noise"]
         network, bias = one_of(settings, "gate", ("linear", "mlp", "neuron")), settings.get("bias", False)
-        self.gate_network = Router(hidden, num_experts, bias=bias)
+        # The first matrix of an mlp keeps its rows where experts were dropped.
+        rows = settings.get("gate_hidden") or num_experts
+        self.gate_network = Router(hidden, rows, bias=bias)
         if network == "mlp":
-            self.gate_network = nn.Sequential(self.gate_network, nn.Tanh(), Router(num_experts, num_experts))
+            self.gate_network = nn.Sequential(self.gate_network, nn.Tanh(), Router(rows, num_experts))
         if network == "neuron":
             self.gate_network = NeuronGate(hidden, num_experts)
         if self.noise:
