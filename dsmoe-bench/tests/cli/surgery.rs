@@ -4,7 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use crate::common::{fails, json_of, killed_after, number, on_text, path, succeeds};
+use serde_json::json;
+
+use crate::common::{agrees, fails, json_of, killed_after, number, on_text, path, succeeds};
 
 fn calib() -> String {
     format!("{} --samples 8 --seq 32", on_text().replacen("--data", "--calib", 1))
@@ -18,10 +20,10 @@ fn experts_that_cannot_be_changed_are_refused() {
     succeeds(&format!(
         "prune dense --method llama-moe --budget 0.85 --set experts=8 {calib} --out surgery-top-k"
     ));
+    succeeds(&format!("prune dense --method duo --budget 0.85 {calib} --out surgery-duo"));
     for method in ["hc-smoe", "uncurl", "seer-moe"] {
         for (model, budget, parts) in [
             ("dense", "70%", &["it is dense, and this method changes experts", "sparse upcycling"][..]),
-            ("surgery-top-k", "70%", &["parts of one FFN and no variants of each other"]),
             ("surgery-merged", "60%", &["its gates share experts already", "before its experts were merged"]),
             ("surgery-many", "held:5%", &["budget 0.05", "fewest experts of a layer", "held or more"]),
             ("surgery-many", "1000", &["budget 1000", "fewest experts of a layer"]),
@@ -36,9 +38,82 @@ fn experts_that_cannot_be_changed_are_refused() {
     // Pruning leaves as many experts as a token runs; merging may leave fewer gates than that, and says so.
     let dropped = format!("prune surgery-many --method seer-moe --budget 40% {calib} --out surgery-none");
     fails(&dropped, &["fewest experts of a layer"]);
+    // Parts of one FFN have a gate each, as many in every layer.
+    for (model, method, parts) in [
+        ("surgery-top-k", "hc-smoe", &["parts of one FFN and no variants of each other"][..]),
+        ("surgery-top-k", "uncurl", &["router: cannot be map for experts that are parts of one FFN", "mean"]),
+        ("moe", "uncurl", &["router: cannot be map"]),
+        ("surgery-top-k", "seer-moe --set allocation=global", &["allocation: cannot be global", "layer"]),
+        ("surgery-duo", "seer-moe", &["its experts cannot be changed one by one"]),
+    ] {
+        fails(&format!("prune {model} --method {method} --budget 90% {calib} --out surgery-none"), parts);
+        assert!(!path("surgery-none").exists(), "{model} {method}");
+    }
     for method in ["wanda", "llama-moe", "thresholds"] {
         let line = format!("prune surgery-many --method {method} --budget 70% {calib} --out surgery-none");
         fails(&line, &["experts"]);
+    }
+}
+
+/// A DSMoE model with a core and budgets, and a top-k model.
+#[test]
+fn parts_of_one_ffn_are_dropped_and_the_model_serves_on() {
+    let calib = calib();
+    for (from, made, set) in [
+        ("fewer-gated", "dsmoe --set experts=8", "--set rounds=each"),
+        ("fewer-chosen", "llama-moe --set experts=8", "--set score=ean"),
+    ] {
+        succeeds(&format!("prune dense --method {made} --budget 0.85 {calib} --out {from}"));
+        let held = number(&json_of(&format!("inspect {from}"))["params_total"]);
+        let out = format!("{from}-out");
+        let line = format!("prune {from} --method seer-moe {set} --budget held:92% {calib}");
+        let planned = json_of(&format!("{line} --dry-run"));
+        assert!(!path(&out).exists());
+        let report = json_of(&format!("{line} --out {out}"));
+        agrees(&report, &json!({ "counts": "held", "method": "seer-moe" }));
+        assert_eq!(
+            (number(&report["source_held"]), &report["params_total"]),
+            (held, &planned["params_total"])
+        );
+        let seen = json_of(&format!("inspect {out}"));
+        assert_eq!(number(&seen["params_total"]), number(&report["params_total"]), "{report}");
+        let share = number(&seen["params_total"]) / held;
+        assert!((0.85..=0.92).contains(&share), "{from}: {share}");
+        let text = on_text();
+        let nll =
+            |dir: &str| number(&json_of(&format!("eval {dir} --seq 32 --limit-tokens 600 {text}"))["nll"]);
+        let after = nll(&out);
+        assert!(after.is_finite(), "{from}: {after}");
+        succeeds(&format!("generate {out} --prompt Once --max-tokens 4 --temperature 0"));
+        let steps = format!("{text} --steps 4 --batch 2 --seq 32 --lr 1e-3");
+        let trained = json_of(&format!("train {out} {steps} --out {out}-run"));
+        assert_eq!(number(&trained["steps"]), 4.0, "{trained}");
+        assert!(nll(&format!("{out}-run")).is_finite(), "{from}");
+        for form in ["native", "hf"] {
+            let copy = format!("{out}-{form}");
+            succeeds(&format!("export {out} --as {form} --out {copy}"));
+            assert!((nll(&copy) - after).abs() < 1e-6, "{from} {form}");
+        }
+        // The dense form needs open gates, or folds them.
+        fails(&format!("export {out} --as dense --out {out}-dense"), &["gates"]);
+    }
+    let [gated, fewer] =
+        ["fewer-gated", "fewer-gated-out"].map(|dir| json_of(&format!("inspect {dir}"))["experts"].clone());
+    assert_eq!(gated["core"], fewer["core"]);
+    assert!(number(&fewer["num_experts"]) < number(&gated["num_experts"]), "{fewer}");
+    assert!(fewer["budget"].is_number() && !fewer["budgets"].as_array().unwrap().is_empty(), "{fewer}");
+    succeeds(&format!(
+        "eval fewer-gated-out --active {} --seq 32 --limit-tokens 300 {}",
+        fewer["budget"],
+        on_text()
+    ));
+    let ffn = json_of("inspect fewer-chosen-out")["ffn"]["settings"].clone();
+    assert_eq!((&ffn["gate_hidden"], &ffn["gate"]), (&json!(8), &json!("mlp")), "{ffn}");
+    // What was merged has a gate for each expert that is left.
+    for from in ["fewer-gated", "fewer-chosen"] {
+        let line = format!("prune {from} --method uncurl --set router=mean --budget 92% {calib}");
+        succeeds(&format!("{line} --out {from}-merged"));
+        succeeds(&format!("generate {from}-merged --prompt Once --max-tokens 4 --temperature 0"));
     }
 }
 
