@@ -58,6 +58,7 @@ impl Gates {
     }
 }
 
+/// The models that all methods take.
 const HELP: &str =
     "use Mixtral, Qwen-MoE or OLMoE, or a mixture that was made of a dense model by sparse upcycling";
 

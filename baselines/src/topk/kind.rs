@@ -69,7 +69,7 @@ impl TopkSpec {
         if let Some(hidden) = stored.gate_hidden {
             let allowed = match stored.gate {
                 GateNetwork::Mlp => "1 to 65536",
-                GateNetwork::Linear | GateNetwork::Neuron => "absent, but for an mlp",
+                GateNetwork::Linear | GateNetwork::Neuron => "no value, but for an mlp",
             };
             if stored.gate != GateNetwork::Mlp || !(1..=MOST_GATE_ROWS).contains(&hidden) {
                 return Err(dsmoe_router::Error::range("gate_hidden", hidden, allowed));

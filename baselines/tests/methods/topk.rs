@@ -354,6 +354,8 @@ fn what_cannot_be_is_one_line_with_the_help() {
         ("\"noise\": true", "\"noise\": true, \"extra\": 1", "not of type topk"),
         ("\"balance_weight\": 0.01", "\"balance_weight\": -1", "balance_weight is -1"),
         ("\"score_scale\"", "\"score_scale\": 0, \"x\"", "not of type topk"),
+        ("\"gate\": \"mlp\"", "\"gate\": \"mlp\", \"gate_hidden\": 0", "gate_hidden is 0"),
+        ("\"gate\": \"mlp\"", "\"gate\": \"linear\", \"gate_hidden\": 8", "gate_hidden is 8"),
         ("\"type\": \"topk\"", "\"type\": \"topl\"", "topl"),
     ] {
         assert!(text.contains(from), "{from}");
