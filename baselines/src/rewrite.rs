@@ -1,4 +1,4 @@
-//! A model directory with the tensors of another one, their neurons in another order, and new tensors.
+//! A model directory with the tensors of another one, their neurons in another order, and new or replaced tensors.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::method::{Job, Progress};
 
 /// The parts of a written directory that its source does not have.
 pub(crate) struct Additions<'a> {
-    /// New tensors, which stand behind the others.
+    /// New tensors, which stand behind the others. They replace those of the source that have their names.
     pub(crate) infos: Vec<TensorInfo>,
     /// The values of the new tensor of that number and name.
     pub(crate) values: &'a dyn Fn(usize, &str) -> Result<Vec<f32>>,
@@ -33,7 +33,9 @@ pub(crate) fn rewrite(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
     let output = OutputDir::create_on(job.comm, job.model, job.out, job.force)?;
-    let copied = source_infos(checkpoint);
+    let mut copied = source_infos(checkpoint);
+    let is_replaced = |info: &TensorInfo| additions.infos.iter().any(|new| new.name == info.name);
+    copied.retain(|info| !is_replaced(info));
     let infos: Vec<TensorInfo> = copied.iter().chain(&additions.infos).cloned().collect();
     let total = infos.len() as u64;
     let mut writer = output.writer(infos)?;

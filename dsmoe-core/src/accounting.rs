@@ -6,12 +6,12 @@
 //! total      = attention + ffn + router + embedding + norms + biases (of q, k, v, o and down)
 //! activated  = attention + embedding + norms + biases + (ffn - shared - 2 instead) k / n + shared + instead + router, of masked matrices the
 //!              kept weights, of those with thresholds the used ones; shared are experts that every token runs beside those that it is routed to,
-//!              instead are FFNs of which a token runs one or, in its place, the expert
+//!              instead are FFNs of which a token runs one or, in its place, the only expert
 //! flops      = 2 (activated matrix weights, head included, embedding excluded) + sum over layers of 4 H hd context
 //! ```
 //!
-//! H, KV and D are a layer's own, and n and k means over layers where layers hold different numbers of experts, which are all of one
-//! width. The context of a layer with a window is at most the window. Tensors that only training reads ([`TensorSpec::training_only`]) are not counted.
+//! H, KV and D are a layer's own, and n and k means over layers where layers hold different numbers of experts. Of experts of
+//! different widths k counts those of the mean width ([`dsmoe_router::RoutingStats::with_sizes`]). The context of a layer with a window is at most the window. Tensors that only training reads ([`TensorSpec::training_only`]) are not counted.
 //!
 //! [`TensorSpec::training_only`]: crate::params::TensorSpec::training_only
 
@@ -97,6 +97,7 @@ impl Accounting {
             norms += layer_norms * hidden + config.qk_norm_widths(i).map_or(0, |[q, k]| wide(q + k));
             biases += if architecture.qkv_bias { queries + 2 * keys } else { 0 };
             biases += if architecture.o_bias { hidden } else { 0 };
+            let has_one = config.layer_experts(i) == Some(1);
             for spec in ffn::of_layer(config, i).tensors() {
                 let values = wide(spec.numel());
                 match spec.router {
@@ -105,7 +106,7 @@ impl Accounting {
                     false => {
                         ffn += values;
                         shared += if spec.name.starts_with(ffn::SHARED_EXPERT) { values } else { 0 };
-                        instead += if spec.name.starts_with(ffn::SMALL_FFN) { values } else { 0 };
+                        instead += if has_one && spec.name.starts_with(ffn::SMALL_FFN) { values } else { 0 };
                         expert_biases += if spec.shape.len() == 1 { values } else { 0 };
                     }
                     true => {

@@ -90,6 +90,9 @@ struct Trace {
 struct LayerStats {
     /// `[n]`: tokens of each expert.
     load: Vec<u64>,
+    /// `[n]`: what each expert counts in shares; none if all count 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sizes: Option<Vec<u64>>,
     /// `[n + 1]`: tokens by their number of active experts.
     histogram: Vec<u64>,
 }
@@ -110,9 +113,10 @@ struct LayerStats {
 pub struct RoutingSummary {
     /// Tokens seen by the first layer.
     pub tokens: u64,
-    /// Active share of all (token, layer, expert) triples.
+    /// Active share of all (token, layer, expert) triples, by the sizes of experts where they differ
+    /// ([`RoutingStats::with_sizes`]).
     pub active_ratio: f64,
-    /// Active experts per token, mean over layers.
+    /// Active experts per token, mean over layers; where sizes differ, as many experts of the mean size.
     pub active_experts: f64,
     /// Share of (token, layer) pairs without an active expert.
     pub zero_active_share: f64,
@@ -136,10 +140,34 @@ impl RoutingStats {
 
     /// Makes statistics without tokens of layers with those numbers of experts.
     pub fn of_layers(experts: impl IntoIterator<Item = usize>) -> RoutingStats {
-        let layer = |n| LayerStats { load: vec![0; n], histogram: vec![0; n + 1] };
+        let layer = |n| LayerStats { load: vec![0; n], histogram: vec![0; n + 1], sizes: None };
         let layers: Vec<LayerStats> = experts.into_iter().map(layer).collect();
         let num_experts = layers.iter().map(|layer| layer.load.len()).max().unwrap_or(0);
         RoutingStats { num_experts, layers, trace: None, coefficients: None, logits: None, routes: None }
+    }
+
+    /// Sets the sizes of the experts of every layer, by which shares count them; none where they are alike.
+    ///
+    /// # Panics
+    /// A layer has another number of experts.
+    ///
+    /// ```
+    /// use dsmoe_router::{Routing, RoutingStats};
+    /// use ndarray::array;
+    ///
+    /// // Of an expert of 3 neurons and one of 1, a token runs the first, and one the second.
+    /// let mut stats = RoutingStats::new(1, 2).with_sizes([Some(vec![3, 1])]);
+    /// stats.add(0, &Routing::from_mask(array![[true, false], [false, true]].view(), |_, _| 1.0));
+    /// assert_eq!((stats.summary().active_ratio, stats.summary().active_experts), (0.5, 1.0));
+    /// ```
+    #[must_use]
+    pub fn with_sizes(mut self, sizes: impl IntoIterator<Item = Option<Vec<u64>>>) -> RoutingStats {
+        for (layer, sizes) in self.layers.iter_mut().zip(sizes) {
+            let fits = sizes.as_ref().is_none_or(|sizes| sizes.len() == layer.load.len());
+            assert!(fits, "routing stats: sizes of experts");
+            layer.sizes = sizes;
+        }
+        self
     }
 
     /// Makes it keep the active experts of every token too. Batches must then come layer by layer from the first, as a
@@ -380,7 +408,7 @@ impl RoutingStats {
         }
     }
 
-    /// Returns the active share of all (token, layer, expert) triples; 0 without tokens.
+    /// Returns the active share of all (token, layer, expert) triples, by the sizes of experts where they differ; 0 without tokens.
     pub fn active_ratio(&self) -> f64 {
         ratio(self.routed(), self.layers.iter().map(LayerStats::pairs).sum())
     }
@@ -397,10 +425,16 @@ impl RoutingStats {
         let shares = |layer: &LayerStats, counts: &[u64]| {
             counts.iter().map(|&count| ratio(count, layer.tokens())).collect::<Vec<_>>()
         };
+        let active_ratio = self.active_ratio();
+        let experts: usize = self.layers.iter().map(|layer| layer.load.len()).sum();
+        let active_experts = match self.layers.iter().any(|layer| layer.sizes.is_some()) {
+            true => active_ratio * experts as f64 / self.layers.len() as f64,
+            false => ratio(self.routed(), tokens),
+        };
         RoutingSummary {
             tokens: self.layers.first().map_or(0, LayerStats::tokens),
-            active_ratio: self.active_ratio(),
-            active_experts: ratio(self.routed(), tokens),
+            active_ratio,
+            active_experts,
             zero_active_share: ratio(zero, tokens),
             active_ratio_per_layer: per_layer(&|layer| ratio(layer.routed(), layer.pairs())),
             zero_active_share_per_layer: per_layer(&|layer| ratio(layer.histogram[0], layer.tokens())),
@@ -416,20 +450,25 @@ impl LayerStats {
         self.histogram.iter().sum()
     }
 
+    /// Returns the number of active pairs of a token and an expert, by the sizes of experts.
     fn routed(&self) -> u64 {
-        self.load.iter().sum()
+        match &self.sizes {
+            None => self.load.iter().sum(),
+            Some(sizes) => self.load.iter().zip(sizes).map(|(load, size)| load * size).sum(),
+        }
     }
 
-    /// Returns the number of pairs of a token and an expert, active or not.
+    /// Returns the number of pairs of a token and an expert, active or not, by the sizes of experts.
     fn pairs(&self) -> u64 {
-        self.tokens() * self.load.len() as u64
+        self.tokens() * self.sizes.as_ref().map_or(self.load.len() as u64, |sizes| sizes.iter().sum())
     }
 
     fn load_entropy(&self) -> f64 {
         if self.load.len() < 2 {
             return 1.0;
         }
-        let shares = self.load.iter().map(|&load| ratio(load, self.routed())).filter(|&p| p > 0.0);
+        let all: u64 = self.load.iter().sum();
+        let shares = self.load.iter().map(|&load| ratio(load, all)).filter(|&p| p > 0.0);
         shares.map(|p| -p * p.ln()).sum::<f64>() / (self.load.len() as f64).ln()
     }
 }
@@ -487,6 +526,29 @@ mod tests {
         added.add_all(&stats.counts().collect::<Vec<_>>());
         assert_eq!(added.summary(), summary);
         assert!(added.is_like(&stats) && !added.is_like(&RoutingStats::new(2, 3)));
+    }
+
+    #[test]
+    fn experts_count_by_their_sizes() {
+        let mask = array![[true, false], [true, false], [false, true], [false, false]];
+        let mut stats = RoutingStats::new(2, 2).with_sizes([Some(vec![16, 1]), None]);
+        (0..2).for_each(|layer| stats.add(layer, &routing(mask.clone())));
+        let summary = stats.summary();
+        assert_eq!(summary.active_ratio_per_layer, [33.0 / 68.0, 3.0 / 8.0]);
+        assert_eq!(summary.active_ratio, 36.0 / 76.0);
+        assert_eq!(summary.active_experts, 2.0 * 36.0 / 76.0);
+        // Loads and their entropy count tokens.
+        assert_eq!(summary.load_per_layer, [[0.5, 0.25], [0.5, 0.25]]);
+        assert_eq!(summary.load_entropy_per_layer[0], summary.load_entropy_per_layer[1]);
+        assert_eq!(summary.zero_active_share, 0.25);
+        let mut alike = RoutingStats::new(1, 2).with_sizes([Some(vec![5, 5])]);
+        let mut plain = RoutingStats::new(1, 2);
+        [&mut alike, &mut plain].into_iter().for_each(|stats| stats.add(0, &routing(mask.clone())));
+        assert_eq!(alike.summary(), plain.summary());
+        // Sizes are kept in files, and files without them are read.
+        let text = serde_json::to_string(&stats).unwrap();
+        assert_eq!(serde_json::from_str::<RoutingStats>(&text).unwrap(), stats);
+        assert!(!serde_json::to_string(&plain).unwrap().contains("sizes"));
     }
 
     #[test]

@@ -1,12 +1,16 @@
-//! The FFN of Duo-LLM: every token takes the big or the small one.
+//! The FFN of Duo-LLM: every token takes the big one or the small one, or skips both.
 //!
 //! ```text
 //! random    big with probability p, else small; coefficient 1
-//! router    training   P = sigmoid((z_big - z_small) / temperature),  y = P big(x) + (1 - P) small(x),  z = x R^T
-//!           inference  big where z_big > z_small, else small; coefficient 1
-//! backward  dP_t = <dy, big(x) - small(x)> + sparsity weight
-//!           dz_big = -dz_small = dP P (1 - P) / temperature,   dR += dz^T x,   dx += dz R
+//! router    training   P = softmax(z / temperature),  y = P_big big(x) + P_small small(x),  z = x R^T
+//!           inference  the way of the largest logit, of equal ones the cheapest; coefficient 1
+//! backward  dP_big = <dy, big(x)> + weight c_big,   dP_small = <dy, small(x)> + weight c_small,   dP_skip = 0
+//!           dz_j = P_j (dP_j - sum over k of P_k dP_k) / temperature,   dR += dz^T x,   dx += dz R
+//! costs     without skip   c_big = 1, c_small = 0: the gates are P_big of one expert, the big FFN
+//!           with skip      c = 2 neurons / (neurons of both): the gates are P c of two experts of different widths
 //! ```
+//! A router that does not skip has two ways, and its softmax is a sigmoid of the difference of the logits.
+//!
 //! Draws are functions of the micro-batch's seed in training, and of a token's input in inference, so that they are the same
 //! however a text is fed.
 
@@ -21,7 +25,7 @@ use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved};
 use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::{Precision, linear};
-use dsmoe_router::{Routing, SparsityOver};
+use dsmoe_router::{Routing, SparsityGrad, SparsityOver};
 use ndarray::Array2;
 
 use super::spec::{DuoSpec, Stage};
@@ -29,7 +33,8 @@ use super::spec::{DuoSpec, Stage};
 /// The stream of draws.
 const DRAWS: u64 = u64::from_be_bytes(*b"duoroute");
 
-/// The choices that can be made for all tokens.
+/// The ways of a token, ascending in what they compute. The last two are the choices that can be made for all tokens.
+const SKIP: usize = 0;
 const SMALL: usize = 1;
 const BIG: usize = 2;
 
@@ -50,11 +55,14 @@ struct Side {
     is_dense: bool,
 }
 
+/// Probabilities of a token: of big, of small and of skipping, 0 where the router does not skip.
+type Probabilities = [f32; 3];
+
 /// Values that the backward pass needs: of big and small, and P of every token where a router chooses.
 #[derive(Debug)]
 struct DuoSaved {
     sides: [Side; 2],
-    probabilities: Vec<f32>,
+    probabilities: Vec<Probabilities>,
 }
 
 /// A duo FFN for inference.
@@ -77,6 +85,24 @@ fn side(tokens: usize, takes: impl Fn(usize) -> Option<f32>) -> (Routing, bool) 
 
 fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
+}
+
+fn softmax([big, small, skip]: [f32; 3]) -> Probabilities {
+    let largest = big.max(small).max(skip);
+    let powers = [big, small, skip].map(|z| (z - largest).exp());
+    let sum: f32 = powers.iter().sum();
+    powers.map(|power| power / sum)
+}
+
+/// Returns the way of the largest of the values of big, of small and, where there are three, of skipping; of equal ones the cheapest.
+fn way(values: &[f32]) -> usize {
+    match *values {
+        [big, small] if big > small => BIG,
+        [_, _] => SMALL,
+        [big, small, skip] if big > small && big > skip => BIG,
+        [_, small, skip] if small > skip => SMALL,
+        _ => SKIP,
+    }
 }
 
 /// Returns a number from 0 to 1 that depends on the input `x` alone.
@@ -105,45 +131,90 @@ impl DuoFfn {
     }
 
     fn router_dims(&self, rows: usize) -> linear::Dims {
-        linear::Dims { rows, inputs: self.big.hidden, outputs: 2, precision: Precision::F32 }
+        let outputs = self.spec.ways();
+        linear::Dims { rows, inputs: self.big.hidden, outputs, precision: Precision::F32 }
     }
 
-    /// Returns the difference of the logits of every token.
-    fn differences(&self, x: &[f32], router: &[f32]) -> Vec<f32> {
+    /// Returns the router's weights at the start of `router`.
+    fn router_len(&self) -> usize {
+        self.spec.ways() * self.big.hidden
+    }
+
+    /// Returns the logits `[tokens, ways]`: of big, of small and, where tokens may, of skipping.
+    fn logits(&self, x: &[f32], router: &[f32]) -> Vec<f32> {
         let rows = x.len() / self.big.hidden;
-        let mut z = vec![0.0; 2 * rows];
-        let w = &router[..2 * self.big.hidden];
+        let mut z = vec![0.0; self.spec.ways() * rows];
+        let w = &router[..self.router_len()];
         linear::Forward { y: &mut z, x, w, bias: None, dims: self.router_dims(rows) }.run();
-        z.chunks_exact(2).map(|z| z[0] - z[1]).collect()
+        z
     }
 
     /// Returns P of every token in training; empty with random routes.
-    fn probabilities(&self, x: &[f32], router: &[f32]) -> Vec<f32> {
-        match self.spec.stage {
-            Stage::Random => Vec::new(),
-            Stage::Router => {
-                let scale = 1.0 / self.spec.temperature as f32;
-                self.differences(x, router).iter().map(|difference| sigmoid(scale * difference)).collect()
-            }
+    fn probabilities(&self, x: &[f32], router: &[f32]) -> Vec<Probabilities> {
+        if self.spec.stage == Stage::Random {
+            return Vec::new();
         }
+        let scale = 1.0 / self.spec.temperature as f32;
+        let of = |z: &[f32]| match *z {
+            [big, small] => {
+                let p = sigmoid(scale * (big - small));
+                [p, 1.0 - p, 0.0]
+            }
+            [big, small, skip] => softmax([scale * big, scale * small, scale * skip]),
+            _ => unreachable!("a router has two or three ways"),
+        };
+        self.logits(x, router).chunks_exact(self.spec.ways()).map(of).collect()
+    }
+
+    /// Returns the way of the largest probability.
+    fn likeliest(&self, probabilities: &Probabilities) -> usize {
+        way(&probabilities[..self.spec.ways()])
+    }
+
+    /// Returns the neurons of big and small.
+    fn widths(&self) -> [usize; 2] {
+        [self.big.intermediate, self.small.intermediate]
+    }
+
+    /// Returns what P of big and of small are multiplied by to be the gates of experts.
+    fn costs(&self) -> [f32; 2] {
+        if !self.spec.skip {
+            return [1.0, 0.0];
+        }
+        let [big, small] = self.widths().map(|width| width as f64);
+        [big, small].map(|width| (2.0 * width / (big + small)) as f32)
+    }
+
+    /// Returns the routing that statistics count, of tokens that take those ways: to the big FFN and, where tokens may skip both,
+    /// to the small one.
+    fn counted(&self, takes: &[usize]) -> Routing {
+        let experts = [BIG, SMALL];
+        let mask = Array2::from_shape_fn((takes.len(), self.spec.experts()), |(t, expert)| {
+            takes[t] == experts[expert]
+        });
+        Routing::from_mask(mask.view(), |_, _| 1.0)
+    }
+
+    /// Returns the sizes of the experts, where there are two.
+    fn sizes(&self) -> Option<Vec<u64>> {
+        self.spec.skip.then(|| self.widths().map(|width| width as u64).to_vec())
     }
 
     /// Sets the tokens of both sides for training; returns the routing that statistics count.
     fn route(&self, saved: &mut DuoSaved, tokens: usize, training: GateTraining) -> Routing {
         let DuoSaved { sides: [big, small], probabilities } = saved;
-        let (of_big, of_small, hard) = match self.spec.stage {
+        let (of_big, of_small, takes) = match self.spec.stage {
             Stage::Random => {
                 let mut rng = Rng::new(training.seed, DRAWS);
-                let takes: Vec<bool> =
-                    (0..tokens).map(|_| f64::from(rng.uniform()) < self.spec.probability).collect();
-                let of_big = side(tokens, |t| takes[t].then_some(1.0));
-                let hard = of_big.0.clone();
-                (of_big, side(tokens, |t| (!takes[t]).then_some(1.0)), hard)
+                let mut draw = || f64::from(rng.uniform()) < self.spec.probability;
+                let takes: Vec<usize> = (0..tokens).map(|_| if draw() { BIG } else { SMALL }).collect();
+                let of = |way: usize| side(tokens, |t| (takes[t] == way).then_some(1.0));
+                (of(BIG), of(SMALL), takes)
             }
             Stage::Router => (
-                side(tokens, |t| Some(probabilities[t])),
-                side(tokens, |t| Some(1.0 - probabilities[t])),
-                side(tokens, |t| (probabilities[t] > 0.5).then_some(1.0)).0,
+                side(tokens, |t| Some(probabilities[t][0])),
+                side(tokens, |t| Some(probabilities[t][1])),
+                probabilities.iter().map(|of_token| self.likeliest(of_token)).collect(),
             ),
         };
         // With coefficients that are learned both sides are routed, whatever the values.
@@ -151,16 +222,66 @@ impl DuoFfn {
         for (side, (routing, is_dense)) in [(big, of_big), (small, of_small)] {
             (side.routing, side.is_dense) = (routing, is_dense && may_be_dense);
         }
-        hard
+        self.counted(&takes)
     }
 
-    fn report(&self, probabilities: &[f32]) -> FfnReport {
-        let mean = |of: &dyn Fn(f32) -> bool| {
-            let chosen = probabilities.iter().filter(|p| of(**p)).map(|&p| f64::from(p));
-            chosen.sum::<f64>() / probabilities.len().max(1) as f64
-        };
-        FfnReport { sparsity_loss: mean(&|p| p > 0.5), mean_gate: mean(&|_| true), ..FfnReport::default() }
+    fn report(&self, probabilities: &[Probabilities]) -> FfnReport {
+        let costs = self.costs().map(f64::from);
+        let gates = (probabilities.len() * self.spec.experts()).max(1) as f64;
+        let (mut active, mut all) = (0.0, 0.0);
+        for of_token in probabilities {
+            let taken = self.likeliest(of_token);
+            for ((&p, cost), way) in of_token.iter().zip(costs).zip([BIG, SMALL]) {
+                let gate = f64::from(p) * cost;
+                all += gate;
+                active += if way == taken { gate } else { 0.0 };
+            }
+        }
+        FfnReport { sparsity_loss: active / gates, mean_gate: all / gates, ..FfnReport::default() }
     }
+
+    /// Adds the gradients of the router of tokens whose coefficients have the gradients `by_coefficient`, of big and of small.
+    fn router_backward(&self, args: RouterBackward<'_>) {
+        let RouterBackward { dx, grads, by_coefficient, probabilities, x, params, sparsity } = args;
+        let [of_big, of_small] = by_coefficient;
+        let (scale, ways, costs) = (1.0 / self.spec.temperature as f32, self.spec.ways(), self.costs());
+        let mut dlogits = Vec::with_capacity(ways * probabilities.len());
+        for ((&big, &small), p) in of_big.iter().zip(of_small).zip(probabilities) {
+            let taken = self.likeliest(p);
+            let weight = |way: usize, cost: f32| match sparsity.over == SparsityOver::Active && way != taken {
+                true => 0.0,
+                false => sparsity.weight * cost,
+            };
+            match self.spec.skip {
+                false => {
+                    let dp = big - small + weight(BIG, costs[0]);
+                    let dz = scale * dp * p[0] * (1.0 - p[0]);
+                    dlogits.extend([dz, -dz]);
+                }
+                true => {
+                    let [dbig, dsmall] = [big + weight(BIG, costs[0]), small + weight(SMALL, costs[1])];
+                    let mean = p[0] * dbig + p[1] * dsmall;
+                    let of = [dbig, dsmall, 0.0].into_iter().zip(p);
+                    dlogits.extend(of.map(|(dp, p)| scale * p * (dp - mean)));
+                }
+            }
+        }
+        let dims = self.router_dims(probabilities.len());
+        let len = self.router_len();
+        linear::BackwardWeight { dw: &mut grads[..len], dy: &dlogits, x, dims }.run();
+        linear::BackwardInput { dx, dy: &dlogits, w: &params[..len], dims, add: true }.run();
+    }
+}
+
+/// Arguments of the router's backward. Gradients are added to.
+struct RouterBackward<'a> {
+    dx: &'a mut [f32],
+    grads: &'a mut [f32],
+    by_coefficient: &'a [Vec<f32>; 2],
+    probabilities: &'a [Probabilities],
+    x: &'a [f32],
+    params: &'a [f32],
+    sparsity: SparsityGrad,
 }
 
 /// Adds `more` to `sum`.
@@ -169,14 +290,15 @@ fn add(sum: &mut [f32], more: &[f32]) {
 }
 
 impl PackedDuo {
-    /// Returns whether each token takes the big FFN.
-    fn takes_big(&self, x: &[f32]) -> Vec<bool> {
+    /// Returns the way of each token.
+    fn takes(&self, x: &[f32]) -> Vec<usize> {
         let (hidden, spec) = (self.ffn.big.hidden, self.ffn.spec);
+        let drawn = |x: &[f32]| if draw_of(x) < spec.share { BIG } else { SMALL };
         match (self.choice, spec.stage) {
-            (Some(choice), _) => vec![choice == BIG; x.len() / hidden],
-            (None, Stage::Random) => x.chunks_exact(hidden).map(|x| draw_of(x) < spec.share).collect(),
+            (Some(choice), _) => vec![choice; x.len() / hidden],
+            (None, Stage::Random) => x.chunks_exact(hidden).map(drawn).collect(),
             (None, Stage::Router) => {
-                self.ffn.differences(x, &self.router).iter().map(|&difference| difference > 0.0).collect()
+                self.ffn.logits(x, &self.router).chunks_exact(spec.ways()).map(way).collect()
             }
         }
     }
@@ -185,10 +307,10 @@ impl PackedDuo {
 impl PackedFfn for PackedDuo {
     fn forward(&self, args: FfnInference<'_>) {
         let FfnInference { y, x, record, scratch } = args;
-        let (takes, tokens) = (self.takes_big(x), x.len() / self.ffn.big.hidden);
-        let sides = [true, false].map(|big| side(tokens, |t| (takes[t] == big).then_some(1.0)));
+        let (takes, tokens) = (self.takes(x), x.len() / self.ffn.big.hidden);
+        let sides = [BIG, SMALL].map(|way| side(tokens, |t| (takes[t] == way).then_some(1.0)));
         if let Some(Record { stats, layer }) = record {
-            stats.add(layer, &sides[0].0);
+            stats.add(layer, &self.ffn.counted(&takes));
         }
         let FfnScratch { experts: scratch, shared, .. } = scratch;
         let mut is_set = false;
@@ -219,7 +341,11 @@ impl PackedFfn for PackedDuo {
     }
 
     fn num_experts(&self) -> Option<usize> {
-        Some(1)
+        Some(self.ffn.spec.experts())
+    }
+
+    fn expert_sizes(&self) -> Option<Vec<u64>> {
+        self.ffn.sizes()
     }
 
     fn choices(&self) -> usize {
@@ -237,12 +363,16 @@ impl Ffn for DuoFfn {
         let mut tensors = self.big.tensors();
         let small = self.small.tensors().into_iter();
         tensors.extend(small.map(|spec| TensorSpec { name: format!("{SMALL_FFN}{}", spec.name), ..spec }));
-        tensors.push(TensorSpec::router("router.weight", vec![2, self.big.hidden]));
+        tensors.push(TensorSpec::router("router.weight", vec![self.spec.ways(), self.big.hidden]));
         tensors
     }
 
     fn num_experts(&self) -> Option<usize> {
-        Some(1)
+        Some(self.spec.experts())
+    }
+
+    fn expert_sizes(&self) -> Option<Vec<u64>> {
+        self.sizes()
     }
 
     fn kind(&self) -> Option<FfnKind> {
@@ -257,7 +387,7 @@ impl Ffn for DuoFfn {
         Box::new(PackedDuo {
             ffn: self.clone(),
             weights: [pack(&self.big, params), pack(&self.small, &params[small..])],
-            router: params[router..][..2 * self.big.hidden].to_vec(),
+            router: params[router..][..self.router_len()].to_vec(),
             choice: None,
         })
     }
@@ -334,21 +464,15 @@ impl Ffn for DuoFfn {
         if !learns {
             return;
         }
-        let [of_big, of_small] = &by_coefficient;
-        let scale = 1.0 / self.spec.temperature as f32;
-        let pairs = of_big.iter().zip(of_small).zip(&saved.probabilities);
-        let dlogits: Vec<f32> = pairs
-            .flat_map(|((big, small), &p)| {
-                let counts = sparsity.over != SparsityOver::Active || p > 0.5;
-                let dp = big - small + if counts { sparsity.weight } else { 0.0 };
-                let dz = scale * dp * p * (1.0 - p);
-                [dz, -dz]
-            })
-            .collect();
-        let (len, dims) = (2 * self.big.hidden, self.router_dims(tokens));
-        let (w, dw) = (&params[router..][..len], &mut grads[router..][..len]);
-        linear::BackwardWeight { dw, dy: &dlogits, x, dims }.run();
-        linear::BackwardInput { dx, dy: &dlogits, w, dims, add: true }.run();
+        self.router_backward(RouterBackward {
+            dx,
+            grads: &mut grads[router..],
+            by_coefficient: &by_coefficient,
+            probabilities: &saved.probabilities,
+            x,
+            params: &params[router..],
+            sparsity,
+        });
     }
 }
 
@@ -357,7 +481,6 @@ mod tests {
     use dsmoe_core::ffn::{DenseFfn, block_len};
     use dsmoe_kernels::buf::Buf;
     use dsmoe_kernels::testing::{assert_close, f64s, finite_differences, normals};
-    use dsmoe_router::SparsityGrad;
 
     use super::*;
     use crate::topk::infer;
@@ -366,9 +489,17 @@ mod tests {
     const WIDTH: usize = 20;
     const TOKENS: usize = 7;
 
-    fn ffn(stage: Stage, probability: f64) -> DuoFfn {
-        let spec = DuoSpec { small: 4, stage, probability, share: 0.5, temperature: 0.7 };
+    fn of_spec(stage: Stage, probability: f64, skip: bool) -> DuoFfn {
+        let spec = DuoSpec { small: 4, stage, probability, share: 0.5, temperature: 0.7, skip };
         DuoFfn::of(Gated::silu(HIDDEN, WIDTH), spec)
+    }
+
+    fn ffn(stage: Stage, probability: f64) -> DuoFfn {
+        of_spec(stage, probability, false)
+    }
+
+    fn skipping() -> DuoFfn {
+        of_spec(Stage::Router, 0.5, true)
     }
 
     fn params(ffn: &DuoFfn, seed: u64) -> Buf {
@@ -410,15 +541,14 @@ mod tests {
     #[test]
     fn one_choice_for_all_is_a_dense_ffn_to_the_bit() {
         let x = normals(TOKENS * HIDDEN, 2);
-        for stage in [Stage::Random, Stage::Router] {
-            let ffn = ffn(stage, 1.0);
+        for ffn in [ffn(Stage::Random, 1.0), ffn(Stage::Router, 1.0), skipping()] {
             let params = params(&ffn, 1);
             let [small, _] = ffn.starts();
             let mut packed = ffn.pack(&params, Precision::F32);
             for (choice, want) in [(BIG, dense(&params, WIDTH, &x)), (SMALL, dense(&params[small..], 4, &x))]
             {
                 assert!(packed.set_choice(Some(choice)));
-                assert_eq!(infer(&*packed, &x), want, "{stage:?} {choice}");
+                assert_eq!(infer(&*packed, &x), want, "{ffn:?} {choice}");
             }
             assert!(!packed.set_choice(Some(3)) && packed.set_choice(None));
         }
@@ -434,7 +564,8 @@ mod tests {
         let duo = ffn(Stage::Router, 0.5);
         let params = params(&duo, 1);
         let [small, router] = duo.starts();
-        let differences = duo.differences(&x, &params[router..]);
+        let logits = duo.logits(&x, &params[router..]);
+        let differences: Vec<f32> = logits.chunks_exact(2).map(|z| z[0] - z[1]).collect();
         assert!(differences.iter().any(|&z| z > 0.0) && differences.iter().any(|&z| z < 0.0));
         let [of_big, of_small] = [dense(&params, WIDTH, &x), dense(&params[small..], 4, &x)];
         let got = infer(&*duo.pack(&params, Precision::F32), &x);
@@ -453,7 +584,74 @@ mod tests {
         }
     }
 
-    /// <y, dy> + sparsity weight sum of P, in f64 loops.
+    /// Sets the router of `params` so that the logit of the row `row` of every token is its first input, and all others are 0.
+    fn prefer(ffn: &DuoFfn, params: &mut [f32], row: usize) {
+        let [_, router] = ffn.starts();
+        let router = &mut params[router..][..ffn.router_len()];
+        router.fill(0.0);
+        router[row * HIDDEN] = 1.0;
+    }
+
+    #[test]
+    fn a_router_takes_each_way_for_all_tokens_to_the_bit() {
+        let mut x = normals(TOKENS * HIDDEN, 2);
+        x.iter_mut().step_by(HIDDEN).for_each(|x| *x = 1.0 + x.abs());
+        let ffn = skipping();
+        let mut params = params(&ffn, 1);
+        let [small, _] = ffn.starts();
+        let of = |params: &[f32]| infer(&*ffn.pack(params, Precision::F32), &x);
+        for row in 0..3 {
+            prefer(&ffn, &mut params, row);
+            let want = match row {
+                0 => dense(&params, WIDTH, &x),
+                1 => dense(&params[small..], 4, &x),
+                _ => vec![0.0; x.len()],
+            };
+            assert_eq!(of(&params), want, "{row}");
+        }
+        // Of equal logits the cheapest way.
+        let [_, router] = ffn.starts();
+        params[router..][..ffn.router_len()].fill(0.0);
+        assert!(of(&params).iter().all(|&y| y == 0.0));
+        assert_eq!([way(&[1.0, 1.0]), way(&[2.0, 1.0])], [SMALL, BIG]);
+        let ways = [[3.0, 1.0, 2.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0], [3.0, 1.0, 3.0], [2.0, 2.0, 1.0]];
+        assert_eq!(ways.map(|z| way(&z)), [BIG, SMALL, SKIP, SKIP, SMALL]);
+    }
+
+    #[test]
+    fn every_token_of_a_skipping_router_has_the_output_of_its_way() {
+        let tokens = 60;
+        let x = normals(tokens * HIDDEN, 2);
+        let duo = skipping();
+        let params = params(&duo, 1);
+        let [small, router] = duo.starts();
+        let logits = duo.logits(&x, &params[router..]);
+        let takes: Vec<usize> = logits.chunks_exact(3).map(way).collect();
+        assert!([SKIP, SMALL, BIG].iter().all(|way| takes.contains(way)), "{takes:?}");
+        let [of_big, of_small] = [dense(&params, WIDTH, &x), dense(&params[small..], 4, &x)];
+        let packed = duo.pack(&params, Precision::F32);
+        let (mut got, mut stats) = (vec![0.0; x.len()], dsmoe_router::RoutingStats::new(1, 2));
+        stats = stats.with_sizes([packed.expert_sizes()]);
+        let record = Some(Record { stats: &mut stats, layer: 0 });
+        packed.forward(FfnInference { y: &mut got, x: &x, record, scratch: &mut FfnScratch::default() });
+        for (t, &taken) in takes.iter().enumerate() {
+            let token = t * HIDDEN..(t + 1) * HIDDEN;
+            let want = match taken {
+                BIG => f64s(&of_big[token.clone()]),
+                SMALL => f64s(&of_small[token.clone()]),
+                _ => vec![0.0; HIDDEN],
+            };
+            assert_close("y", &got[token], &want, 1e-5);
+        }
+        // The active share is that of neurons: 20 of 24 for big, 4 for small, none for a token that skips.
+        let count = |way: usize| takes.iter().filter(|taken| **taken == way).count();
+        let neurons = (WIDTH * count(BIG) + 4 * count(SMALL)) as f64;
+        let summary = stats.summary();
+        assert_eq!(summary.active_ratio, neurons / ((WIDTH + 4) * tokens) as f64);
+        assert_eq!(summary.zero_active_share, count(SKIP) as f64 / tokens as f64);
+    }
+
+    /// <y, dy> + sparsity weight sum of gates, in f64 loops.
     fn loss(ffn: &DuoFfn, takes: Option<&[bool]>, x: &[f64], params: &[f64], dy: &[f32]) -> f64 {
         let [small, router] = ffn.starts();
         let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
@@ -471,14 +669,19 @@ mod tests {
         let mut loss = 0.0;
         for (t, x) in x.chunks_exact(HIDDEN).enumerate() {
             let [big, little] = [of(&ffn.big, params, x), of(&ffn.small, &params[small..], x)];
-            let z = dot(x, &params[router..][..HIDDEN]) - dot(x, &params[router + HIDDEN..][..HIDDEN]);
-            let p = match takes {
-                Some(takes) => f64::from(u8::from(takes[t])),
-                None => 1.0 / (1.0 + (-z / ffn.spec.temperature).exp()),
+            let rows = params[router..].chunks_exact(HIDDEN).take(ffn.spec.ways());
+            let powers: Vec<f64> = rows.map(|row| (dot(x, row) / ffn.spec.temperature).exp()).collect();
+            let sum: f64 = powers.iter().sum();
+            let [p, q] = match takes {
+                Some(takes) if takes[t] => [1.0, 0.0],
+                Some(_) => [0.0, 1.0],
+                None => [powers[0] / sum, powers[1] / sum],
             };
-            let y = big.iter().zip(&little).map(|(big, little)| p * big + (1.0 - p) * little);
+            let y = big.iter().zip(&little).map(|(big, little)| p * big + q * little);
             loss += y.zip(&dy[t * HIDDEN..]).map(|(y, &dy)| y * f64::from(dy)).sum::<f64>();
-            loss += if takes.is_none() { f64::from(SPARSITY.weight) * p } else { 0.0 };
+            // Two experts of 20 and 4 neurons, or one.
+            let gates = if ffn.spec.skip { (40.0 * p + 8.0 * q) / 24.0 } else { p };
+            loss += if takes.is_none() { f64::from(SPARSITY.weight) * gates } else { 0.0 };
         }
         loss
     }
@@ -486,8 +689,8 @@ mod tests {
     #[test]
     fn gradients_are_differences_of_the_formulas() {
         let (x, dy) = (normals(TOKENS * HIDDEN, 5), normals(TOKENS * HIDDEN, 6));
-        for stage in [Stage::Router, Stage::Random] {
-            let ffn = ffn(stage, 0.5);
+        for ffn in [ffn(Stage::Router, 0.5), ffn(Stage::Random, 0.5), skipping()] {
+            let (stage, skip) = (ffn.spec.stage, ffn.spec.skip);
             let params = params(&ffn, 3);
             let (y, report, dx, grads) = train(&ffn, &x, &params, &dy);
             let mut rng = Rng::new(4, DRAWS);
@@ -495,15 +698,16 @@ mod tests {
             assert!(drawn.contains(&true) && drawn.contains(&false));
             let takes = (stage == Stage::Random).then_some(&drawn[..]);
             let value: f64 = y.iter().zip(&dy).map(|(&y, &dy)| f64::from(y) * f64::from(dy)).sum();
-            let penalty = f64::from(SPARSITY.weight) * TOKENS as f64 * report.mean_gate;
+            let gates = (TOKENS * ffn.spec.experts()) as f64;
+            let penalty = f64::from(SPARSITY.weight) * gates * report.mean_gate;
             let (x64, params64) = (f64s(&x), f64s(&params));
             let want = loss(&ffn, takes, &x64, &params64, &dy);
-            assert!((value + penalty - want).abs() < 1e-4, "{stage:?} {value} {penalty} {want}");
+            assert!((value + penalty - want).abs() < 1e-4, "{stage:?} {skip} {value} {penalty} {want}");
             let by_x = finite_differences(&x64, 1e-5, |x| loss(&ffn, takes, x, &params64, &dy));
-            assert_close(&format!("{stage:?} dx"), &dx, &by_x, 2e-5);
+            assert_close(&format!("{stage:?} {skip} dx"), &dx, &by_x, 2e-5);
             let by_params =
                 finite_differences(&params64, 1e-5, |params| loss(&ffn, takes, &x64, params, &dy));
-            assert_close(&format!("{stage:?} dparams"), &grads, &by_params, 2e-5);
+            assert_close(&format!("{stage:?} {skip} dparams"), &grads, &by_params, 2e-5);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Duo-LLM (Alizadeh et al., arXiv 2410.10846): every layer has a big and a small FFN, and every token takes one of them. The
-//! FFNs are trained with random routes, so that every route works; then a router learns which tokens need the big one.
+//! FFNs are trained with random routes, so that every route works; then a router learns which tokens need the big one and, with
+//! `skip=true`, which need neither.
 //!
 //! ```text
 //! duo          big = the dense FFN, small = its neurons of the largest importance; random routes
@@ -7,9 +8,11 @@
 //! duo-router   the same weights, routed by a router
 //! dsmoe train  the router learns; the share of big tokens is held
 //! budget       activated = rest + small + share (big - small)
+//!              skip=true   rest + share (big + small);  a token adds big, small or nothing
 //! ```
 //! The paper's loss on the share is (mean P - budget)^2; here the weight of the mean P is adjusted until the share holds, as for
-//! DSMoE. The temperature of the router stays; skipping is for oracles, not for the router.
+//! DSMoE. With `skip=true` what is held is the share of the neurons of both FFNs that a token uses, so that a skipped token is
+//! cheaper than one through the small FFN. The temperature of the router stays. Random routes do not skip.
 
 mod ffn;
 mod spec;
@@ -54,7 +57,7 @@ pub(crate) static DUO: Entry<Settings> = Entry {
 /// The method `duo-router`.
 pub(crate) static DUO_ROUTER: Entry<RouterSettings> = Entry {
     name: "duo-router",
-    summary: "Duo-LLM: a model of `duo`, routed by a router that training teaches; budgets from all small to all big",
+    summary: "Duo-LLM: a model of `duo`, routed by a router that training teaches; budgets from all small (with skip=true all skipped) to all big",
     source: Source::Experts,
     ..Entry::new(|settings| match (1e-3..=1e3).contains(&settings.temperature) {
         true => Ok(Box::new(DuoRouter(settings))),
@@ -80,6 +83,8 @@ settings! {
     pub(crate) struct RouterSettings {
         /// Number that divides the router's logits in training, 0.001 to 1000.
         pub temperature: f64 = 0.5,
+        /// Let the router skip both FFNs for a token: true or false.
+        pub skip: bool = false,
     }
 }
 
@@ -114,24 +119,37 @@ fn with_spec(config: &Config, spec: DuoSpec) -> Config {
     config
 }
 
-/// Returns `spec` with the share of big tokens that reaches `budget`, a part of `source` parameters, and the plan of the model.
+/// Returns the share of a model whose tokens all take the big FFN: of tokens or, where they may skip, of the neurons of both FFNs.
+fn all_big(config: &Config, spec: DuoSpec) -> f64 {
+    if !spec.skip {
+        return 1.0;
+    }
+    let big: usize = config.layers().map(|shape| shape.intermediate).sum();
+    big as f64 / (big + config.num_layers * spec.small) as f64
+}
+
+/// Returns `spec` with the share that reaches `budget`, a part of `source` parameters, and the plan of the model.
 fn choose(config: &Config, spec: DuoSpec, budget: Budget, source: u64) -> Result<(DuoSpec, Plan)> {
     let counts = Accounting::of(&with_spec(config, spec));
-    let [least, most] = [0.0, 1.0].map(|share| counts.activated(share));
+    let activated = |share: f64| counts.activated(share * spec.experts() as f64);
+    let largest = all_big(config, spec);
+    let [least, most] = [0.0, largest].map(activated);
     let asked = budget.params(source);
     let share = (asked - least) / (most - least);
     // A budget of the dense model's own size leaves out the router.
     let slack = 1e-2;
     if !(-slack..=1.0 + slack).contains(&share) {
-        let side = if share < 0.0 { "below all small" } else { "above all big" };
+        let cheapest = if spec.skip { "below all skipped" } else { "below all small" };
+        let side = if share < 0.0 { cheapest } else { "above all big" };
         return Err(Error::out_of_reach(budget, format!("is {side}"), [least, most], source));
     }
-    let share = share.clamp(0.0, 1.0);
+    let share = share.clamp(0.0, 1.0) * largest;
     let spec = DuoSpec { share, ..spec };
+    let used = if spec.skip { "of the neurons of both FFNs" } else { "of tokens through the big FFN" };
     let plan = Plan {
         total: counts.total as f64,
-        activated: counts.activated(share),
-        reached_by: format!("{:.1}% of tokens through the big FFN", 100.0 * share),
+        activated: activated(share),
+        reached_by: format!("{:.1}% {used}", 100.0 * share),
         settings: vec![("small neurons".to_owned(), spec.small.to_string())],
         active_target: (spec.stage == Stage::Router).then_some(share),
         ..Plan::default()
@@ -151,7 +169,7 @@ impl Duo {
             return Err(Error::setting("ratio", problem, "use a smaller one"));
         }
         let (stage, probability) = (Stage::Random, self.0.probability);
-        let spec = DuoSpec { small, stage, probability, share: 1.0, temperature: 1.0 };
+        let spec = DuoSpec { small, stage, probability, share: 1.0, temperature: 1.0, skip: false };
         choose(config, spec, budget, Accounting::of(config).total)
     }
 
@@ -220,9 +238,11 @@ impl Configured for DuoRouter {
         let config = Config::load(job.model)?;
         let (spec, plan) = self.choose(job.model, &config, job.budget)?;
         let checkpoint = open_model(job.model, &config)?;
-        let values = |_: usize, _: &str| Ok(Vec::new());
-        let additions =
-            Additions { infos: Vec::new(), values: &values, order: &|_| None, files: &|_| Ok(()) };
+        let (hidden, ways) = (config.hidden, spec.ways());
+        let source = Routers { hidden, ways, checkpoint: &checkpoint, seed: job.seed };
+        let infos = source.changed(config.num_layers);
+        let values = |number: usize, name: &str| source.values(number, name);
+        let additions = Additions { infos, values: &values, order: &|_| None, files: &|_| Ok(()) };
         rewrite(job, &with_spec(&config, spec), &checkpoint, &additions, progress)?;
         Ok(Made { plan, measured: Vec::new() })
     }
@@ -236,8 +256,48 @@ impl DuoRouter {
                 dsmoe_core::Error::field(&dir.join(CONFIG_FILE), "ffn.type", "is not duo", help).into()
             );
         };
-        let spec = DuoSpec { stage: Stage::Router, temperature: self.0.temperature, ..spec };
+        let RouterSettings { temperature, skip } = self.0;
+        let spec = DuoSpec { stage: Stage::Router, temperature, skip, ..spec };
         choose(config, spec, budget, Accounting::of(config).total)
+    }
+}
+
+/// The routers of a source whose rows are not those of `ways`.
+struct Routers<'a> {
+    hidden: usize,
+    ways: usize,
+    checkpoint: &'a Checkpoint,
+    seed: u64,
+}
+
+impl Routers<'_> {
+    /// Returns the tensors that replace the source's, of every layer; none if those have as many rows.
+    fn changed(&self, layers: usize) -> Vec<TensorInfo> {
+        let shape = vec![self.ways, self.hidden];
+        let info = |layer: usize| {
+            let name = format!("model.layers.{layer}.mlp.router.weight");
+            TensorInfo { name, dtype: Dtype::F32, shape: shape.clone() }
+        };
+        let is_like = |info: &TensorInfo| self.rows(&info.name) == Some(self.ways);
+        (0..layers).map(info).filter(|info| !is_like(info)).collect()
+    }
+
+    /// Returns the rows of a router of the source.
+    fn rows(&self, name: &str) -> Option<usize> {
+        self.checkpoint.tensor(name).and_then(|view| view.shape.first().copied())
+    }
+
+    /// Returns the rows of the source, and a random one for a way that it lacks; `number` is that of the replaced tensor.
+    fn values(&self, number: usize, name: &str) -> Result<Vec<f32>> {
+        let mut router = vec![0.0; self.rows(name).unwrap_or(0) * self.hidden];
+        self.checkpoint.read_f32(name, &mut router)?;
+        let kept = router.len();
+        router.resize(self.ways * self.hidden, 0.0);
+        if let Some(new) = router.get_mut(kept..) {
+            let mut rng = Rng::new(self.seed, u64::from_be_bytes(*b"duo skip") ^ number as u64);
+            rng.fill_normal(new, ROUTER_STD);
+        }
+        Ok(router)
     }
 }
 

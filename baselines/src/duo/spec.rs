@@ -13,7 +13,7 @@ use super::ffn::DuoFfn;
 /// The `type`.
 const KIND: &str = "duo";
 
-/// An FFN of which a token takes the big or the small one.
+/// An FFN of which a token takes the big or the small one, or skips both.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DuoSpec {
@@ -23,10 +23,14 @@ pub struct DuoSpec {
     pub stage: Stage,
     /// The probability of the big FFN in training with random routes.
     pub probability: f64,
-    /// The share of tokens that take the big FFN: drawn in inference with random routes, and held in training with a router.
+    /// The share of tokens that take the big FFN: drawn in inference with random routes, and held in training with a router. Where
+    /// tokens may skip, the share of the neurons of both FFNs that a token uses.
     pub share: f64,
     /// Divides the router's logits in training.
     pub temperature: f64,
+    /// True if the router may also choose to run neither.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub skip: bool,
 }
 
 /// Who chooses between the FFNs.
@@ -40,6 +44,17 @@ pub enum Stage {
 }
 
 impl DuoSpec {
+    /// Returns the rows of the router.
+    pub(super) fn ways(&self) -> usize {
+        if self.skip { 3 } else { 2 }
+    }
+
+    /// Returns the number of experts of a layer. The big FFN is its one expert, in whose place tokens run the small one; where
+    /// tokens may skip, both FFNs are experts.
+    pub(super) fn experts(&self) -> usize {
+        self.ways() - 1
+    }
+
     /// Returns the field that is out of range, its value and what it may be.
     fn wrong(&self) -> Option<(&'static str, f64, &'static str)> {
         [
@@ -69,9 +84,8 @@ impl FfnSpec for DuoSpec {
         Box::new(DuoFfn::of(Gated::of_layer(config, layer), *self))
     }
 
-    /// The big FFN is the one expert of a layer: a token runs it or not.
     fn num_experts(&self, _layer: usize) -> usize {
-        1
+        self.experts()
     }
 
     fn active_experts(&self) -> Option<f64> {
@@ -107,6 +121,9 @@ fn read(path: &Path, config: &Config, settings: &Map<String, Value>) -> dsmoe_co
     }
     if let Some((field, value, allowed)) = spec.wrong() {
         return Err(wrong(&format!("ffn.{field}"), format!("is {value} and not {allowed}")));
+    }
+    if spec.skip && spec.stage == Stage::Random {
+        return Err(wrong("ffn.skip", "is true, and only a router skips".to_owned()));
     }
     if has_biases(config) {
         return Err(wrong("ffn.type", format!("is {KIND}, and the FFNs of this model have biases")));

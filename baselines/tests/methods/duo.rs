@@ -131,6 +131,127 @@ fn a_router_learns_which_tokens_are_big() {
     assert_eq!(losses(&loaded(&saved)), losses(&Inference::new(&model, Precision::F32)));
 }
 
+/// The directory of a model with a router of three ways, and of the dense model it is made from.
+fn skipping(dir: &Path) -> [PathBuf; 2] {
+    let [duo, out] = ["duo", "out"].map(|name| dir.join(name));
+    let model = dense(dir);
+    Run::new("duo", &["ratio=8"], 0.9, &tokens(16, SEQ)).run(&model, &duo).unwrap();
+    let made = Run::new("duo-router", &["skip=true"], 0.8, &[]).run(&duo, &out).unwrap();
+    // A token runs neurons of the FFNs of 96 and 12; the budget counts the whole of the source.
+    let config = Config::load(&out).unwrap();
+    let counts = Accounting::of(&config);
+    let share = made.plan.active_target.unwrap();
+    let asked = 0.8 * Accounting::of(&Config::load(&duo).unwrap()).total as f64;
+    let want = (counts.non_ffn + counts.router) as f64 + share * counts.ffn as f64;
+    assert!((want / asked - 1.0).abs() < 1e-9 && (made.plan.activated - want).abs() < 1e-6, "{made:?}");
+    assert!(made.plan.reached_by.ends_with("of the neurons of both FFNs"), "{made:?}");
+    let spec = config.ffn.unwrap();
+    assert_eq!((spec.num_experts(0), spec.active_target()), (2, Some(share)));
+    assert_eq!(spec.settings()["skip"], true);
+    [out, model]
+}
+
+#[test]
+fn a_router_of_three_ways_has_a_row_for_skipping() {
+    let dir = tempfile::tempdir().unwrap();
+    let [out, _] = skipping(dir.path());
+    let (duo, name) = (dir.path().join("duo"), "model.layers.1.mlp.router.weight");
+    let [two, three] = [&duo, &out].map(|model| values(model, name));
+    assert_eq!(three.len() / 3, two.len() / 2);
+    assert_eq!(three[..two.len()], two);
+    assert!(three[two.len()..].iter().all(|&w| w != 0.0));
+    // The same again, and back to two ways.
+    let [again, back] = ["again", "back"].map(|name| dir.path().join(name));
+    Run::new("duo-router", &["skip=true"], 0.8, &[]).run(&out, &again).unwrap();
+    assert_eq!(values(&again, name), three);
+    Run::new("duo-router", &[], 0.9, &[]).run(&out, &back).unwrap();
+    assert_eq!(values(&back, name), two);
+    assert!(!fs::read_to_string(back.join("config.json")).unwrap().contains("skip"));
+}
+
+/// Makes the first input of every FFN positive, and the logit of the router's row `row` that input, where there is a router.
+fn always(model: &mut Model, row: usize) {
+    let hidden = model.config().hidden;
+    let entries: Vec<_> = model.layout().entries().to_vec();
+    for entry in entries {
+        let values = &mut model.params_mut()[entry.range.clone()];
+        if entry.spec.name == "model.embed_tokens.weight" {
+            values.iter_mut().step_by(hidden).for_each(|value| *value = 3.0);
+        }
+        if entry.spec.name.ends_with(".mlp.router.weight") {
+            values.fill(0.0);
+            values[row * hidden] = 1.0;
+        }
+    }
+}
+
+#[test]
+fn a_router_that_takes_one_way_is_the_model_of_that_way_to_the_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let [out, dense] = skipping(dir.path());
+    let of = |dir: &Path, row: usize| {
+        let mut model = Model::load(dir).unwrap();
+        always(&mut model, row);
+        Inference::new(&model, Precision::F32)
+    };
+    let (mut plain, mut routed) = (of(&dense, 0), of(&out, 0));
+    let whole = Accounting::of(&Config::load(&out).unwrap());
+    let spent = |share: f64| whole.activated(2.0 * share) - (whole.non_ffn + whole.router) as f64;
+
+    // Big: the logits of the dense model, and the parameters of its FFNs.
+    let (big, share) = losses(&of(&out, 0));
+    assert_eq!(big, losses(&plain).0);
+    let of_dense = Accounting::of(&Config::load(&dense).unwrap());
+    assert!((spent(share.unwrap()) - of_dense.ffn as f64).abs() < 1e-6);
+
+    // Small: those of the small FFNs alone.
+    let (small, share) = losses(&of(&out, 1));
+    routed.set_routes(&[Route::Choice(1); 2]).unwrap();
+    assert_eq!(small, losses(&routed).0);
+    assert!((spent(share.unwrap()) - (whole.ffn - of_dense.ffn) as f64).abs() < 1e-6);
+
+    // Skipping: the residual stream and attention alone, and no parameter of an FFN.
+    let (skipped, share) = losses(&of(&out, 2));
+    plain.set_routes(&[Route::Skip; 2]).unwrap();
+    assert_eq!((skipped.clone(), share), (losses(&plain).0, Some(0.0)));
+    assert!(skipped != big && skipped != small && big != small);
+}
+
+#[test]
+fn a_router_learns_to_skip() {
+    let dir = tempfile::tempdir().unwrap();
+    let [out, _] = skipping(dir.path());
+    let mut model = Model::load(&out).unwrap();
+    let ids = tokens(4, SEQ).concat();
+    let (inputs, targets) = (&ids[..ids.len() - 1], &ids[1..]);
+    let mut workspace = TrainWorkspace::new(&model, inputs.len(), Precision::F32);
+    let mut step = |model: &Model, weight: f32| {
+        let args = StepArgs {
+            loss_scale: 1.0 / inputs.len() as f32,
+            sparsity_weight: weight,
+            sparsity_over: dsmoe_router::SparsityOver::All,
+            ..StepArgs::default()
+        };
+        let mut grads = Buf::zeros(model.layout().len());
+        let batch = Batch { inputs, targets, seq: inputs.len() };
+        let output = model.train_step(&mut grads, batch, &args, &mut workspace);
+        (grads, output.unwrap())
+    };
+    let (grads, first) = step(&model, 0.0);
+    for entry in model.layout().entries().iter().filter(|entry| entry.spec.name.contains(".mlp.")) {
+        assert!(grads[entry.range.clone()].iter().any(|&g| g != 0.0), "{}", entry.spec.name);
+    }
+    // A weight on the neurons closes the ways through both FFNs.
+    for _ in 0..160 {
+        let (grads, _) = step(&model, 40.0);
+        model.params_mut().iter_mut().zip(&grads[..]).for_each(|(p, g)| *p -= 0.1 * g);
+    }
+    let (_, last) = step(&model, 0.0);
+    assert!(last.mean_gate < first.mean_gate - 0.1, "{} to {}", first.mean_gate, last.mean_gate);
+    let (_, share) = losses(&Inference::new(&model, Precision::F32));
+    assert!(share.unwrap() < first.mean_gate, "{share:?}");
+}
+
 #[test]
 fn budgets_and_what_cannot_be() {
     // 0.378 of the FFN is a share of 0.3365 through the big one, with a small one of a sixteenth.
@@ -157,6 +278,8 @@ fn budgets_and_what_cannot_be() {
         ("duo-router", &["temperature=0"], 0.9, &duo, &["temperature: cannot be 0"]),
         ("duo-router", &[], 0.9, &model, &["ffn.type", "is not duo", "the method duo made"]),
         ("duo-router", &[], 0.01, &duo, &["is below all small"]),
+        ("duo-router", &["skip=true"], 0.01, &duo, &["is below all skipped"]),
+        ("duo-router", &["skip=2"], 0.9, &duo, &["skip"]),
     ] {
         Run::new(name, set, share, &text).fails(source, &out, parts);
     }
@@ -168,6 +291,7 @@ fn budgets_and_what_cannot_be() {
         ("\"probability\": 0.5", "\"probability\": 1.5", "ffn.probability is 1.5"),
         ("\"stage\": \"random\"", "\"stage\": \"oracle\"", "not of type duo"),
         ("\"small\": 6", "\"small\": 6, \"more\": 1", "not of type duo"),
+        ("\"small\": 6", "\"small\": 6, \"skip\": true", "ffn.skip is true"),
     ] {
         assert!(config.contains(from), "{from}: {config}");
         let error =

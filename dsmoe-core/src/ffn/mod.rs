@@ -110,6 +110,11 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
         None
     }
 
+    /// Returns the neurons of every expert where experts are not of one width, by which shares count them.
+    fn expert_sizes(&self) -> Option<Vec<u64>> {
+        None
+    }
+
     /// Sets the gates' threshold, where there is one; returns whether there is.
     fn set_threshold(&mut self, _threshold: f32) -> bool {
         false
@@ -213,6 +218,11 @@ pub trait PackedFfn: std::fmt::Debug + Send + Sync {
         None
     }
 
+    /// Returns the neurons of every expert where experts are not of one width ([`Ffn::expert_sizes`]).
+    fn expert_sizes(&self) -> Option<Vec<u64>> {
+        None
+    }
+
     /// Sets the gates' threshold, where there is one; returns whether there is.
     fn set_threshold(&mut self, _threshold: f32) -> bool {
         false
@@ -224,7 +234,8 @@ pub trait PackedFfn: std::fmt::Debug + Send + Sync {
     }
 }
 
-/// Beginning of the names of the projections of a second FFN, which tokens run that do not run the first.
+/// Beginning of the names of the projections of a second FFN: of a layer of one expert, tokens run it that do not run the
+/// expert; of a layer of two, it is the second expert.
 pub const SMALL_FFN: &str = "small.";
 
 /// Converts a routing for the expert kernels.

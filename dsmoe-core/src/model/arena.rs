@@ -359,6 +359,7 @@ impl Model {
     /// Returns empty routing statistics for this model; none without routers.
     pub fn new_stats(&self) -> Option<RoutingStats> {
         let experts: Option<Vec<usize>> = self.ffns.iter().map(|ffn| ffn.num_experts()).collect();
-        experts.map(RoutingStats::of_layers)
+        let sizes = self.ffns.iter().map(|ffn| ffn.expert_sizes());
+        Some(RoutingStats::of_layers(experts?).with_sizes(sizes))
     }
 }

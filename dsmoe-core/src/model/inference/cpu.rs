@@ -168,6 +168,14 @@ impl CpuInference {
         }
     }
 
+    /// Returns the sizes of the experts of every layer, where they are not alike.
+    pub(crate) fn layer_sizes(&self) -> Vec<Option<Vec<u64>>> {
+        match &self.lent {
+            Some(lent) => lent.ffns.iter().map(|ffn| ffn.expert_sizes()).collect(),
+            None => self.layers.iter().map(|layer| layer.ffn.expert_sizes()).collect(),
+        }
+    }
+
     pub(crate) fn set_threshold(&mut self, threshold: f32) -> Result<()> {
         set_threshold(&mut self.config, threshold, || {
             self.layers.iter_mut().all(|layer| layer.ffn.set_threshold(threshold))

@@ -208,8 +208,12 @@ impl Inference {
 
     /// Returns empty routing statistics for this model; none without routers.
     pub fn new_stats(&self) -> Option<RoutingStats> {
-        let experts = each!(&self.backend, model => model.layer_experts());
-        experts.map(RoutingStats::of_layers)
+        let stats = RoutingStats::of_layers(each!(&self.backend, model => model.layer_experts())?);
+        Some(match &self.backend {
+            Backend::Cpu(model) => stats.with_sizes(model.layer_sizes()),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => stats,
+        })
     }
 
     /// Sets the gates' threshold of every layer (the paper's table 4).
