@@ -14,6 +14,7 @@ use super::lab::{Lab, Model, Pruned};
 use super::sketch::shortened;
 
 const ROUTER: &str = "router";
+const SKIPPING: &str = "router of three ways";
 const CHANCE: &str = "random routes";
 const ORACLE: &str = "oracle";
 const FIXED: &str = "best fixed route";
@@ -31,6 +32,8 @@ const TOKENS: usize = 384;
 const PASSES: f64 = 1000.0;
 /// The router's learning rate over that of the rest.
 const ROUTER_LR: f64 = 10.0;
+/// Duo's rows with a router, and the settings of that.
+const ROUTERS: [(&str, &[&str]); 2] = [(ROUTER, &[]), (SKIPPING, &["skip=true"])];
 /// The rows beside Duo's: the method, its settings, and its routers' learning rate over that of the rest.
 const OTHERS: [(&str, &str, &[&str], f64); 2] = [
     (DSMOE, "dsmoe", &["experts=8", "routers=calibrated"], 3.0),
@@ -41,8 +44,8 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
     name: "duo-llm",
     title: "Duo-LLM",
     setting: "A small FFN of a sixteenth of the neurons stands beside the dense one. Both are trained with random routes for 60 steps; \
-              then a router is trained for 60 more, or random routes go on. DSMoE and a random split, of eight experts each, have \
-              the same budget and 120 steps. The oracle gives every token of 384 the best of all routes \
+              then a router is trained for 60 more, or random routes go on. A router of three ways may also skip both. DSMoE and a \
+              random split, of eight experts each, have the same budget and 120 steps. The oracle gives every token of 384 the best of all routes \
               with its loss at hand, earlier tokens of the window included, and as many noisy copies of the model are its control.",
     numbers: "held-out loss, nats; of the oracle on its tokens; and the share of the FFNs' parameters that a token used",
     claims: &[
@@ -54,6 +57,16 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
             margin: 0.0,
             agrees: "tokens differ in what the big FFN is worth to them, and the router sees it",
             differs: "so short a training teaches the router little",
+        },
+        Claim {
+            paper: "tokens skip layers where these are of no use (read in the paper): a third way uses the same budget better",
+            row: SKIPPING,
+            controls: &[ROUTER, CHANCE],
+            columns: &[SHARE],
+            margin: 0.0,
+            agrees: "what is saved on tokens that skip is spent on more tokens through the big FFN",
+            differs: "the small FFN costs a sixteenth, so that skipping it saves little, and random routes have not taught the layers \
+                      to be skipped",
         },
         Claim {
             paper: "(ours) sigmoid gates over eight experts use the same budget better than one choice of big or small in each layer",
@@ -84,10 +97,10 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
         },
     ],
     plan: |sketch| {
-        sketch.made(2 + OTHERS.len());
-        sketch.losses(2 + OTHERS.len());
+        sketch.made(3 + OTHERS.len());
+        sketch.losses(3 + OTHERS.len());
         sketch.other(1, PASSES * TOKENS as f64);
-        sketch.trainings(3, &shortened(sketch.train_config()?, STEPS))?;
+        sketch.trainings(4, &shortened(sketch.train_config()?, STEPS))?;
         sketch.trainings(OTHERS.len(), &shortened(sketch.train_config()?, 2 * STEPS))
     },
     measure,
@@ -110,10 +123,13 @@ fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
     let config = shortened(lab.train_config()?, STEPS);
     let made = lab.prune(&dense, how("duo", &[]))?;
     let random = lab.train(&made, config.clone())?;
-    let routed = lab.prune(&random, how("duo-router", &[]))?;
-    let routed = lab.train(&routed, TrainConfig { router_lr_scale: ROUTER_LR, ..config.clone() })?;
-    let chance = lab.train(&random, config)?;
-    let mut models = vec![(ROUTER, routed), (CHANCE, chance)];
+    let mut models = Vec::new();
+    for (row, settings) in ROUTERS {
+        let routed = lab.prune(&random, how("duo-router", settings))?;
+        let config = TrainConfig { router_lr_scale: ROUTER_LR, ..config.clone() };
+        models.push((row, lab.train(&routed, config)?));
+    }
+    models.push((CHANCE, lab.train(&random, config)?));
     for (row, method, settings, router_lr_scale) in OTHERS {
         let made = lab.prune(&dense, how(method, settings))?;
         let config = shortened(lab.train_config()?, 2 * STEPS);
