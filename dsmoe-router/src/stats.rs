@@ -413,6 +413,21 @@ impl RoutingStats {
         ratio(self.routed(), self.layers.iter().map(LayerStats::pairs).sum())
     }
 
+    /// Returns the entropy of the load of every layer in nats: ln n if all n experts run for as many tokens, 0 if one runs alone or
+    /// none does.
+    ///
+    /// ```
+    /// use dsmoe_router::{Routing, RoutingStats};
+    /// use ndarray::array;
+    ///
+    /// let mut stats = RoutingStats::new(1, 2);
+    /// stats.add(0, &Routing::from_mask(array![[true, false], [false, true]].view(), |_, _| 1.0));
+    /// assert!((stats.load_entropies()[0] - 2f64.ln()).abs() < 1e-12);
+    /// ```
+    pub fn load_entropies(&self) -> Vec<f64> {
+        self.layers.iter().map(LayerStats::entropy).collect()
+    }
+
     fn routed(&self) -> u64 {
         self.layers.iter().map(LayerStats::routed).sum()
     }
@@ -463,13 +478,19 @@ impl LayerStats {
         self.tokens() * self.sizes.as_ref().map_or(self.load.len() as u64, |sizes| sizes.iter().sum())
     }
 
-    fn load_entropy(&self) -> f64 {
-        if self.load.len() < 2 {
-            return 1.0;
-        }
+    /// Returns the entropy of the load, nats.
+    fn entropy(&self) -> f64 {
         let all: u64 = self.load.iter().sum();
         let shares = self.load.iter().map(|&load| ratio(load, all)).filter(|&p| p > 0.0);
-        shares.map(|p| -p * p.ln()).sum::<f64>() / (self.load.len() as f64).ln()
+        shares.map(|p| -p * p.ln()).sum()
+    }
+
+    /// Returns the entropy of the load over that of an even load.
+    fn load_entropy(&self) -> f64 {
+        match self.load.len() {
+            0 | 1 => 1.0,
+            n => self.entropy() / (n as f64).ln(),
+        }
     }
 }
 
@@ -526,6 +547,35 @@ mod tests {
         added.add_all(&stats.counts().collect::<Vec<_>>());
         assert_eq!(added.summary(), summary);
         assert!(added.is_like(&stats) && !added.is_like(&RoutingStats::new(2, 3)));
+    }
+
+    #[test]
+    fn entropies_of_loads_by_hand() {
+        let even = |n: usize| {
+            let mut stats = RoutingStats::new(1, n);
+            stats.add(0, &Routing::from_mask(ndarray::Array2::from_elem((5, n), true).view(), |_, _| 1.0));
+            stats.load_entropies()[0]
+        };
+        for n in [1, 2, 8, 60] {
+            assert!((even(n) - (n as f64).ln()).abs() < 1e-12, "{n}: {}", even(n));
+        }
+        // Loads 3, 1 and 0: -(3/4 ln 3/4 + 1/4 ln 1/4); one expert alone; none.
+        let mut stats = RoutingStats::new(3, 3);
+        stats.add(
+            0,
+            &routing(array![
+                [true, false, false],
+                [true, true, false],
+                [false, false, false],
+                [true, false, false]
+            ]),
+        );
+        stats.add(1, &routing(array![[false, true, false], [false, true, false]]));
+        stats.add(2, &routing(array![[false, false, false]]));
+        let found = stats.load_entropies();
+        assert!((found[0] - 0.562_335_144_618_808_1).abs() < 1e-12, "{found:?}");
+        assert_eq!(found[1..], [0.0, 0.0]);
+        assert_eq!(stats.summary().load_entropy_per_layer[0], found[0] / 3f64.ln());
     }
 
     #[test]

@@ -252,6 +252,8 @@ pub struct EvalDetail {
     pub active: Vec<u32>,
     /// The mean factor of every expert's output over all tokens, `[layers][experts]`; none without routers, and on a GPU.
     pub mean_coefficients: Option<Vec<Vec<f64>>>,
+    /// The entropy of the load of every layer's experts over all tokens, nats; none without routers.
+    pub load_entropies: Option<Vec<f64>>,
 }
 
 /// The loss of one window.
@@ -427,6 +429,7 @@ pub fn evaluate_detailed(
     if !model.device().is_gpu() {
         detail.mean_coefficients = sums.stats.as_ref().and_then(RoutingStats::mean_coefficients);
     }
+    detail.load_entropies = sums.stats.as_ref().map(RoutingStats::load_entropies);
     let nll_sum = sums.nll.iter().sum();
     let used = sums.workspace.take_used();
     Ok((batches.report(model, nll_sum, (sums.stats, &used), started), detail))

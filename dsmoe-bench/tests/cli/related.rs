@@ -90,11 +90,24 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
         }
     }
     assert_eq!(claims, 24);
+    // Of 6 experts the load has an entropy of ln 6 at the most.
+    for (experiment, column, most) in
+        [("seer-moe", "load entropy, 6 of 8", 6f64), ("uncurl", "load entropy, task, 4 of 8", 4.0)]
+    {
+        let found = experiments.iter().find(|found| found["name"] == experiment).unwrap();
+        let cells = list(&found["rows"]).iter().flat_map(|row| list(&row["cells"]));
+        let entropies: Vec<f64> =
+            cells.filter(|cell| cell["column"] == column).map(|cell| number(&cell["mean"])).collect();
+        assert!(entropies.len() > 3, "{experiment}: {found}");
+        let range = 0.0..=most.ln() + 1e-9;
+        assert!(entropies.iter().all(|entropy| range.contains(entropy)), "{experiment}: {entropies:?}");
+    }
     let report = read("related/whole/report.md");
     shows(
         &report,
         &["paper's claim", "HC-SMoE", "UNCURL", "SEER-MoE", "TEAL", "LESA", "random clusters merged"],
     );
+    shows(&report, &["load entropy, 6 of 8", "load entropy, task, 4 of 8"]);
     assert!(!report.contains("NaN"), "{report}");
     let run: Value = read_json("related/whole/runs/lesa-s1.json");
     assert_eq!((run["seed"].as_u64(), list(&run["values"]).len()), (Some(1), 12));

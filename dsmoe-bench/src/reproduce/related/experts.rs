@@ -92,6 +92,23 @@ pub(crate) fn increases(lab: &mut Lab<'_, '_>, rows: &[&str], left: &[usize]) ->
     Ok(values)
 }
 
+/// Measures rows on all text: the entropy of the load of a layer's experts.
+pub(crate) fn entropies(lab: &mut Lab<'_, '_>, rows: &[&str], left: &[usize]) -> Result<Vec<Value>> {
+    let mut values = Vec::new();
+    for row in rows {
+        for &left in left {
+            let entropy = losses(lab, row, left, None)?.entropy(None)?;
+            values.push(Value::new(row, &entropy_column(&column(left)), entropy));
+        }
+    }
+    Ok(values)
+}
+
+/// Returns the name of the column of entropies beside that of losses.
+pub(crate) fn entropy_column(column: &str) -> String {
+    format!("load entropy, {column}")
+}
+
 /// Returns the name of the column with `left` experts in every layer.
 fn column(left: usize) -> String {
     format!("{left} of {EXPERTS}")

@@ -65,6 +65,8 @@ pub(crate) struct Losses {
     pub(crate) activated: f64,
     /// By source.
     pub(crate) sources: Vec<(String, f64)>,
+    /// Entropy of the load of a layer's experts by source, nats, mean over layers; empty without routers.
+    entropies: Vec<(String, f64)>,
 }
 
 impl Losses {
@@ -78,8 +80,20 @@ impl Losses {
     pub(crate) fn without(&self, source: &str) -> f64 {
         let others: Vec<f64> =
             self.sources.iter().filter(|(name, _)| name != source).map(|(_, loss)| *loss).collect();
-        others.iter().sum::<f64>() / others.len() as f64
+        mean(&others)
     }
+
+    /// Returns the entropy of the load of a layer's experts on one source, or the mean over all of them, each as much as another.
+    pub(crate) fn entropy(&self, source: Option<&str>) -> Result<f64> {
+        let wanted = self.entropies.iter().filter(|(name, _)| source.is_none_or(|source| source == name));
+        let found: Vec<f64> = wanted.map(|(_, entropy)| *entropy).collect();
+        ensure!(!found.is_empty(), "no load of experts on {}", source.unwrap_or("any text"));
+        Ok(mean(&found))
+    }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
 }
 
 /// The shared part of the experiments of one seed.
@@ -247,13 +261,16 @@ impl<'b> Lab<'_, 'b> {
     /// Measures the loss of a model on the held-out text.
     pub(crate) fn losses(&mut self, model: &Model) -> Result<Losses> {
         let inputs = self.inputs();
-        let settings = json!([model.key, inputs.text.key, inputs.windows(), inputs.precision().name()]);
+        let precision = inputs.precision().name();
+        let settings = json!([model.key, inputs.text.key, inputs.windows(), precision, "with entropies"]);
         let dir = model.dir.clone();
         let (losses, _) = self.stage("losses", &settings, inputs.costs.text(), |_| {
             let model = Inference::load_on(&dir, inputs.precision(), inputs.options.device)?;
             let (text, _) = measure::text(&model, &inputs.text.held_out, inputs.costs.seq, inputs.windows())?;
             let sources = text.domains.iter().map(|domain| (domain.name.clone(), domain.nll)).collect();
-            Ok(Losses { mean: text.means.nll, activated: text.means.params_activated, sources })
+            let entropies = text.domains.iter().filter_map(|of| Some((of.name.clone(), of.load_entropy?)));
+            let entropies = entropies.collect();
+            Ok(Losses { mean: text.means.nll, activated: text.means.params_activated, sources, entropies })
         })?;
         Ok(losses)
     }
@@ -273,4 +290,23 @@ impl<'b> Lab<'_, 'b> {
 #[cfg(test)]
 pub(crate) fn check_settings(name: &str, settings: &[&str]) -> Result<dsmoe_baselines::SettingValues> {
     Ok(method(name)?.configure(&read_settings(settings.iter().copied())?)?.resolved())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entropies_are_means_over_sources() {
+        let pair = |name: &str, value: f64| (name.to_owned(), value);
+        let sources = vec![pair("web", 3.0), pair("code", 2.0), pair("math", 1.0)];
+        let entropies = vec![pair("web", 4f64.ln()), pair("code", 2f64.ln()), pair("math", 0.0)];
+        let found = Losses { mean: 2.0, activated: 1.0, sources, entropies };
+        assert_eq!(found.entropy(Some("web")).unwrap(), 4f64.ln());
+        assert!((found.entropy(None).unwrap() - 2f64.ln()).abs() < 1e-12);
+        assert_eq!(found.without("web"), 1.5);
+        assert!(found.entropy(Some("art")).unwrap_err().to_string().contains("no load of experts on art"));
+        let dense = Losses { entropies: Vec::new(), ..found };
+        assert!(dense.entropy(None).unwrap_err().to_string().contains("any text"));
+    }
 }

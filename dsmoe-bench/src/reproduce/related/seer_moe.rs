@@ -32,7 +32,8 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
     title: "after SEER-MoE",
     setting: "The mixture of the experiment on HC-SMoE. Experts are dropped with their gates by the counts of calibration text. The \
               mixture of 6 experts by hard counts is then trained for 60 steps while k falls from 2 to 1.",
-    numbers: "increase of the held-out loss over the whole mixture, nats, by the experts that a layer holds",
+    numbers: "increase of the held-out loss over the whole mixture, nats, by the experts that a layer holds; and the entropy of the \
+              load of a layer's experts, nats, ln n if all n of them run for as many tokens",
     claims: &[
         Claim {
             paper: "experts of low heavy-hitter counts can be dropped: a quarter of the parameters at little loss (abstract)",
@@ -67,6 +68,7 @@ fn plan(sketch: &mut Sketch<'_>) -> Result<()> {
 
 fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
     let mut values = experts::increases(lab, &ROWS, &LEFT)?;
+    values.extend(experts::entropies(lab, &ROWS, &LEFT)?);
     let mixture = lab.mixture()?;
     let whole = lab.losses(&mixture)?.mean;
     let pruned = experts::pruned(lab, HARD, HELD, None)?;
@@ -78,7 +80,9 @@ fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
             ..shortened(lab.train_config()?, STEPS)
         };
         let tuned = lab.train(&pruned, config)?;
-        values.push(Value::new(row, TUNED, lab.losses(&tuned)?.mean - whole));
+        let found = lab.losses(&tuned)?;
+        values.push(Value::new(row, TUNED, found.mean - whole));
+        values.push(Value::new(row, &experts::entropy_column(TUNED), found.entropy(None)?));
     }
     Ok(values)
 }

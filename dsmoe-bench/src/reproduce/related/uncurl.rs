@@ -18,7 +18,8 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
               another one for every seed, and the loss is measured on held-out text of it and of the others. The last row is the \
               dense model after the training that the mixture had.",
     numbers: "increase of the held-out loss over the whole mixture, nats, on the text of the task and on others, by the experts that \
-              a layer holds",
+              a layer holds; and the entropy of the load of a layer's experts on the text of the task, nats, ln n if all n of them \
+              run for as many tokens",
     claims: &[
         Claim {
             paper: "on the text of a task, merging experts whose router logits agree beats removal by the frequency of activation \
@@ -62,6 +63,8 @@ fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
             values.push(Value::new(row, &format!("task, {left} of 8"), found.of(&task)? - whole.of(&task)?));
             let others = found.without(&task) - whole.without(&task);
             values.push(Value::new(row, &format!("others, {left} of 8"), others));
+            let column = experts::entropy_column(&format!("task, {left} of 8"));
+            values.push(Value::new(row, &column, found.entropy(Some(&task))?));
         }
     }
     let config = lab.train_config()?;
