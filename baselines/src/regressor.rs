@@ -39,6 +39,9 @@ struct Param {
     v: Vec<f32>,
 }
 
+/// The names of the matrices and the biases in a state.
+const NAMES: [&str; 2 * LAYERS] = ["w1", "w2", "w3", "b1", "b2", "b3"];
+
 /// The network.
 #[derive(Clone, Debug)]
 pub(crate) struct Regressor {
@@ -83,6 +86,42 @@ impl Regressor {
     #[cfg(test)]
     pub(crate) fn params_mut(&mut self) -> impl Iterator<Item = &mut Vec<f32>> {
         self.weights.iter_mut().zip(&mut self.biases).flat_map(|(w, b)| [&mut w.values, &mut b.values])
+    }
+
+    /// Returns the number of steps that it was trained.
+    pub(crate) fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Returns what training changes but the steps, by name: values and moments of all parameters.
+    pub(crate) fn state(&self) -> Vec<(String, &[f32])> {
+        let mut state = Vec::with_capacity(3 * NAMES.len());
+        for (name, param) in NAMES.iter().zip(self.weights.iter().chain(&self.biases)) {
+            for (part, values) in [("", &param.values), (".m", &param.m), (".v", &param.v)] {
+                state.push((format!("{name}{part}"), &values[..]));
+            }
+        }
+        state
+    }
+
+    /// Takes a state after that many steps, whose tensors `read` returns by name; returns false, with the network half changed,
+    /// if one has another length.
+    pub(crate) fn restore<E>(
+        &mut self,
+        steps: u64,
+        read: &mut dyn FnMut(&str) -> Result<Vec<f32>, E>,
+    ) -> Result<bool, E> {
+        self.steps = steps;
+        for (name, param) in NAMES.iter().zip(self.weights.iter_mut().chain(&mut self.biases)) {
+            for (part, values) in [("", &mut param.values), (".m", &mut param.m), (".v", &mut param.v)] {
+                let found = read(&format!("{name}{part}"))?;
+                if found.len() != values.len() {
+                    return Ok(false);
+                }
+                *values = found;
+            }
+        }
+        Ok(true)
     }
 
     fn dims(&self, layer: usize, rows: usize) -> Dims {
@@ -133,22 +172,37 @@ impl Regressor {
     }
 
     /// Fits the network to `targets` `[rows, outputs]` of `inputs` `[rows, inputs]`, and returns the mean loss of every epoch.
-    /// `show` receives the number of finished epochs.
-    pub(crate) fn fit(
+    #[cfg(test)]
+    pub(crate) fn fit(&mut self, inputs: &[f32], targets: &[f32], fit: Fit) -> Vec<f64> {
+        let mut losses = Vec::new();
+        let Ok(()) =
+            self.fit_on::<std::convert::Infallible>([inputs, targets], fit, &mut losses, &mut |_, _| Ok(()));
+        losses
+    }
+
+    /// Fits the network to `targets` `[rows, outputs]` of `inputs` `[rows, inputs]` from behind the epochs whose mean losses are in
+    /// `losses`, and adds those of the others. After each of these, `each` sees the network and all losses.
+    ///
+    /// # Errors
+    /// That of `each`.
+    pub(crate) fn fit_on<E>(
         &mut self,
-        inputs: &[f32],
-        targets: &[f32],
+        [inputs, targets]: [&[f32]; 2],
         fit: Fit,
-        show: &mut dyn FnMut(usize),
-    ) -> Vec<f64> {
+        losses: &mut Vec<f64>,
+        each: &mut dyn FnMut(&Regressor, &[f64]) -> Result<(), E>,
+    ) -> Result<(), E> {
         let [width, .., outputs] = self.widths;
         let rows = inputs.len() / width;
         let mut order: Vec<usize> = (0..rows).collect();
         let mut rng = Rng::new(fit.seed, ORDER_STREAM);
-        let mut losses = Vec::new();
+        let done = losses.len();
         for epoch in 0..fit.epochs {
             for i in (1..rows).rev() {
                 order.swap(i, rng.below(i as u64 + 1) as usize);
+            }
+            if epoch < done {
+                continue;
             }
             let (mut sum, mut batches) = (0.0, 0.0);
             for batch in order.chunks(BATCH) {
@@ -169,9 +223,9 @@ impl Regressor {
                 self.weights.iter_mut().chain(&mut self.biases).for_each(|param| param.update(&hyper));
             }
             losses.push(sum / f64::max(batches, 1.0));
-            show(epoch + 1);
+            each(self, losses)?;
         }
-        losses
+        Ok(())
     }
 }
 
@@ -190,6 +244,8 @@ fn loss(y: &[f32], t: &[f32], penalty: f64) -> (f64, Vec<f32>) {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+
     use dsmoe_kernels::testing::{
         assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
     };
@@ -228,11 +284,42 @@ mod tests {
         let fit = Fit { epochs: 60, lr: 3e-3, penalty: 5e-4, seed: 3 };
         let run = || {
             let mut net = Regressor::new([3, 32, 32, 2], 7);
-            let losses = net.fit(&x, &t, fit, &mut |_| {});
+            let losses = net.fit(&x, &t, fit);
             (losses, net.forward(&x[..30]))
         };
         let (losses, _) = run();
         assert!(losses[59] < 0.01 * losses[0], "{losses:?}");
         assert_same_on_threads("regressor", run);
+    }
+
+    #[test]
+    fn a_fit_that_continues_has_the_bits_of_a_whole_one() {
+        let (x, t) = (normals(200 * 3, 1), normals(200 * 2, 2));
+        let fit = Fit { epochs: 5, lr: 3e-3, penalty: 5e-4, seed: 3 };
+        let mut whole = Regressor::new([3, 8, 8, 2], 7);
+        let losses = whole.fit(&x, &t, fit);
+        // It stops behind its second epoch, and another network takes what is left of it.
+        let mut kept = None;
+        let mut first = Vec::new();
+        let mut broken = Regressor::new([3, 8, 8, 2], 7);
+        let stopped = broken.fit_on([&x, &t], fit, &mut first, &mut |net, losses| {
+            let owned = |(name, values): (String, &[f32])| (name, values.to_vec());
+            kept = Some((net.steps(), net.state().into_iter().map(owned).collect::<Vec<_>>()));
+            if losses.len() == 2 { Err("stopped") } else { Ok(()) }
+        });
+        assert_eq!((stopped, first.len()), (Err("stopped"), 2));
+        let (steps, state) = kept.unwrap();
+        let mut read = |wanted: &str| {
+            let found = state.iter().find(|(name, _)| name == wanted);
+            Ok::<_, Infallible>(found.unwrap().1.clone())
+        };
+        let mut second = Regressor::new([3, 8, 8, 2], 99);
+        let Ok(fits) = second.restore(steps, &mut read);
+        assert!(fits);
+        let Ok(()) = second.fit_on::<Infallible>([&x, &t], fit, &mut first, &mut |_, _| Ok(()));
+        assert_eq!(first, losses);
+        assert_eq!(second.forward(&x), whole.forward(&x));
+        let Ok(fits) = Regressor::new([3, 8, 9, 2], 1).restore(steps, &mut read);
+        assert!(!fits);
     }
 }

@@ -28,6 +28,7 @@ use dsmoe_core::masks::{MASKS_FILE, Masks};
 
 use crate::error::{Error, Result};
 use crate::method::Progress;
+use crate::partial::Partial;
 pub use options::{Fill, GrowMethod, GrowOptions, GrowPlan, GrownNorms, NewLayer, Space};
 pub use predict::Fitted;
 
@@ -77,11 +78,26 @@ pub fn grow(
     options: &GrowOptions,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Grown> {
+    grow_from(model, out, options, Partial::none(), progress)
+}
+
+/// Does as [`grow`] from the finished parts of an interrupted call, with the same result, and keeps those that it finishes: the
+/// matrices that lesa predicts, kind by kind, and the network that it fits, between epochs.
+///
+/// # Errors
+/// Those of [`grow`]; parts of other work.
+pub fn grow_from(
+    model: &Path,
+    out: &Path,
+    options: &GrowOptions,
+    partial: &Partial,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Grown> {
     let plan = plan_growth(model, options)?;
     let output = write::Output::create(model, out, options.force)?;
     let stream = LayerStream::open(model, &[])?;
     let (predicted, fits) = match options.method {
-        GrowMethod::Lesa => predict::predict(&stream, &plan.layers, options, progress)?,
+        GrowMethod::Lesa => predict::predict(&stream, &plan.layers, (options, partial), progress)?,
         _ => Default::default(),
     };
     output.write(&stream, &plan, (options, predicted), progress)?;

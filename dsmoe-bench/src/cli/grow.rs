@@ -10,7 +10,8 @@ use super::values::words;
 const EXAMPLES: &str = "\
 Examples:
   dsmoe grow DENSE --layers 40 --dry-run
-  dsmoe grow DENSE --layers 40 --method copy --out DEEP";
+  dsmoe grow DENSE --layers 40 --method copy --out DEEP
+  dsmoe grow DENSE --layers 40 --out DEEP --resume    # after an interruption";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -47,6 +48,9 @@ pub(crate) struct Grow {
     /// Directory to write
     #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
     pub(crate) out: Option<PathBuf>,
+    /// Continue an interrupted call of lesa with the same arguments from what it left in OUT.partial
+    #[arg(long, requires = "out")]
+    pub(crate) resume: bool,
     /// Print the plan and make nothing
     #[arg(long)]
     pub(crate) dry_run: bool,

@@ -4,10 +4,12 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
+use dsmoe_baselines::Partial;
 use dsmoe_baselines::grow::{
-    Fitted, GrowMethod, GrowOptions, GrownNorms, NewLayer, Space, grow, plan_growth,
+    Fitted, GrowMethod, GrowOptions, GrownNorms, NewLayer, Space, grow_from, plan_growth,
 };
 use dsmoe_core::checkpoint::Checkpoint;
+use dsmoe_train::identity_of;
 use serde::Serialize;
 
 use crate::calibration::Stages;
@@ -62,9 +64,13 @@ pub(crate) fn run(args: &Grow, ui: &mut Ui) -> Result<()> {
             let mut stages = Stages::new(ui);
             // Layers that are copied are not looked at otherwise.
             Checkpoint::open(&args.model)?.check_finite()?;
-            let grown = grow(&args.model, out, &options, &mut |at| stages.set(at.stage, at.done, at.total));
+            let partial = partial(args, out, &options)?;
+            let grown = grow_from(&args.model, out, &options, &partial, &mut |at| {
+                stages.set(at.stage, at.done, at.total);
+            });
             stages.finish();
             let grown = grown?;
+            partial.remove()?;
             (grown.plan, grown.fits)
         }
     };
@@ -87,6 +93,14 @@ pub(crate) fn run(args: &Grow, ui: &mut Ui) -> Result<()> {
     ui.result(&report, show)
 }
 
+/// Returns the parts of the work that an interruption leaves.
+fn partial(args: &Grow, out: &Path, options: &GrowOptions) -> Result<Partial> {
+    // What is replaced does not change the result.
+    let options = GrowOptions { force: false, ..options.clone() };
+    let made_by = format!("grow {} {options:?}", identity_of(&args.model)?);
+    Ok(Partial::open(out, made_by, args.resume)?)
+}
+
 /// Refuses options that the method does not read.
 fn check(args: &Grow) -> Result<()> {
     let defaults = GrowOptions::new(args.layers);
@@ -94,6 +108,9 @@ fn check(args: &Grow) -> Result<()> {
         [args.space != Space::Svd, args.epochs != defaults.epochs, args.penalty != defaults.penalty];
     if args.method != GrowMethod::Lesa && of_lesa.contains(&true) {
         bail!("--space, --epochs and --penalty are for --method lesa; leave them out");
+    }
+    if args.method != GrowMethod::Lesa && args.resume {
+        bail!("--resume: --method lesa alone takes long enough to continue; leave it out");
     }
     let copies = [GrowMethod::Copy, GrowMethod::Identity, GrowMethod::Stack].contains(&args.method);
     if copies && args.norms != GrownNorms::Parents {

@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use crate::common::{agrees, fails, json_of, killed_after, number, on_text, path, succeeds};
+use crate::common::{
+    agrees, fails, json_of, killed_after, kills_change_no_byte, number, on_text, path, spawn, succeeds, wait_until,
+};
 
 fn calib() -> String {
     format!("{} --samples 8 --seq 32", on_text().replacen("--data", "--calib", 1))
@@ -153,6 +155,26 @@ fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
         .collect();
     files.sort();
     files
+}
+
+#[test]
+fn growth_by_networks_continues_where_it_was_killed() {
+    succeeds("grow dense --layers 3 --method average --out grow-source");
+    let line = "grow grow-source --layers 5 --epochs 60 --force --resume --quiet --out grow-kills/model";
+    kills_change_no_byte(line, "grow-kills", 5);
+    fails(
+        "grow grow-source --layers 4 --method copy --resume --out grow-none",
+        &["--resume", "--method lesa"],
+    );
+    // What another command left is not continued, and a call that starts over removes it.
+    let other = "grow grow-source --layers 5 --epochs 400 --seed 1 --out grow-other/model";
+    let mut child = spawn(other);
+    wait_until("a finished part", || path("grow-other/model.partial/part-fit-0").exists());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    fails(&format!("{other} --penalty 0.1 --resume"), &["grow-other/model.partial", "leave --resume out"]);
+    succeeds("grow grow-source --layers 5 --epochs 1 --quiet --out grow-other/model");
+    assert!(!path("grow-other/model.partial").exists());
 }
 
 #[test]
