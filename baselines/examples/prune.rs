@@ -1,7 +1,7 @@
 //! Makes small models of a dense one by several methods, at one budget, and prints what each activates.
 #![expect(clippy::print_stdout, reason = "an example prints its results")]
 
-use dsmoe_baselines::{Budget, Job, SettingValues, method};
+use dsmoe_baselines::{Budget, Job, Partial, SettingValues, method};
 use dsmoe_core::Config;
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_kernels::comm::alone;
@@ -28,8 +28,8 @@ fn compare(dir: &std::path::Path) -> Result<(), Box<dyn std::error::Error>> {
     for name in ["dsmoe", "dsmoe-paper", "llama-moe", "wanda", "llm-pruner-block", "small-dense"] {
         let configured = method(name)?.configure(&SettingValues::new())?;
         let (model, out, calibration) = (&model, &out, &calibration);
-        let job =
-            Job { model, out, force: true, budget: Budget::Share(0.8), calibration, seed: 0, comm: alone() };
+        let (budget, partial) = (Budget::Share(0.8), Partial::none());
+        let job = Job { model, out, force: true, budget, calibration, seed: 0, comm: alone(), partial };
         let plan = configured.run(&job, &mut |_| {})?.plan;
         println!("{name:<20} {:>10} {:>10.0}  {}", plan.total, plan.activated, plan.reached_by);
     }

@@ -10,6 +10,7 @@ use dsmoe_kernels::comm::Communicator;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::partial::Partial;
 use crate::settings::{SettingInfo, SettingValues};
 
 /// The models that a method changes.
@@ -219,6 +220,9 @@ pub struct Job<'a> {
     /// The processes that do the job together; each is given the same one. They divide the calibration text, and the first one
     /// writes. [`alone`](dsmoe_kernels::comm::alone) for a single process.
     pub comm: &'a Arc<dyn Communicator>,
+    /// What an interrupted job left, and where this one leaves what it finishes, if the method continues ([`Configured::continues`]).
+    /// For a single process; [`Partial::none`] otherwise.
+    pub partial: &'a Partial,
 }
 
 /// The result of a method.
@@ -262,6 +266,11 @@ pub trait Method: Sync {
 pub trait Configured {
     /// Returns true if the method reads calibration text.
     fn needs_calibration(&self) -> bool {
+        false
+    }
+
+    /// Returns true if an interrupted job of the method continues from the parts that it left.
+    fn continues(&self) -> bool {
         false
     }
 

@@ -306,6 +306,14 @@ impl LayerStream {
         &self.states
     }
 
+    /// Replaces the hidden states by those that [`LayerStream::states`] returned in front of some layer, which comes next then.
+    ///
+    /// # Panics
+    /// They are of another number of sequences or tokens.
+    pub fn set_states(&mut self, states: &[f32]) {
+        self.states.copy_from_slice(states);
+    }
+
     /// Reads the weights of layer `i`; those of its FFN are empty in a model with experts.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ use dsmoe_kernels::testing::{assert_close, f64s};
 
 use crate::error::Result;
 use crate::method::{Budget, Configured, Job, Made, Plan};
+use crate::partial::Partial;
 use crate::registry::method;
 use crate::settings::read_settings;
 
@@ -38,7 +39,8 @@ fn tiny(dir: &Path) -> PathBuf {
 
 fn make(name: &str, model: &Path, out: &Path, seed: u64) -> Result<Made> {
     let (budget, calibration) = (Budget::Share(0.6), &[][..]);
-    let job = Job { model, out, force: false, budget, calibration, seed, comm: alone() };
+    let partial = Partial::none();
+    let job = Job { model, out, force: false, budget, calibration, seed, comm: alone(), partial };
     configured(name, &[])?.run(&job, &mut |_| {})
 }
 
@@ -126,7 +128,16 @@ fn a_start_from_text_opens_the_budget() {
     let made = |name: &str, set: &[&str], calibration: &[Vec<u32>]| {
         let out = dir.path().join(name);
         let budget = Budget::Share(0.7);
-        let job = Job { model: &model, out: &out, force: true, budget, calibration, seed: 2, comm: alone() };
+        let job = Job {
+            model: &model,
+            out: &out,
+            force: true,
+            budget,
+            calibration,
+            seed: 2,
+            comm: alone(),
+            partial: Partial::none(),
+        };
         let made = configured("dsmoe-paper", set)?.run(&job, &mut |_| {})?;
         Ok((out, made))
     };

@@ -15,7 +15,9 @@ use serde::{Deserialize, Serialize};
 
 use super::budget::Held;
 use super::linkage::{Linkage, agglomerate};
-use super::{Allocation, Seen, align, entropy, groups_of, made, mixture, plan, shares, survey, write};
+use super::{
+    Allocation, Seen, Survey, align, entropy, groups_of, made, mixture, plan, shares, survey, write,
+};
 use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Counts, Job, Made, Plan, Progress, Source};
 use crate::settings::{Entry, SettingValues, Settings as _, settings};
@@ -124,6 +126,10 @@ impl Configured for HcSmoe {
         true
     }
 
+    fn continues(&self) -> bool {
+        true
+    }
+
     fn resolved(&self) -> SettingValues {
         self.0.values()
     }
@@ -148,7 +154,8 @@ impl Configured for HcSmoe {
         self.plan(&config, job.budget)?;
         let held = Held::of(&config, true)?;
         let mut layers = Vec::new();
-        survey(job, None, self.needs_outputs(), progress, &mut |seen| {
+        let all = Survey { kept: None, with_outputs: self.needs_outputs(), before: 0 };
+        survey(job, all, progress, &mut |seen| {
             let distances = self.distances(&seen, job.seed);
             layers.push(Layer { usage: seen.stats.usage(), distances });
             Ok(())

@@ -8,6 +8,7 @@ mod align;
 mod budget;
 mod hc_smoe;
 mod linkage;
+mod parts;
 mod seer;
 mod spectral;
 #[cfg(test)]
@@ -26,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::method::{Job, Made, Plan, Progress};
 use crate::topk;
 pub(crate) use hc_smoe::HC_SMOE;
+use parts::Parts;
 pub(crate) use seer::SEER_MOE;
 pub(crate) use uncurl::UNCURL;
 
@@ -143,28 +145,55 @@ struct Seen<'a> {
     stats: &'a ExpertStats,
 }
 
-/// Shows every layer of a job's model to `see`, on the states of calibration text that its layers before it give; of the
-/// experts, those that are `kept` alone.
+/// A look at the experts of a model.
+#[derive(Clone, Copy)]
+struct Survey<'a> {
+    /// The experts of every layer that are seen; all of them where there is no choice.
+    kept: Option<&'a [Vec<usize>]>,
+    /// True if the outputs of experts are needed.
+    with_outputs: bool,
+    /// The surveys of the job before this one.
+    before: usize,
+}
+
+/// Shows every layer of a job's model to `see`, on the states of calibration text that its layers before it give. The statistics of
+/// layers that an interrupted job has finished are not made again.
 fn survey(
     job: &Job<'_>,
-    kept: Option<&[Vec<usize>]>,
-    with_outputs: bool,
+    Survey { kept, with_outputs, before }: Survey<'_>,
     progress: &mut dyn FnMut(Progress),
     see: &mut dyn FnMut(Seen<'_>) -> Result<()>,
 ) -> Result<()> {
     check_text(job.calibration, 1, "the statistics of experts")?;
     let mut stream = LayerStream::open_experts_on(job.comm, job.model, job.calibration)?;
     let layers = stream.config().num_layers;
+    let mut parts = Parts::of(job.partial, before);
+    let mut finished = parts.finished(layers)?.into_iter();
+    let passed = parts.restore(&mut stream, finished.len())?;
     for layer in 0..layers {
         progress(Progress { stage: "experts", done: layer as u64, total: layers as u64 });
-        let (weights, mut experts) = (stream.layer(layer)?, stream.experts(layer)?);
+        let mut experts = stream.experts(layer)?;
         if let Some(kept) = kept.map(|kept| &kept[layer]).filter(|kept| kept.len() < experts.num_experts()) {
             experts = experts.keep(kept);
         }
+        let known = finished.next();
+        if let (true, Some(stats)) = (layer < passed, &known) {
+            see(Seen { layer, experts: &experts, stats })?;
+            continue;
+        }
+        let weights = stream.layer(layer)?;
         stream.attend(&weights)?;
-        let stats = stream.expert_stats(&weights, &experts, with_outputs);
+        let stats = match known {
+            Some(stats) => stats,
+            None => {
+                let stats = stream.expert_stats(&weights, &experts, with_outputs);
+                parts.keep(layer, &stats)?;
+                stats
+            }
+        };
         see(Seen { layer, experts: &experts, stats: &stats })?;
         stream.join_experts(&weights, &experts);
+        parts.keep_states(layer, &stream)?;
     }
     progress(Progress { stage: "experts", done: layers as u64, total: layers as u64 });
     Ok(())

@@ -17,7 +17,7 @@ use dsmoe_kernels::rng::Rng;
 use serde::{Deserialize, Serialize};
 
 use super::budget::Held;
-use super::{Allocation, Shape, entropy, made, plan, shape, shares, survey, write};
+use super::{Allocation, Shape, Survey, entropy, made, plan, shape, shares, survey, write};
 use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Counts, Job, Made, Plan, Progress, Source};
 use crate::settings::{Entry, SettingValues, Settings as _, settings};
@@ -83,6 +83,10 @@ impl Configured for Seer {
         true
     }
 
+    fn continues(&self) -> bool {
+        true
+    }
+
     fn resolved(&self) -> SettingValues {
         self.0.values()
     }
@@ -98,9 +102,10 @@ impl Configured for Seer {
         self.plan(&config, job.budget)?;
         let all: Vec<Vec<usize>> = shape(&config)?.experts.iter().map(|&n| (0..n).collect()).collect();
         let (mut kept, mut entropies, mut above) = (all.clone(), Vec::new(), Vec::new());
-        loop {
+        for before in 0.. {
             let mut scores = Vec::new();
-            survey(job, Some(&kept), self.needs_outputs(), progress, &mut |seen| {
+            let left = Survey { kept: Some(&kept), with_outputs: self.needs_outputs(), before };
+            survey(job, left, progress, &mut |seen| {
                 if kept == all {
                     entropies.push(entropy(&seen.stats.usage()));
                     above.push(above_budgets(seen.stats));

@@ -1,10 +1,14 @@
 //! Clusters, orders, scores and budgets against hand-worked numbers, SciPy and scikit-learn.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use dsmoe_core::Config;
 use dsmoe_core::calibrate::{ExpertStats, ExpertSums};
+use dsmoe_core::convert::{UpcycleOptions, upcycle};
+use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::surgery::RouterRule;
+use dsmoe_kernels::comm::alone;
 use dsmoe_kernels::testing::assert_close_f64;
 use serde_json::{Value, json};
 
@@ -14,7 +18,8 @@ use super::linkage::{Linkage, agglomerate};
 use super::seer::{Score, largest, scores_of, shares_of_budgets};
 use super::uncurl::{Affinity, affinities};
 use super::{align, entropy, groups_of, shares, spectral};
-use crate::method::Budget;
+use crate::method::{Budget, Job};
+use crate::partial::Partial;
 use crate::registry::method;
 use crate::settings::read_settings;
 
@@ -400,4 +405,76 @@ fn plans_count_held_parameters_and_name_what_they_do() {
         method("hc-smoe").unwrap().configure(&read_settings(["linkage=ward", "distance=cosine"]).unwrap());
     assert!(error.err().unwrap().to_string().contains("linkage: cannot be ward"));
     assert_eq!(first_clusters(4, 2).router, RouterRule::Map);
+}
+
+/// Writes a random dense model of four layers and its mixture of four experts.
+fn models(work: &Path) -> [std::path::PathBuf; 2] {
+    let mut json = preset("tiny").unwrap().to_json();
+    for (key, old, new) in [
+        ("vocab_size", 2048, 40),
+        ("hidden_size", 128, 64),
+        ("intermediate_size", 512, 96),
+        ("head_dim", 32, 16),
+    ] {
+        json = json.replace(&format!("\"{key}\": {old}"), &format!("\"{key}\": {new}"));
+    }
+    let config = Config::from_json(Path::new("config.json"), &json).unwrap();
+    let [dense, mixture] = ["dense", "mixture"].map(|name| work.join(name));
+    init(&config, &dense, &InitOptions { seed: 4, ..InitOptions::default() }, &mut |_| {}).unwrap();
+    let family = "mixtral".to_owned();
+    let options = UpcycleOptions { family, num_experts: 4, top_k: 2, seed: 1, force: false };
+    upcycle(&dense, &mixture, &options, &mut |_| {}).unwrap();
+    [dense, mixture]
+}
+
+#[test]
+fn interrupted_methods_continue_with_the_same_bytes() {
+    let work = tempfile::tempdir().unwrap();
+    let [dense, mixture] = models(work.path());
+    let text: Vec<Vec<u32>> =
+        (0..4).map(|s| (0..16).map(|t| (7 * t + 13 * s * t + s) % 40).collect()).collect();
+    // The process dies at that call of a stage: in the first survey or search, and in the second.
+    for (i, (name, set, model, stage, calls)) in [
+        ("hc-smoe", "linkage=average", &mixture, "experts", 3),
+        ("uncurl", "affinity=cosine", &mixture, "experts", 4),
+        ("seer-moe", "score=reap", &mixture, "experts", 3),
+        ("seer-moe", "rounds=each", &mixture, "experts", 8),
+        ("thresholds", "choose=search", &dense, "searching", 21),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let configured = method(name).unwrap().configure(&read_settings([set]).unwrap()).unwrap();
+        assert!(configured.continues(), "{name} {set}");
+        let [whole, out] = ["whole", "out"].map(|dir| work.path().join(format!("{dir}{i}")));
+        let made = |out: &Path, partial: &Partial, dies: usize| {
+            let (budget, calibration) = (Budget::Share(0.75), &text[..]);
+            let job = Job { model, out, force: false, budget, calibration, seed: 1, comm: alone(), partial };
+            let mut count = 0;
+            let run = || {
+                configured.run(&job, &mut |at| {
+                    count += usize::from(at.stage == stage);
+                    assert!(count != dies, "the process dies");
+                })
+            };
+            catch_unwind(AssertUnwindSafe(run)).ok().map(|made| made.unwrap())
+        };
+        let want = made(&whole, Partial::none(), usize::MAX).unwrap();
+        let open = |made_by: &str| Partial::open(&out, made_by.to_owned(), true).unwrap();
+        assert!(made(&out, &open("work"), calls).is_none() && !out.exists(), "{name} {set}");
+        let left = work.path().join(format!("out{i}.partial"));
+        assert!(left.read_dir().unwrap().count() > 0, "{name} {set}");
+        assert_eq!(left.join("part-states").exists(), stage == "experts");
+        // It dies once more, without the states that it has left.
+        let _ = std::fs::remove_dir_all(left.join("part-states"));
+        assert!(made(&out, &open("work"), 3).is_none(), "{name} {set}");
+        let found = made(&out, &open("work"), usize::MAX).unwrap();
+        assert_eq!(found, want, "{name} {set}");
+        for file in ["model.safetensors", "config.json"] {
+            let read = |dir: &Path| std::fs::read(dir.join(file)).unwrap();
+            assert!(read(&out) == read(&whole), "{name} {set}: {file}");
+        }
+        open("work").remove().unwrap();
+        assert!(!left.exists());
+    }
 }

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::budget::Held;
 use super::hc_smoe::{Alignment, first_clusters, most_used_first};
-use super::{Gates, align, entropy, groups_of, made, plan, shape, spectral, survey, write};
+use super::{Gates, Survey, align, entropy, groups_of, made, plan, shape, spectral, survey, write};
 use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Counts, Job, Made, Plan, Progress, Source};
 use crate::settings::{Entry, SettingValues, Settings as _, settings};
@@ -68,6 +68,10 @@ impl Configured for Uncurl {
         true
     }
 
+    fn continues(&self) -> bool {
+        true
+    }
+
     fn resolved(&self) -> SettingValues {
         self.0.values()
     }
@@ -85,7 +89,7 @@ impl Configured for Uncurl {
         let plan = self.plan(&config, job.budget)?;
         let counts = self.held(&config)?.per_layer(job.budget, 1)?;
         let (mut layers, mut entropies) = (Vec::new(), Vec::new());
-        survey(job, None, false, progress, &mut |seen| {
+        survey(job, Survey { kept: None, with_outputs: false, before: 0 }, progress, &mut |seen| {
             let affinity = affinities(self.0.affinity, seen.stats);
             let seed = job.seed.wrapping_add(seen.layer as u64);
             let labels = spectral::cluster(&affinity, counts[seen.layer], seed);

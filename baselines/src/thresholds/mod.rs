@@ -158,7 +158,7 @@ impl Thresholds {
                 let (done, all) = ((round * all + done) as u64, (SEARCHES * all) as u64);
                 progress(Progress { stage: "searching", done, total: all });
             };
-            let mut layers = search::search(&model, job, &candidates, tolerance, &mut show)?;
+            let mut layers = search::search(&model, job, &candidates, (tolerance, round), &mut show)?;
             let found = used(job, &mut layers)?;
             if best.as_ref().is_none_or(|best| (found - share).abs() < (best.share - share).abs()) {
                 let reached_by = format!("search with tolerance {tolerance:.6}");
@@ -187,6 +187,10 @@ struct Found {
 impl Configured for Thresholds {
     fn needs_calibration(&self) -> bool {
         true
+    }
+
+    fn continues(&self) -> bool {
+        self.0.choose == Choose::Search
     }
 
     fn resolved(&self) -> SettingValues {

@@ -4,12 +4,14 @@ use dsmoe_core::calibrate::{Input, LayerStream, Tap};
 use dsmoe_core::kept::{LINEARS, LayerThresholds};
 use dsmoe_core::model::{Batch, Inference, Model, Workspace};
 use dsmoe_kernels::Precision;
+use serde::{Deserialize, Serialize};
 
 use super::measure::INPUTS;
 use super::quantile::add_token_quantiles;
 use super::settings::Candidates;
 use crate::error::{Error, Result};
 use crate::method::Job;
+use crate::partial::Partial;
 
 /// The largest share that a search tries.
 const LARGEST: f64 = 0.9;
@@ -30,25 +32,71 @@ pub(super) fn candidates(kind: Candidates) -> Vec<f64> {
     shares
 }
 
-/// Returns the thresholds with which the loss of no site exceeds `tolerance` times the loss before it. `show` receives the
-/// number of sites that are done and of all.
+/// Number of the sites of a layer.
+const SITES: usize = Input::ALL.len();
+
+/// A search on its way, as an interrupted one leaves it: numbers as bits.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Begun {
+    /// Sites that are done.
+    sites: usize,
+    /// The loss with the thresholds of these.
+    base: u64,
+    /// How often each candidate was chosen, by the number of the site in its layer.
+    chosen: [Vec<usize>; SITES],
+    /// The thresholds of the linears of every layer.
+    inputs: Vec<[u32; LINEARS]>,
+}
+
+impl Begun {
+    /// Returns what a search of that name has left, if it is of as many layers and candidates.
+    fn read(partial: &Partial, name: &str, layers: usize, candidates: usize) -> Result<Option<Begun>> {
+        let begun = partial.read::<Begun>(name)?.map(|part| part.value);
+        Ok(begun.filter(|begun| {
+            begun.sites <= layers * SITES
+                && begun.inputs.len() == layers
+                && begun.chosen.iter().all(|chosen| chosen.len() == candidates)
+        }))
+    }
+
+    fn thresholds(&self) -> Vec<LayerThresholds> {
+        let of = |inputs: &[u32; LINEARS]| LayerThresholds {
+            inputs: inputs.map(f32::from_bits),
+            ..LayerThresholds::NONE
+        };
+        self.inputs.iter().map(of).collect()
+    }
+}
+
+/// Returns the thresholds with which the loss of no site exceeds `tolerance` times the loss before it. The number of the search in
+/// its job names what it leaves when it is interrupted. `show` receives the number of sites that are done and of all.
 pub(super) fn search(
     model: &Model,
     job: &Job<'_>,
     candidates: &[f64],
-    tolerance: f64,
+    (tolerance, number): (f64, usize),
     show: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<LayerThresholds>> {
     let mut stream = LayerStream::open(job.model, job.calibration)?;
     let layers = stream.config().num_layers;
-    let mut found = vec![LayerThresholds::NONE; layers];
     let mut loss = Loss { model, text: job.calibration, workspace: Workspace::default(), losses: Vec::new() };
-    let mut base = loss.of(&found)?;
-    let mut chosen = [(); 4].map(|()| vec![0usize; candidates.len()]);
+    let name = format!("search-{number}");
+    let (done, mut found, mut base, mut chosen) =
+        match Begun::read(job.partial, &name, layers, candidates.len())? {
+            Some(begun) => (begun.sites, begun.thresholds(), f64::from_bits(begun.base), begun.chosen),
+            None => {
+                let found = vec![LayerThresholds::NONE; layers];
+                let base = loss.of(&found)?;
+                (0, found, base, [(); SITES].map(|()| vec![0usize; candidates.len()]))
+            }
+        };
     for i in 0..layers {
+        if done == layers * SITES {
+            break;
+        }
         let mut weights = stream.layer(i)?;
-        for (site, input) in Input::ALL.into_iter().enumerate() {
-            show(i * Input::ALL.len() + site, layers * Input::ALL.len());
+        for (site, input) in Input::ALL.into_iter().enumerate().skip(done.saturating_sub(i * SITES)) {
+            show(i * SITES + site, layers * SITES);
             weights.thresholds = Some(found[i]);
             let width = weights.linears[linear_of(input)].inputs;
             let (mut sums, mut tokens) = (vec![0.0; candidates.len()], 0);
@@ -67,11 +115,18 @@ pub(super) fn search(
                 chosen[site][at] += 1;
                 (base, found[i]) = (value, thresholds);
             }
+            let begun = Begun {
+                sites: i * SITES + site + 1,
+                base: base.to_bits(),
+                chosen: chosen.clone(),
+                inputs: found.iter().map(|layer| layer.inputs.map(f32::to_bits)).collect(),
+            };
+            job.partial.keep(&name, &begun, &[])?;
         }
         weights.thresholds = Some(found[i]);
         stream.advance(&weights)?;
     }
-    show(layers * Input::ALL.len(), layers * Input::ALL.len());
+    show(layers * SITES, layers * SITES);
     Ok(found)
 }
 

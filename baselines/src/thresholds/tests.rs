@@ -18,6 +18,7 @@ use super::quantile::{Magnitudes, quantile};
 use super::search::{candidates, search};
 use super::settings::{Candidates, Choose, Settings};
 use crate::method::{Budget, Job};
+use crate::partial::Partial;
 
 fn sorted(values: &[f32]) -> Vec<f32> {
     let mut magnitudes: Vec<f32> = values.iter().map(|x| x.abs()).collect();
@@ -89,6 +90,7 @@ fn thresholds_are_those_of_numpy() {
         calibration: &text,
         seed: 0,
         comm: alone(),
+        partial: Partial::none(),
     };
     for (name, case) in cases["cases"].as_object().unwrap() {
         let number = |key: &str| case[key].as_f64().unwrap();
@@ -102,7 +104,7 @@ fn thresholds_are_those_of_numpy() {
             "teal" => by_shares(Settings { step: number("step"), ..Settings::default() }),
             "search" => {
                 let candidates = candidates(Candidates::Linear);
-                search(&model, &job, &candidates, number("tolerance"), &mut |_, _| {}).unwrap()
+                search(&model, &job, &candidates, (number("tolerance"), 0), &mut |_, _| {}).unwrap()
             }
             other => panic!("{other} is no choice"),
         };

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use dsmoe_baselines::{Budget, Configured, Job, Made, Progress, Result, method, read_settings};
+use dsmoe_baselines::{Budget, Configured, Job, Made, Partial, Progress, Result, method, read_settings};
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::init::{InitOptions, init, preset};
 use dsmoe_core::model::{Batch, Cache, Inference, Workspace};
@@ -43,9 +43,9 @@ impl<'a> Run<'a> {
     }
 
     pub(crate) fn watched(&self, model: &Path, out: &Path, watch: &mut dyn FnMut(Progress)) -> Result<Made> {
-        let Run { budget, calibration, seed, force, .. } = *self;
+        let (Run { budget, calibration, seed, force, .. }, partial) = (*self, Partial::none());
         configured(self.method, self.set)?
-            .run(&Job { model, out, force, budget, calibration, seed, comm: alone() }, watch)
+            .run(&Job { model, out, force, budget, calibration, seed, comm: alone(), partial }, watch)
     }
 
     /// Fails in one line that has all `parts`, and makes no directory `out`.

@@ -43,7 +43,8 @@ Examples:
   dsmoe prune DENSE --method llama-moe --budget 735M --set construction=clustering --calib corpus.jsonl.zst --out MOE
   dsmoe prune DENSE --method llm-pruner-block --budget 59% --dry-run    # what it would make
 
-`dsmoe methods` lists methods and their settings.";
+`dsmoe methods` lists methods and their settings.
+After an interruption hc-smoe, uncurl, seer-moe, and thresholds with choose=search, continue with --resume.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -68,6 +69,9 @@ pub(crate) struct Prune {
     /// Seed of the choice of calibration text and of the random parts of the method
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    /// Continue an interrupted call with the same arguments from what it left in OUT.partial
+    #[arg(long, requires = "out")]
+    pub(crate) resume: bool,
     /// Print the plan and make nothing
     #[arg(long)]
     pub(crate) dry_run: bool,

@@ -6,11 +6,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use dsmoe_baselines::{Budget, Configured, Counts, Job, Made, SettingValues, Source, method, read_settings};
+use dsmoe_baselines::{
+    Budget, Configured, Counts, Job, Made, Partial, SettingValues, Source, method, read_settings,
+};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::open_model;
 use dsmoe_core::config::Config;
 use dsmoe_kernels::comm::Communicator;
+use dsmoe_train::identity_of;
 use serde::Serialize;
 
 use crate::calibration::{self, CalibrationReport, Stages};
@@ -66,6 +69,12 @@ pub(crate) fn run(args: &Prune, comm: &Arc<dyn Communicator>, ui: &mut Ui) -> Re
     let source = Accounting::of(&config);
     let asked = args.budget.of(method)?;
     let plan = configured.plan(&config, asked)?;
+    if args.resume && !configured.continues() {
+        bail!("--resume: --method {} does not continue with these settings; leave it out", args.method);
+    }
+    if args.resume && comm.size() > 1 {
+        bail!("--resume: several processes do not continue a method; leave it out, or use one process");
+    }
     let out = args.out.as_deref().filter(|_| !args.dry_run);
     let (plan, measured) = match out {
         Some(out) => {
@@ -134,6 +143,10 @@ fn make(
     )?;
     // Some methods leave tensors out that others read.
     open_model(&args.model, config)?.check_finite()?;
+    let partial = match method.continues() && comm.size() == 1 {
+        true => Some(partial((args, method, budget), out, &calibration)?),
+        false => None,
+    };
     let job = Job {
         model: &args.model,
         out,
@@ -142,11 +155,31 @@ fn make(
         calibration: &calibration,
         seed: args.seed,
         comm,
+        partial: partial.as_ref().unwrap_or(Partial::none()),
     };
     let mut stages = Stages::new(ui);
     let made = method.run(&job, &mut |at| stages.set(at.stage, at.done, at.total));
     stages.finish();
-    Ok(made?)
+    let made = made?;
+    partial.map_or(Ok(()), Partial::remove)?;
+    Ok(made)
+}
+
+/// Returns the parts of the work that an interruption leaves.
+fn partial(
+    (args, method, budget): (&Prune, &dyn Configured, Budget),
+    out: &Path,
+    calibration: &[Vec<u32>],
+) -> Result<Partial> {
+    let made_by = format!(
+        "prune {} {} {} {budget:?} {} {}",
+        args.method,
+        serde_json::to_string(&method.resolved())?,
+        identity_of(&args.model)?,
+        calibration::identity(calibration),
+        args.seed,
+    );
+    Ok(Partial::open(out, made_by, args.resume)?)
 }
 
 fn show(report: &Report<'_>) -> String {

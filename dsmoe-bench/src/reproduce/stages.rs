@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use dsmoe_baselines::{Budget, Job as Pruning};
+use dsmoe_baselines::{Budget, Job as Pruning, Partial};
 use dsmoe_core::Inference;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::copy_companions;
@@ -145,6 +145,7 @@ impl Stages<'_> {
                 calibration: &calibration,
                 seed: job.seed,
                 comm: alone(),
+                partial: Partial::none(),
             };
             let made = method.run(&pruning, &mut |_| {})?;
             let shown = |value: Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);

@@ -7,7 +7,8 @@ use std::time::Instant;
 use serde_json::json;
 
 use crate::common::{
-    agrees, fails, json_of, killed_after, kills_change_no_byte, number, on_text, path, spawn, succeeds, wait_until,
+    agrees, fails, json_of, killed_after, kills_change_no_byte, number, on_text, path, spawn, succeeds,
+    wait_until,
 };
 
 fn calib() -> String {
@@ -175,6 +176,33 @@ fn growth_by_networks_continues_where_it_was_killed() {
     fails(&format!("{other} --penalty 0.1 --resume"), &["grow-other/model.partial", "leave --resume out"]);
     succeeds("grow grow-source --layers 5 --epochs 1 --quiet --out grow-other/model");
     assert!(!path("grow-other/model.partial").exists());
+}
+
+#[test]
+fn methods_with_calibration_continue_where_they_were_killed() {
+    let calib = format!("{} --samples 16 --seq 64", on_text().replacen("--data", "--calib", 1));
+    succeeds("convert dense --as mixtral --experts 8 --top-k 2 --seed 3 --out continued-source");
+    for (i, (method, set, model)) in [
+        ("hc-smoe", "linkage=average", "continued-source"),
+        ("seer-moe", "rounds=each", "continued-source"),
+        ("thresholds", "choose=search", "dense"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let budget = if method == "thresholds" { "80%" } else { "60%" };
+        let line = format!("prune {model} --method {method} --set {set} --budget {budget} {calib}");
+        kills_change_no_byte(
+            &format!("{line} --force --resume --quiet --out continued-{i}/model"),
+            &format!("continued-{i}"),
+            6 + i as u64,
+        );
+    }
+    for (method, set) in [("wanda", ""), ("thresholds", "--set choose=uniform")] {
+        let line = format!("prune dense --method {method} {set} --budget 80% {calib} --out continued-none");
+        fails(&format!("{line} --resume"), &["--resume", method, "does not continue"]);
+        assert!(!path("continued-none").exists());
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use dsmoe_baselines::grow::{GrowOptions, grow};
-use dsmoe_baselines::{Budget, Job as Pruning, method, read_settings};
+use dsmoe_baselines::{Budget, Job as Pruning, Partial, method, read_settings};
 use dsmoe_core::Inference;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::Manifest;
@@ -239,6 +239,7 @@ impl<'b> Lab<'_, 'b> {
                 calibration: &calibration,
                 seed,
                 comm: alone(),
+                partial: Partial::none(),
             };
             configured.run(&job, &mut |_| {})?;
             Ok(())

@@ -173,7 +173,7 @@ impl Ffn for MixtureFfn {
     fn expert_parts(&self) -> Option<ExpertParts> {
         let (gated, blocks) = (self.gated, self.spec.experts[self.layer]);
         let has_gates = self.spec.maps.is_none();
-        has_gates.then(|| ExpertParts { gated, blocks, routed: 0..blocks, gates: &["gate.weight"] })
+        has_gates.then_some(ExpertParts { gated, blocks, routed: 0..blocks, gates: &["gate.weight"] })
     }
 
     fn with_experts(&self, count: usize) -> Option<Box<dyn Ffn>> {
