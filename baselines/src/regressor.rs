@@ -65,6 +65,9 @@ impl Param {
     }
 }
 
+/// What sees the network and the losses of all epochs so far, after each epoch.
+type EachEpoch<'a, E> = &'a mut dyn FnMut(&Regressor, &[f64]) -> Result<(), E>;
+
 impl Regressor {
     /// Makes a network of these widths.
     pub(crate) fn new(widths: [usize; LAYERS + 1], seed: u64) -> Regressor {
@@ -190,7 +193,7 @@ impl Regressor {
         [inputs, targets]: [&[f32]; 2],
         fit: Fit,
         losses: &mut Vec<f64>,
-        each: &mut dyn FnMut(&Regressor, &[f64]) -> Result<(), E>,
+        each: EachEpoch<'_, E>,
     ) -> Result<(), E> {
         let [width, .., outputs] = self.widths;
         let rows = inputs.len() / width;
