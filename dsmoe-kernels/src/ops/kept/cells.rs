@@ -1,10 +1,10 @@
-//! Storage of weights of which single runs are read: `depth` runs of `width` lanes in every panel, one after the other.
+//! Storage of weights of which single runs are read: `depth` runs of `width` lanes, one after the other.
 
 use rayon::prelude::*;
 
 use super::PANEL;
 use crate::buf::Buf;
-use crate::matmul::{Mat, Precision};
+use crate::matmul::{Mat, Packed, Precision};
 use crate::simd::pair;
 
 /// Lanes of a group of bf16: word i holds lanes i and i + 16, so that a register of words is two registers of neighbouring
@@ -13,11 +13,14 @@ pub(super) const GROUP: usize = 32;
 /// Words of a group.
 pub(super) const WORDS: usize = GROUP / 2;
 
-/// `[panels, depth, width]` values, f32 or bf16.
+/// Runs that are set together, so that what a row of weights has for them is read once.
+const RUNS: usize = 16;
+
+/// `[depth, width]` values, f32 or bf16.
 #[derive(Clone, Debug)]
 pub(super) struct Cells {
     pub(super) precision: Precision,
-    /// Lanes of a panel, a multiple of [`PANEL`].
+    /// Lanes of a run: `lanes`, padded to a multiple of [`PANEL`].
     pub(super) width: usize,
     pub(super) lanes: usize,
     pub(super) depth: usize,
@@ -25,66 +28,87 @@ pub(super) struct Cells {
 }
 
 impl Cells {
-    pub(super) fn zeros(precision: Precision, width: usize, lanes: usize, depth: usize) -> Cells {
-        debug_assert!(width.is_multiple_of(PANEL), "cells: width {width}");
-        let panels = if width == 0 { 0 } else { lanes.div_ceil(width) };
-        let data = Buf::zeros(panels * depth * run(precision, width));
-        Cells { precision, width, lanes, depth, data }
+    pub(super) fn zeros(precision: Precision, lanes: usize, depth: usize) -> Cells {
+        let width = lanes.next_multiple_of(PANEL);
+        Cells { precision, width, lanes, depth, data: Buf::zeros(depth * run(precision, width)) }
     }
 
     pub(super) fn bytes(&self) -> usize {
         4 * self.data.len()
     }
 
-    /// Returns the f32 words of a run of one panel.
+    /// Returns the f32 words of a run.
     pub(super) fn run(&self) -> usize {
         run(self.precision, self.width)
     }
 
-    /// Returns the words of a panel.
-    pub(super) fn panel(&self, panel: usize) -> &[f32] {
-        let len = self.depth * self.run();
-        &self.data[panel * len..][..len]
+    /// Returns the words of all runs.
+    pub(super) fn words(&self) -> &[f32] {
+        &self.data
     }
 
     /// Sets lanes `first..first + w.rows` to the rows of `w`.
     pub(super) fn set_lanes(&mut self, first: usize, w: Mat<'_>) {
-        let (width, depth, precision, run) = (self.width, self.depth, self.precision, self.run());
-        if w.rows == 0 || depth == 0 {
+        let (precision, len) = (self.precision, self.run());
+        if w.rows == 0 || self.depth == 0 {
             return;
         }
-        let panels = first / width..(first + w.rows).div_ceil(width);
-        let len = depth * run;
-        let data = &mut self.data[panels.start * len..panels.end * len];
-        data.par_chunks_mut(run).enumerate().for_each(|(at, run)| {
-            let (panel, k) = (panels.start + at / depth, at % depth);
-            let lanes = first.max(panel * width)..(first + w.rows).min((panel + 1) * width);
-            for lane in lanes {
-                set(run, precision, lane - panel * width, w.at(lane - first, k));
+        self.data.par_chunks_mut(RUNS * len).enumerate().for_each(|(at, runs)| {
+            for row in 0..w.rows {
+                for (i, run) in runs.chunks_exact_mut(len).enumerate() {
+                    set(run, precision, first + row, w.at(row, at * RUNS + i));
+                }
             }
         });
     }
 
-    /// Gives every panel: its first lane, its lanes, and its values `[depth, width]`.
-    pub(super) fn each_panel(&self, mut see: impl FnMut(usize, usize, &[f32])) {
+    /// Gives the lanes in blocks: the first one, and the values `[depth, lanes]`.
+    pub(super) fn each_block(&self, mut see: impl FnMut(usize, Mat<'_>)) {
         let mut widened = Buf::default();
-        for first in (0..self.lanes).step_by(self.width.max(1)) {
-            let (lanes, panel) = (self.width.min(self.lanes - first), self.panel(first / self.width));
-            match self.precision {
-                Precision::F32 => see(first, lanes, panel),
-                Precision::Bf16 => {
-                    widened.resize(2 * panel.len());
-                    let groups = widened.par_chunks_exact_mut(GROUP).zip(panel.par_chunks_exact(WORDS));
-                    groups.with_min_len(1 << 10).for_each(|(out, words)| {
-                        let (low, high) = out.split_at_mut(WORDS);
-                        for ((low, high), word) in low.iter_mut().zip(high).zip(words) {
-                            *low = f32::from_bits(word.to_bits() << 16);
-                            *high = f32::from_bits(word.to_bits() & 0xffff_0000);
-                        }
-                    });
-                    see(first, lanes, &widened);
-                }
+        for first in (0..self.lanes).step_by(PANEL) {
+            let lanes = PANEL.min(self.lanes - first);
+            if self.precision == Precision::F32 {
+                see(first, Mat::with_stride(&self.data[first..], self.depth, lanes, self.width));
+                continue;
             }
+            widened.resize(self.depth * PANEL);
+            let runs = self.data.par_chunks_exact(self.run());
+            widened.par_chunks_exact_mut(PANEL).zip(runs).with_min_len(1 << 6).for_each(|(out, run)| {
+                widen(out, &run[first / 2..]);
+            });
+            see(first, Mat::with_stride(&widened, self.depth, lanes, PANEL));
+        }
+    }
+
+    /// Sets `packed`, whose rows are the runs.
+    pub(super) fn pack_depth(&self, packed: &mut Packed) {
+        let mut widened = Buf::default();
+        for first in (0..self.depth).step_by(PANEL) {
+            let (rows, len) = (PANEL.min(self.depth - first), self.run());
+            let runs = &self.data[first * len..][..rows * len];
+            let values = match self.precision {
+                Precision::F32 => runs,
+                Precision::Bf16 => {
+                    widened.resize(rows * self.width);
+                    let rows = widened
+                        .par_chunks_exact_mut(self.width.max(1))
+                        .zip(runs.par_chunks_exact(len.max(1)));
+                    rows.for_each(|(out, run)| widen(out, run));
+                    &widened
+                }
+            };
+            packed.set_rows(first, Mat::with_stride(values, rows, self.lanes, self.width));
+        }
+    }
+}
+
+/// Sets `out`, whole groups, to the values of `words` of bf16.
+fn widen(out: &mut [f32], words: &[f32]) {
+    for (out, words) in out.chunks_exact_mut(GROUP).zip(words.chunks_exact(WORDS)) {
+        let (low, high) = out.split_at_mut(WORDS);
+        for ((low, high), word) in low.iter_mut().zip(high).zip(words) {
+            *low = f32::from_bits(word.to_bits() << 16);
+            *high = f32::from_bits(word.to_bits() & 0xffff_0000);
         }
     }
 }

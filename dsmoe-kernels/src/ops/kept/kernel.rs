@@ -6,92 +6,99 @@ use crate::buf::SharedRows;
 use crate::matmul::Precision;
 use crate::simd::{Product, ProductKernel, dot};
 
-/// Columns that are asked for ahead of the one that is read: their places are known, but no processor guesses them.
-const AHEAD: usize = 12;
+/// Columns that are added together, so that a sum is loaded and stored once for all of them.
+const TOGETHER: usize = 8;
 /// Lanes of a cache line.
 const LINE: usize = 16;
+/// Sums that stay in the first-level cache beside the columns.
+const SUMS: usize = 2048;
 
-/// Sets one panel of y.
-pub(super) struct Panel<'a> {
-    /// At most [`PANEL`] values.
+/// Sets y to the sum of the kept columns, of lanes `first` and on.
+pub(super) struct Lanes<'a> {
     pub(super) y: &'a mut [f32],
     pub(super) kept: &'a Kept,
     pub(super) cells: &'a Cells,
-    pub(super) panel: usize,
+    /// A multiple of [`PANEL`].
+    pub(super) first: usize,
 }
 
-impl ProductKernel for Panel<'_> {
+impl ProductKernel for Lanes<'_> {
     type Output = ();
     #[inline(always)]
     fn body<S: Product>(self, s: S) {
-        // Registers of a column.
-        match (self.cells.precision, S::LANES) {
-            (Precision::F32, 16) => s.isolated(Columns::<false, 4>(self)),
-            (Precision::Bf16, 16) => s.isolated(Columns::<true, 4>(self)),
-            (Precision::F32, _) => s.isolated(Columns::<false, 8>(self)),
-            (Precision::Bf16, _) => s.isolated(Columns::<true, 8>(self)),
+        match self.cells.precision {
+            Precision::F32 => s.isolated(Columns::<false>(self)),
+            Precision::Bf16 => s.isolated(Columns::<true>(self)),
         }
     }
 }
 
-/// A panel whose columns are `V` registers of outputs.
-struct Columns<'a, const BF16: bool, const V: usize>(Panel<'a>);
+/// Lanes of f32 or bf16.
+struct Columns<'a, const BF16: bool>(Lanes<'a>);
 
-impl<const BF16: bool, const V: usize> ProductKernel for Columns<'_, BF16, V> {
+impl<const BF16: bool> ProductKernel for Columns<'_, BF16> {
     type Output = ();
     #[inline(always)]
     fn body<S: Product>(self, s: S) {
-        assert_eq!(V * S::LANES, PANEL);
-        let Panel { y, kept, cells, panel } = self.0;
-        let run = if BF16 { PANEL / 2 } else { PANEL };
-        let words = cells.panel(panel);
+        let Lanes { y, kept, cells, first } = self.0;
+        let (run, words) = (cells.run(), cells.words());
         let (indices, values) = (&kept.indices[..], &kept.values[..kept.indices.len()]);
-        // Neighbours in the list have sums of their own: a loop over such sums would keep them in memory.
-        let (mut sums, mut others) = ([s.splat(0.0); V], [s.splat(0.0); V]);
-        let column = |index: u32| &words[index as usize * run..][..run];
-        let ahead = |index: u32| {
-            for line in 0..run / LINE {
-                s.prefetch(words, index as usize * run + line * LINE);
+        let (groups, others) = indices.as_chunks::<TOGETHER>();
+        let (group_values, other_values) = values.as_chunks::<TOGETHER>();
+        let mut sums = [0.0; SUMS];
+        for (block, y) in y.chunks_mut(SUMS).enumerate() {
+            let first = first + block * SUMS;
+            let lanes = first..first + y.len().next_multiple_of(PANEL);
+            let lanes = if BF16 { lanes.start / 2..lanes.end / 2 } else { lanes };
+            let column = |index: u32| &words[index as usize * run..][lanes.clone()];
+            let sums = &mut sums[..y.len().next_multiple_of(PANEL)];
+            sums.fill(0.0);
+            for (i, (group, values)) in groups.iter().zip(group_values).enumerate() {
+                // The places of the next columns are known, but no processor guesses them.
+                let next = groups.get(i + 1).unwrap_or(group).map(column);
+                add_columns::<S, BF16, TOGETHER>(s, sums, group.map(column), *values, Some(next));
             }
-        };
-        let (pairs, last) = indices.as_chunks::<2>();
-        let (pairs_of_values, last_value) = values.as_chunks::<2>();
-        let mut coming = indices[AHEAD.min(indices.len())..].chunks(2);
-        for (&[first, second], &[a, b]) in pairs.iter().zip(pairs_of_values) {
-            coming.next().unwrap_or_default().iter().for_each(|&index| ahead(index));
-            add_column::<S, BF16, V>(s, &mut sums, column(first), a);
-            add_column::<S, BF16, V>(s, &mut others, column(second), b);
-        }
-        if let (&[index], &[value]) = (last, last_value) {
-            add_column::<S, BF16, V>(s, &mut sums, column(index), value);
-        }
-        for ((sum, other), y) in sums.into_iter().zip(others).zip(y.chunks_mut(S::LANES)) {
-            s.store_tail(y, s.add(sum, other));
+            for (&index, &value) in others.iter().zip(other_values) {
+                add_columns::<S, BF16, 1>(s, sums, [column(index)], [value], None);
+            }
+            y.copy_from_slice(&sums[..y.len()]);
         }
     }
 }
 
-/// Adds a column times `value`.
+/// Adds columns times their values, in order, and asks for the columns that come next.
 #[inline(always)]
-fn add_column<S: Product, const BF16: bool, const V: usize>(
+fn add_columns<S: Product, const BF16: bool, const N: usize>(
     s: S,
-    sums: &mut [S::V; V],
-    column: &[f32],
-    value: f32,
+    sums: &mut [f32],
+    columns: [&[f32]; N],
+    values: [f32; N],
+    next: Option<[&[f32]; N]>,
 ) {
-    let value = s.splat(value);
-    if BF16 {
-        for half in 0..V / 2 {
-            let word = half * S::LANES;
-            let (low, high) = s.widen(bytemuck::cast_slice(&column[word..]));
-            let first = (word / WORDS * GROUP + word % WORDS) / S::LANES;
-            let second = first + WORDS / S::LANES;
-            sums[first] = s.fma(value, low, sums[first]);
-            sums[second] = s.fma(value, high, sums[second]);
+    let (values, words) = (values.map(|value| s.splat(value)), columns[0].len());
+    let columns = columns.map(|column| &column[..words]);
+    for line in (0..words).step_by(LINE) {
+        if let Some(next) = next {
+            next.iter().for_each(|next| s.prefetch(next, line));
         }
-    } else {
-        for (i, sum) in sums.iter_mut().enumerate() {
-            *sum = s.fma(value, s.load(&column[i * S::LANES..]), *sum);
+        for word in (line..line + LINE).step_by(S::LANES) {
+            if BF16 {
+                let first = word / WORDS * GROUP + word % WORDS;
+                let second = first + WORDS;
+                let (mut low, mut high) = (s.load(&sums[first..]), s.load(&sums[second..]));
+                for (column, &value) in columns.iter().zip(&values) {
+                    let (a, b) = s.widen(bytemuck::cast_slice(&column[word..]));
+                    (low, high) = (s.fma(value, a, low), s.fma(value, b, high));
+                }
+                s.store(&mut sums[first..], low);
+                s.store(&mut sums[second..], high);
+            } else {
+                let mut sum = s.load(&sums[word..]);
+                for (column, &value) in columns.iter().zip(&values) {
+                    sum = s.fma(value, s.load(&column[word..]), sum);
+                }
+                s.store(&mut sums[word..], sum);
+            }
         }
     }
 }
@@ -111,7 +118,7 @@ impl ProductKernel for Rows<'_> {
     #[inline(always)]
     fn body<S: Product>(self, s: S) {
         let Rows { y, x, indices, bias, cells } = self;
-        let (words, run) = (if cells.lanes == 0 { &[][..] } else { cells.panel(0) }, cells.run());
+        let (words, run) = (cells.words(), cells.run());
         for (i, &index) in indices.iter().enumerate() {
             if let Some(&next) = indices.get(i + 1) {
                 for line in (0..run).step_by(LINE) {

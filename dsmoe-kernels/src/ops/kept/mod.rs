@@ -5,9 +5,10 @@
 //! forward   y = sum over i in k of x_i W[:, i] (+ b)  x [rows, inputs], W [outputs, inputs], y [rows, outputs]
 //! rows      y_j = x . W[j, :] for j in k, else 0      [`PickedRows`]
 //! ```
-//! A few rows (decoding) read the columns of W that are kept and no others: [`Columns`] holds W column after column in panels
-//! of 64 outputs, so a column that is skipped is a run of cache lines that is not read. More rows keep nearly all
-//! columns together; they are masked, and W is packed for [`crate::linear`] in memory that [`Scratch`] reuses.
+//! A few rows (decoding) read the columns of W that are kept and no others: [`Columns`] holds W column after column, so a
+//! column that is skipped is a run of cache lines that is not read. Runs are as long as they can be, since a processor reads
+//! ahead in long runs alone: threads share the outputs in one block each, and a block is read in runs of kilobytes. More rows
+//! keep nearly all columns together; they are masked, and W is packed for [`crate::linear`] in memory that [`Scratch`] reuses.
 //! x is rounded to the precision of the weights, after the comparison. Sums are f32, over ascending i.
 
 mod cells;
@@ -25,7 +26,7 @@ use cells::Cells;
 
 /// Up to this many rows are multiplied one by one.
 pub const FEW_ROWS: usize = 4;
-/// Outputs of a panel of [`Columns`].
+/// Runs of [`Columns`] and [`PickedRows`] are padded to a multiple of this many values, and threads share them in such units.
 const PANEL: usize = 64;
 
 /// Weights `[outputs, inputs]` of which single columns are read.
@@ -152,7 +153,7 @@ impl Kept {
 impl Columns {
     /// Makes a matrix of zeros.
     pub fn zeros(precision: Precision, outputs: usize, inputs: usize) -> Columns {
-        Columns(Cells::zeros(precision, PANEL, outputs, inputs))
+        Columns(Cells::zeros(precision, outputs, inputs))
     }
 
     /// Stores `w`, whose rows are the outputs, rounded to `precision`.
@@ -190,21 +191,14 @@ impl Columns {
 
     /// Sets `packed`, a matrix of the same sizes and precision.
     fn pack(&self, packed: &mut Packed) {
-        self.0.each_panel(|first, lanes, values| {
-            packed.set_rows(first, cut(values, self.inputs(), PANEL, lanes))
-        });
+        self.0.each_block(|first, lanes| packed.set_rows(first, lanes.t()));
     }
-}
-
-/// Returns the first `lanes` lanes of a panel `[depth, width]`, as rows.
-fn cut(values: &[f32], depth: usize, width: usize, lanes: usize) -> Mat<'_> {
-    Mat::with_stride(values, depth, lanes, width).t()
 }
 
 impl PickedRows {
     /// Stores `w`, rounded to `precision`.
     pub fn new(precision: Precision, w: Mat<'_>) -> PickedRows {
-        let mut cells = Cells::zeros(precision, w.cols.next_multiple_of(PANEL), w.cols, w.rows);
+        let mut cells = Cells::zeros(precision, w.cols, w.rows);
         cells.set_lanes(0, w.t());
         PickedRows(cells)
     }
@@ -231,9 +225,7 @@ impl PickedRows {
     pub fn forward_all(&self, y: &mut [f32], x: &[f32], bias: Option<&[f32]>, scratch: &mut Scratch) {
         let (outputs, inputs) = (self.outputs(), self.inputs());
         let packed = scratch.packed_of(self.0.precision, outputs, inputs);
-        self.0.each_panel(|_, lanes, values| {
-            packed.set_rows(0, Mat::with_stride(values, outputs, lanes, lanes.next_multiple_of(PANEL)));
-        });
+        self.0.pack_depth(packed);
         let rows = x.len().checked_div(inputs).unwrap_or(0);
         linear::ForwardPacked { y, x, w: packed, bias, rows }.run();
     }
@@ -338,20 +330,22 @@ fn multiply<const N: usize>(isa: Isa, ys: [&mut [f32]; N], lists: [&Kept; N], ws
     let panels = ws.map(|w| w.outputs().div_ceil(PANEL));
     let work: usize = lists.iter().zip(ws).map(|(list, w)| list.len() * w.outputs()).sum();
     let ys = ys.map(|y| (y.len(), SharedRows::new(y, 1)));
-    let tasks = tasks_for(work).min(panels.iter().sum());
     let all: usize = panels.iter().sum();
+    // More tasks than threads would shorten the runs that each reads.
+    let tasks = tasks_for(work).min(rayon::current_num_threads()).min(all);
     for_tasks_when(tasks > 1, tasks, |task| {
-        for mut panel in task * all / tasks..(task + 1) * all / tasks {
-            let mut at = 0;
-            while panel >= panels[at] {
-                panel -= panels[at];
-                at += 1;
-            }
+        let (mut before, part) = (0, task * all / tasks..(task + 1) * all / tasks);
+        for at in 0..N {
             let (len, y) = ys[at];
-            let first = panel * PANEL;
-            // SAFETY: tasks have different panels.
-            let y = unsafe { y.values(first, PANEL.min(len - first)) };
-            isa.run_product(kernel::Panel { y, kept: lists[at], cells: &ws[at].0, panel });
+            let own =
+                part.start.clamp(before, before + panels[at])..part.end.clamp(before, before + panels[at]);
+            let (first, end) = ((own.start - before) * PANEL, len.min((own.end - before) * PANEL));
+            before += panels[at];
+            if first < end {
+                // SAFETY: tasks have different panels.
+                let y = unsafe { y.values(first, end - first) };
+                isa.run_product(kernel::Lanes { y, kept: lists[at], cells: &ws[at].0, first });
+            }
         }
     });
 }
