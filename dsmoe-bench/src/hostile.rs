@@ -77,8 +77,9 @@ fn edited_tasks_and_plans() {
                  [[task]]\nname = \"b\"\ndata = \"a.txt\"\nsteps = 4\n";
     search("tasks", &work.path().join("tasks.toml"), tasks, 300, read_tasks);
     let plan = r#"{"model": "m", "model_sha256": "00", "dtype": "f32", "prompt": 4, "continuation": 4, "shares": [0.5, 1.0],
-        "active": [0.5, 1.0], "sources": ["a"], "requests": [{"source": 0, "features": [1.0, 2.0], "losses": [2.0, 1.0]},
-        {"source": 0, "features": [1.5, 2.5], "losses": [2.5, 1.0]}], "speeds": {"prefill": [9.0, 5.0], "decode": [4.0, 3.0]}}"#;
+        "active": [0.5, 1.0], "sources": ["a"], "requests": [{"source": 0, "features": [1.0, 2.0], "active": [0.4, 1.0], "losses": [2.0, 1.0]},
+        {"source": 0, "features": [1.5, 2.5], "active": [0.6, 1.0], "losses": [2.5, 1.0]}],
+        "speeds": {"prefill": [9.0, 5.0], "decode": [4.0, 3.0]}}"#;
     search("plan", &work.path().join("profile.json"), plan, 300, |path| {
         read_plan(path.parent().expect("a folder"))
     });

@@ -35,6 +35,7 @@ mod machine;
 mod memory;
 mod models;
 mod mpi;
+mod planning;
 mod processes;
 mod progress;
 mod regression;

@@ -169,30 +169,35 @@ impl Policy {
     }
 }
 
-/// Requests that share a mean budget: the loss of each at every budget, the budgets' shares, and the mean share at the most.
+/// Requests that share a mean budget. Rows are of requests and have an entry for each budget.
 #[derive(Clone, Copy, Debug)]
 struct Shared<'a> {
+    /// Losses.
     costs: &'a [Vec<f64>],
-    shares: &'a [f64],
+    /// The shares that a choice reckons with.
+    priced: &'a [Vec<f64>],
+    /// The shares that requests use.
+    used: &'a [Vec<f64>],
+    /// The largest mean of the shares in use.
     target: f64,
 }
 
 impl Shared<'_> {
     /// Returns the budget of every request that is least in `cost + price share`; among equals the smaller one.
     fn at(&self, price: f64) -> Vec<usize> {
-        let least = |costs: &Vec<f64>| {
-            let priced = costs.iter().zip(self.shares).map(|(cost, share)| cost + price * share).enumerate();
+        let least = |(costs, shares): (&Vec<f64>, &Vec<f64>)| {
+            let priced = costs.iter().zip(shares).map(|(cost, share)| cost + price * share).enumerate();
             priced.min_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(j, _)| j)
         };
-        self.costs.iter().map(least).collect()
+        self.costs.iter().zip(self.priced).map(least).collect()
     }
 
     fn mean_share(&self, chosen: &[usize]) -> f64 {
-        chosen.iter().map(|&j| self.shares[j]).sum::<f64>() / chosen.len().max(1) as f64
+        mean_at(self.used, chosen)
     }
 
     fn mean_cost(&self, chosen: &[usize]) -> f64 {
-        chosen.iter().zip(self.costs).map(|(&j, costs)| costs[j]).sum::<f64>() / chosen.len().max(1) as f64
+        mean_at(self.costs, chosen)
     }
 
     fn fits(&self, chosen: &[usize]) -> bool {
@@ -221,14 +226,16 @@ impl Shared<'_> {
     /// Raises single budgets, the one first that gains most for its share, while they fit.
     fn fill(&self, chosen: &mut [usize]) {
         loop {
-            let room = (self.target + 1e-12) * chosen.len() as f64
-                - chosen.iter().map(|&j| self.shares[j]).sum::<f64>();
+            let sum = chosen.iter().zip(self.used).map(|(&j, used)| used[j]).sum::<f64>();
+            let room = (self.target + 1e-12) * chosen.len() as f64 - sum;
             let mut best: Option<(f64, usize, usize)> = None;
-            for (request, (&now, costs)) in chosen.iter().zip(self.costs).enumerate() {
+            let shares = self.priced.iter().zip(self.used);
+            let requests = chosen.iter().zip(self.costs).zip(shares).enumerate();
+            for (request, ((&now, costs), (priced, used))) in requests {
                 for (j, cost) in costs.iter().enumerate() {
-                    let (more, gain) = (self.shares[j] - self.shares[now], costs[now] - cost);
+                    let (more, gain) = (priced[j] - priced[now], costs[now] - cost);
                     if more > 0.0
-                        && more <= room
+                        && used[j] - used[now] <= room
                         && gain > 0.0
                         && best.is_none_or(|(most, ..)| gain / more > most)
                     {
@@ -242,22 +249,42 @@ impl Shared<'_> {
     }
 }
 
-/// Returns a budget for every request, so that their mean share is `target` at the most and the sum of the losses `costs` small:
-/// each takes the least of `cost + price share` at the lowest price that meets the target, and what is left of the target is
-/// given where it gains most. The largest budget for all that meets the target is taken if it is better.
-pub fn at_mean_share(costs: &[Vec<f64>], shares: &[f64], target: f64) -> Vec<usize> {
-    let shared = Shared { costs, shares, target };
+/// Returns the mean over requests of the entries of their `rows` at the budgets `chosen`; 0 without requests.
+///
+/// # Panics
+/// A row has no entry at the budget of its request.
+pub fn mean_at(rows: &[Vec<f64>], chosen: &[usize]) -> f64 {
+    chosen.iter().zip(rows).map(|(&j, row)| row[j]).sum::<f64>() / chosen.len().max(1) as f64
+}
+
+/// Returns a budget for every request, so that the mean of the shares that they use is `target` at the most and the sum of the
+/// losses `costs` small: each takes the least of `cost + price share` at the lowest price that meets the target, and what is left
+/// of the target is given where it gains most. The largest budget for all that meets the target is taken if it is better.
+/// `shares` are those of the budgets, ascending, which a choice reckons with; `used` has for every request what it uses at
+/// each budget, which is only measured and holds the price. Where even the smallest budgets exceed the target, it is theirs.
+///
+/// # Panics
+/// A row of `costs` or `used` has fewer entries than there are budgets, or there are fewer rows of `used`.
+pub fn at_mean_share(costs: &[Vec<f64>], shares: &[f64], used: &[Vec<f64>], target: f64) -> Vec<usize> {
+    assert!(used.len() >= costs.len(), "plan: shares of {} requests of {}", used.len(), costs.len());
+    let priced = vec![shares.to_vec(); costs.len()];
+    let shared = Shared { costs, priced: &priced, used, target };
     let Some(price) = shared.price() else { return vec![0; costs.len()] };
     let mut chosen = shared.at(price);
     shared.fill(&mut chosen);
-    let one = shares.iter().rposition(|&share| share <= target + 1e-12).map(|j| vec![j; costs.len()]);
+    let one = (0..shares.len()).rev().map(|j| vec![j; costs.len()]).find(|one| shared.fits(one));
     one.filter(|one| shared.mean_cost(one) < shared.mean_cost(&chosen)).unwrap_or(chosen)
 }
 
-/// Returns a mean loss that no choice of budgets with a mean share of `target` is below: the bound of Lagrange's multiplier. Where
-/// even the smallest budgets exceed the target, it is theirs.
-pub fn least_at_mean_share(costs: &[Vec<f64>], shares: &[f64], target: f64) -> f64 {
-    let shared = Shared { costs, shares, target };
+/// Returns a mean loss that no choice of budgets is below whose requests use a mean share of `target` at the most: the bound of
+/// Lagrange's multiplier. `used` has for every request what it uses at each budget. Where even the smallest budgets exceed the
+/// target, it is theirs.
+///
+/// # Panics
+/// There are fewer rows of `used` than of `costs`.
+pub fn least_at_mean_share(costs: &[Vec<f64>], used: &[Vec<f64>], target: f64) -> f64 {
+    assert!(used.len() >= costs.len(), "plan: shares of {} requests of {}", used.len(), costs.len());
+    let shared = Shared { costs, priced: used, used, target };
     let Some(price) = shared.price() else { return shared.mean_cost(&vec![0; costs.len()]) };
     let chosen = shared.at(price);
     shared.mean_cost(&chosen) + price * (shared.mean_share(&chosen) - target)
@@ -322,8 +349,9 @@ mod tests {
         assert_eq!(Policy { kappa: 1.0 }.within(&predicted, 0.05), 2);
         let shares = [0.25, 0.5, 1.0];
         let costs = vec![vec![0.0, 0.0, 0.0], vec![4.0, 1.0, 0.0], vec![0.2, 0.1, 0.0]];
+        let used: Vec<Vec<f64>> = costs.iter().map(|_| shares.to_vec()).collect();
         for (target, want) in [(1.0, [0, 2, 2]), (0.5, [0, 2, 0]), (0.25, [0, 0, 0]), (0.1, [0, 0, 0])] {
-            let chosen = at_mean_share(&costs, &shares, target);
+            let chosen = at_mean_share(&costs, &shares, &used, target);
             let mean = chosen.iter().map(|&j| shares[j]).sum::<f64>() / 3.0;
             assert!(mean <= f64::max(target, 0.25) + 1e-12);
             assert_eq!(chosen, want, "{target}");
@@ -345,19 +373,67 @@ mod tests {
                 false => (0..3).map(|j| f64::from(rng.normal()).abs() / f64::from(j + 1)).collect(),
             };
             let costs: Vec<Vec<f64>> = (0..5).map(of).collect();
-            let shared = Shared { costs: &costs, shares: &shares, target };
+            let used: Vec<Vec<f64>> = costs.iter().map(|_| shares.to_vec()).collect();
+            let shared = Shared { costs: &costs, priced: &used, used: &used, target };
             let all = (0..3usize.pow(5))
                 .map(|code| -> Vec<usize> { (0..5).map(|place| code / 3usize.pow(place) % 3).collect() });
             let fitting = all.filter(|chosen| shared.fits(chosen)).map(|chosen| shared.mean_cost(&chosen));
             let optimum = fitting.fold(f64::INFINITY, f64::min);
-            let chosen = at_mean_share(&costs, &shares, target);
+            let chosen = at_mean_share(&costs, &shares, &used, target);
             let found = shared.mean_cost(&chosen);
             assert!(shared.fits(&chosen) && found >= optimum - 1e-12, "{case}: {found} against {optimum}");
             assert!(found <= shared.mean_cost(&[1; 5]) + 1e-12, "{case}: one budget for all is better");
-            let bound = least_at_mean_share(&costs, &shares, target);
+            let bound = least_at_mean_share(&costs, &used, target);
             assert!(bound <= optimum + 1e-12, "{case}: bound {bound} above {optimum}");
             worst = worst.max(found - optimum);
         }
         assert!(worst < 0.15, "{worst}");
+    }
+
+    /// Two requests of one cost, of which the second uses less for the largest budget than the first does.
+    #[test]
+    fn a_mean_share_is_that_which_requests_use() {
+        let (shares, costs) = ([0.25, 0.5, 1.0], vec![vec![3.0, 1.0, 0.0]; 2]);
+        let used = [vec![0.2, 0.4, 0.9], vec![0.3, 0.6, 1.0]];
+        assert_eq!(mean_at(&used, &[1, 2]), 0.7);
+        // The middle budget for both uses 0.5. Of 0.72, 0.44 is left for two: 0.4 raises the second, and the first takes 0.5.
+        assert_eq!(at_mean_share(&costs, &shares, &used, 0.72), [1, 2]);
+        assert_eq!(at_mean_share(&costs, &shares, &used, 0.69), [1, 1]);
+        // Budgets that open what they say leave no room for either.
+        let said = [shares.to_vec(), shares.to_vec()];
+        assert_eq!(at_mean_share(&costs, &shares, &said, 0.72), [1, 1]);
+        // At a price of 2 the first has 1 + 0.8 at the middle and 1.8 at the largest budget, and the second 2 at the largest:
+        // 0.5 + 2 (0.7 - 0.72).
+        assert!((least_at_mean_share(&costs, &used, 0.72) - 0.46).abs() < 1e-9);
+    }
+
+    #[test]
+    fn measured_shares_are_kept_and_the_bound_is_below_all_choices() {
+        let mut rng = Rng::new(12, 0);
+        let (shares, target) = ([0.25, 0.5, 1.0], 0.5);
+        let mut differ = 0;
+        for case in 0..200 {
+            let of = |_| -> Vec<f64> {
+                (0..3).map(|j| f64::from(rng.normal()).abs() / f64::from(j + 1)).collect()
+            };
+            let costs: Vec<Vec<f64>> = (0..5).map(of).collect();
+            let of = |_| -> Vec<f64> {
+                shares.iter().map(|share| share * f64::from(0.8 + 0.4 * rng.uniform())).collect()
+            };
+            let used: Vec<Vec<f64>> = (0..5).map(of).collect();
+            let shared = Shared { costs: &costs, priced: &used, used: &used, target };
+            let all = (0..3usize.pow(5))
+                .map(|code| -> Vec<usize> { (0..5).map(|place| code / 3usize.pow(place) % 3).collect() });
+            let fitting = all.filter(|chosen| shared.fits(chosen)).map(|chosen| shared.mean_cost(&chosen));
+            let optimum = fitting.fold(f64::INFINITY, f64::min);
+            let chosen = at_mean_share(&costs, &shares, &used, target);
+            let found = shared.mean_cost(&chosen);
+            assert!(shared.fits(&chosen) && found >= optimum - 1e-12, "{case}: {found} against {optimum}");
+            let bound = least_at_mean_share(&costs, &used, target);
+            assert!(bound <= optimum + 1e-12, "{case}: bound {bound} above {optimum}");
+            let said: Vec<Vec<f64>> = costs.iter().map(|_| shares.to_vec()).collect();
+            differ += usize::from(at_mean_share(&costs, &shares, &said, target) != chosen);
+        }
+        assert!(differ > 20, "{differ}: what is measured decides");
     }
 }

@@ -12,5 +12,5 @@ mod network;
 pub mod offload;
 pub mod place;
 
-pub use budget::{Curves, Policy, Predicted, at_mean_share, least_at_mean_share};
+pub use budget::{Curves, Policy, Predicted, at_mean_share, least_at_mean_share, mean_at};
 pub use network::{Ensemble, Fit, Loss};

@@ -28,6 +28,11 @@ fn a_plan_is_profiled_trained_and_chooses() {
     let profile = read_json("plan/made/profile.json");
     let shares = list(&profile["shares"]);
     assert!(shares.len() > 1 && list(&profile["requests"]).len() == 24);
+    // Shares of single requests make the shares of all.
+    for (j, active) in list(&profile["active"]).iter().enumerate() {
+        let own = list(&profile["requests"]).iter().map(|request| number(&list(&request["active"])[j]));
+        assert!((own.sum::<f64>() / 24.0 - number(active)).abs() < 1e-9, "budget {j}");
+    }
     // The profile has the losses of `dsmoe eval`: the whole windows of a source at one budget.
     fails(&format!("{PROFILE} --out {plan}"), &["is not empty", "--resume"]);
     let before = read("plan/made/points/features.json");
@@ -98,7 +103,9 @@ fn a_plan_is_compared_with_one_budget_for_all() {
     for split in splits {
         // Who knows the losses does best.
         for way in ["one_budget", "one_head", "ensemble", "cautious"] {
-            assert!(number(&split["oracle"]) <= number(&split[way]) + 1e-9, "{way}: {split}");
+            assert!(number(&split["oracle"]) <= number(&split[way]["loss"]) + 1e-9, "{way}: {split}");
+            let share = number(&split["one_budget"]["share"]);
+            assert!(number(&split[way]["share"]) <= share + 1e-9, "{way}: {split}");
         }
     }
     let placements = list(&found["placements"]);
@@ -127,6 +134,13 @@ fn a_plan_is_compared_with_one_budget_for_all() {
         fails(&format!("plan eval dense {rest}"), &["holds no profile", "dsmoe plan profile"]);
         fails(&format!("plan train dense {rest}"), &["holds no profile", "dsmoe plan profile"]);
     }
+    // Profiles of earlier versions do not have what single requests opened.
+    let mut old = read_json("plan/made/profile.json");
+    for request in old["requests"].as_array_mut().unwrap() {
+        request.as_object_mut().unwrap().remove("active").unwrap();
+    }
+    write("plan/old/profile.json", old.to_string());
+    fails("plan eval plan/old", &["do not fit together", "profile the model again"]);
     write("plan/blocked/profile.json", read("plan/made/profile.json"));
     write("plan/blocked/heads.json/note.txt", "");
     for rest in ["", "--dry-run"] {

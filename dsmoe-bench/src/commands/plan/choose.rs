@@ -12,13 +12,14 @@ use dsmoe_train::tasks::model_sha256;
 use serde::{Deserialize, Serialize};
 
 use super::placing::scene_of;
-use super::profile::{Profile, features_of};
+use super::profile::Profile;
 use super::train::Heads;
 use crate::cli::gates::GateArgs;
 use crate::cli::plan::{PlanChoose, ServerArgs};
 use crate::files;
 use crate::format::{self, Table};
 use crate::models::{load_inference, tokenizer};
+use crate::planning::profiling::features_of;
 use crate::ui::Ui;
 
 /// Most requests whose optimum is looked for; more go by descent.

@@ -1,51 +1,20 @@
 //! `dsmoe plan eval`: are budgets by request of use?
 
 use anyhow::{Result, bail};
-use dsmoe_baselines::plan::{Policy, at_mean_share, least_at_mean_share};
-use dsmoe_kernels::rng::Rng;
-use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::placing::{Placing, compare, scene_of};
-use super::profile::{Profile, Profiled};
-use super::train::{fit_of, fitted, passes};
+use super::profile::Profile;
+use super::train::fit_of;
 use crate::cli::plan::PlanEval;
 use crate::format::{self, Table};
+use crate::planning::compare::{Sides, Split, Terms, Way};
+use crate::planning::heads::passes;
+use crate::planning::requests::Profiled;
 use crate::ui::Ui;
 
 /// Every so many requests of a source one is held out.
 const HELD_OUT: usize = 4;
-/// Shuffles of the budgets that chance stands for.
-const SHUFFLES: u64 = 50;
-const SHUFFLE_STREAM: u64 = 0x7368_7566;
-
-/// The cost of budgets by request on one split, mean over requests, in nats over the largest budget.
-#[derive(Clone, Debug, Serialize)]
-struct Split {
-    /// The text that was not learnt.
-    held_out: String,
-    requests: usize,
-    /// One budget for all: the share that the others keep to.
-    one_budget: f64,
-    /// The ensemble's own budgets, dealt out by chance.
-    by_chance: f64,
-    one_head: f64,
-    ensemble: f64,
-    /// With one deviation of the heads added.
-    cautious: f64,
-    /// Knows the losses that it is to predict, and may mix budgets of a request: a bound, no method.
-    oracle: f64,
-    /// Mean squared errors of the predictions.
-    error_one_head: f64,
-    error_ensemble: f64,
-}
-
-/// The requests of one split.
-struct Sides<'a> {
-    held_out: String,
-    learnt: Vec<&'a Profiled>,
-    asked: Vec<&'a Profiled>,
-}
 
 pub(super) fn run(args: &PlanEval, ui: &mut Ui) -> Result<()> {
     let profile = Profile::read(&args.plan)?;
@@ -58,10 +27,9 @@ pub(super) fn run(args: &PlanEval, ui: &mut Ui) -> Result<()> {
     if args.dry_run {
         return plan(args, profile.shares[target], &splits, ui);
     }
-    let mut rows = Vec::new();
-    for sides in &splits {
-        rows.push(split(args, &profile, sides, target, ui)?);
-    }
+    let (heads, fit) = (usize::from(args.heads.heads), fit_of(&args.heads));
+    let terms = Terms { shares: &profile.shares, target, heads, fit };
+    let rows = splits.iter().map(|sides| terms.compare(sides, ui)).collect::<Result<Vec<Split>>>()?;
     let placed = match &placing {
         None => Vec::new(),
         Some(scene) => {
@@ -104,24 +72,15 @@ fn held_out_rows(profile: &Profile) -> Vec<bool> {
 
 /// Returns the splits: every fourth request held out, and every source where there are several.
 fn splits<'a>(args: &PlanEval, profile: &'a Profile) -> Result<Vec<Sides<'a>>> {
-    let mut splits = vec![(String::from("every fourth"), held_out_rows(profile))];
+    let mut splits = vec![Sides::new("every fourth", &profile.requests, &held_out_rows(profile))];
     if profile.sources.len() > 1 {
-        for (number, name) in profile.sources.iter().enumerate() {
-            let is_held = profile.requests.iter().map(|row| row.source == number).collect();
-            splits.push((name.clone(), is_held));
-        }
+        let sources = profile.sources.iter().enumerate();
+        splits.extend(sources.map(|(number, name)| Sides::of_source(name, &profile.requests, number)));
     }
-    let sides = |(held_out, is_held): (String, Vec<bool>)| {
-        let side = |held: bool| -> Vec<&'a Profiled> {
-            profile.requests.iter().zip(&is_held).filter(|(_, is)| **is == held).map(|(row, _)| row).collect()
-        };
-        let (learnt, asked) = (side(false), side(true));
-        if learnt.is_empty() || asked.is_empty() {
-            bail!("{}: too few requests to hold some out; profile with more --requests", args.plan.display());
-        }
-        Ok(Sides { held_out, learnt, asked })
-    };
-    splits.into_iter().map(sides).collect()
+    if splits.iter().any(|sides| sides.learnt.is_empty() || sides.asked.is_empty()) {
+        bail!("{}: too few requests to hold some out; profile with more --requests", args.plan.display());
+    }
+    Ok(splits)
 }
 
 /// Prints what would be learnt and asked at a mean share.
@@ -153,48 +112,6 @@ fn plan(args: &PlanEval, share: f64, splits: &[Sides<'_>], ui: &mut Ui) -> Resul
     })
 }
 
-/// Trains on what is not held out, and chooses budgets for what is.
-fn split(args: &PlanEval, profile: &Profile, sides: &Sides<'_>, target: usize, ui: &Ui) -> Result<Split> {
-    let Sides { held_out, learnt, asked } = sides;
-    let fit = fit_of(&args.heads);
-    let one = fitted(learnt, 1, fit, ui)?;
-    let several = fitted(learnt, usize::from(args.heads.heads), fit, ui)?;
-    let expected = |curves: &dsmoe_baselines::plan::Curves, kappa: f64| -> Result<Vec<Vec<f64>>> {
-        let of = |row: &&Profiled| Ok(Policy { kappa }.expected(&curves.predict(&row.features)?));
-        asked.iter().map(of).collect()
-    };
-    let truth: Vec<Vec<f64>> = asked.iter().map(|row| row.extra()).collect();
-    let (shares, share) = (&profile.shares[..], profile.shares[target]);
-    let count = asked.len() as f64;
-    let cost = |chosen: &[usize]| chosen.iter().zip(&truth).map(|(&j, row)| row[j]).sum::<f64>() / count;
-    let by = |costs: &[Vec<f64>]| cost(&at_mean_share(costs, shares, share));
-    let error = |costs: &[Vec<f64>]| {
-        let squares = costs.iter().flatten().zip(truth.iter().flatten()).map(|(q, t)| (q - t).powi(2));
-        squares.sum::<f64>() / (count * shares.len() as f64)
-    };
-    let (of_one, of_several) = (expected(&one, 0.0)?, expected(&several, 0.0)?);
-    let chosen = at_mean_share(&of_several, shares, share);
-    let by_chance = (0..SHUFFLES).map(|number| {
-        let (mut rng, mut dealt) = (Rng::new(args.heads.seed, SHUFFLE_STREAM + number), chosen.clone());
-        for i in (1..dealt.len()).rev() {
-            dealt.swap(i, rng.below(i as u64 + 1) as usize);
-        }
-        cost(&dealt)
-    });
-    Ok(Split {
-        held_out: held_out.clone(),
-        requests: asked.len(),
-        one_budget: cost(&vec![target; asked.len()]),
-        by_chance: by_chance.sum::<f64>() / SHUFFLES as f64,
-        one_head: by(&of_one),
-        ensemble: cost(&chosen),
-        cautious: by(&expected(&several, 1.0)?),
-        oracle: least_at_mean_share(&truth, shares, share),
-        error_one_head: error(&of_one),
-        error_ensemble: error(&of_several),
-    })
-}
-
 fn show(share: f64, splits: &[Split], placed: &[Placing]) -> String {
     let mut table = Table::new([
         "not learnt",
@@ -210,21 +127,23 @@ fn show(share: f64, splits: &[Split], placed: &[Placing]) -> String {
     ]);
     for split in splits {
         let nats = |value: f64| format!("{value:+.4}");
+        let error = |way: &Way| format::or_dash(way.error, |error| format!("{error:.5}"));
         table.row([
             split.held_out.clone(),
             split.requests.to_string(),
-            nats(split.one_budget),
-            nats(split.by_chance),
-            nats(split.one_head),
-            nats(split.ensemble),
-            nats(split.cautious),
+            nats(split.one_budget.loss),
+            nats(split.by_chance.loss),
+            nats(split.one_head.loss),
+            nats(split.ensemble.loss),
+            nats(split.cautious.loss),
             nats(split.oracle),
-            format!("{:.5}", split.error_one_head),
-            format!("{:.5}", split.error_ensemble),
+            error(&split.one_head),
+            error(&split.ensemble),
         ]);
     }
     let mut text = format!(
-        "Extra loss at a mean share of {}, nats over the largest budget; the oracle is a bound, no method\n\n{}",
+        "Extra loss at the mean share that a budget of {} opens, nats over the largest budget; the oracle is a bound, no \
+         method\n\n{}",
         format::percent(share),
         table.show()
     );

@@ -8,11 +8,8 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context, Result, bail, ensure};
 use dsmoe_baselines::plan::place::Speeds;
 use dsmoe_core::config::Config;
-use dsmoe_core::model::{Batch, Workspace};
 use dsmoe_core::{Device, Inference};
 use dsmoe_datasets::TokenSource;
-use dsmoe_datasets::tasks::sha256;
-use dsmoe_kernels::cross_entropy::IGNORE;
 use dsmoe_train::tasks::model_sha256;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -20,11 +17,12 @@ use serde_json::{Value, json};
 use crate::cli::gates::GateArgs;
 use crate::cli::plan::PlanProfile;
 use crate::cli::resumable::NOT_EMPTY;
-use crate::files::{done_or, lossy, make_folder, read_json, read_part, write_json, write_part};
+use crate::files::{lossy, make_folder, read_json, read_part, write_json, write_part};
 use crate::format::{self, Table};
 use crate::interrupts::{CONTINUE, INTERRUPTED, STOP, Stopped, Unpolled, catch_interrupts};
 use crate::models::{load_inference, tokenizer};
-use crate::progress::{Progress, Unit};
+use crate::planning::profiling::{Profiling, Times};
+use crate::planning::requests::{Profiled, Request, cut, hash, spreads};
 use crate::reproduce::speed::{decode, prefill};
 use crate::texts::{load, open, options, total_bytes};
 use crate::ui::{Ui, stderr_line};
@@ -32,8 +30,6 @@ use crate::ui::{Ui, stderr_line};
 const SETTINGS: &str = "plan.json";
 const POINTS: &str = "points";
 const PROFILE: &str = "profile.json";
-/// Requests of one forward pass.
-const TOGETHER: usize = 8;
 /// Tokens that are decoded to time decoding.
 const DECODED: usize = 32;
 /// Fewest tokens of a prompt.
@@ -56,35 +52,6 @@ pub(super) struct Profile {
     pub(super) requests: Vec<Profiled>,
     /// Tokens a second at every budget.
     pub(super) speeds: Option<Speeds>,
-}
-
-/// One request.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Profiled {
-    /// The number of its source.
-    pub(super) source: usize,
-    pub(super) features: Vec<f64>,
-    /// Mean losses of the continuation at every budget, nats.
-    pub(super) losses: Vec<f64>,
-}
-
-impl Profiled {
-    /// Returns what every budget adds to the loss of the largest.
-    pub(super) fn extra(&self) -> Vec<f64> {
-        let least = self.losses.last().copied().unwrap_or(0.0);
-        self.losses.iter().map(|loss| loss - least).collect()
-    }
-}
-
-/// The measurements of one budget.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Point {
-    active: f64,
-    losses: Vec<f64>,
-    prefill: Option<f64>,
-    decode: Option<f64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -112,10 +79,12 @@ impl Profile {
         let budgets = profile.shares.len();
         let width = profile.requests.first().map_or(0, |request| request.features.len());
         let is_sound = |request: &Profiled| {
-            let finite = request.features.iter().chain(&request.losses).all(|x| x.is_finite());
+            let numbers = request.features.iter().chain(&request.active).chain(&request.losses);
+            let finite = numbers.into_iter().all(|x| x.is_finite());
             finite
                 && request.features.len() == width
                 && request.losses.len() == budgets
+                && request.active.len() == budgets
                 && request.source < profile.sources.len()
         };
         let fits = budgets > 1 && profile.active.len() == budgets && width > 0;
@@ -184,51 +153,34 @@ fn profile(args: &PlanProfile, ui: &mut Ui) -> Result<()> {
     };
     let tokenizer = tokenizer(&args.model, &config, ui)?;
     let sources = load(&texts, &tokenizer, args.bos, args.data.cache.as_deref(), ui)?;
-    let cut = cut(args, &sources)?;
-    prepare(args, out, &settings(args, &shares, &sources, &cut)?)?;
+    let requests = cut(&sources, args.requests, args.prompt + args.continuation).context("--data")?;
+    prepare(args, out, &settings(args, &shares, &sources, &requests)?)?;
     catch_interrupts()?;
     let _unpolled = Unpolled::begin(CONTINUE);
     let mut model = load_inference(&args.model, args.dtype, Device::Cpu, GateArgs::default())?;
-    let mut points = Vec::new();
-    model.set_active(shares[0])?;
-    let part = |name: &str| out.join(POINTS).join(format!("{name}.json"));
-    let features: Vec<Vec<f64>> =
-        done_or(&part("features"), || features_of_all(&model, &cut, args.prompt, ui))?;
-    if features.len() != cut.len() {
-        bail!("{}: has {} requests of {}; remove it", part("features").display(), features.len(), cut.len());
-    }
-    for share in &shares {
-        model.set_active(*share)?;
-        let point: Point = done_or(&part(&share.to_string()), || measure(&model, args, &cut, ui))?;
-        if point.losses.len() != cut.len() {
-            bail!(
-                "{}: has {} requests of {}; remove it",
-                out.join(POINTS).display(),
-                point.losses.len(),
-                cut.len()
-            );
-        }
-        points.push(point);
-        stopped()?;
-    }
-    let rows = cut.iter().zip(features).enumerate();
-    let requests = rows.map(|(i, (request, features))| Profiled {
-        source: request.source,
-        features,
-        losses: points.iter().map(|point| point.losses[i]).collect(),
-    });
-    let all = |of: fn(&Point) -> Option<f64>| points.iter().map(of).collect::<Option<Vec<f64>>>();
-    let speeds = all(|point| point.prefill).zip(all(|point| point.decode));
+    let profiling = Profiling {
+        requests: &requests,
+        prompt: args.prompt,
+        shares: &shares,
+        folder: &out.join(POINTS),
+        stop: stopped,
+    };
+    let ids: Vec<u32> = requests.iter().flat_map(|request| &request.ids).copied().take(512).collect();
+    let (rows, points) = profiling.run(&mut model, &|model| times(model, &ids, args.repeats), ui)?;
+    let all = |of: fn(&Times) -> Option<f64>| {
+        points.iter().map(|point| of(&point.times)).collect::<Option<Vec<f64>>>()
+    };
+    let speeds = all(|times| times.prefill).zip(all(|times| times.decode));
     let profile = Profile {
         model: args.model.clone(),
         model_sha256: model_sha256(&args.model)?,
         dtype: args.dtype.name().to_owned(),
         prompt: args.prompt,
         continuation: args.continuation,
-        shares,
         active: points.iter().map(|point| point.active).collect(),
+        shares,
         sources: sources.iter().map(|source| source.name.clone()).collect(),
-        requests: requests.collect(),
+        requests: rows,
         speeds: speeds.map(|(prefill, decode)| Speeds { prefill, decode }),
     };
     write_part(&out.join(PROFILE), &profile)?;
@@ -242,60 +194,6 @@ pub(crate) fn check_folder(plan: &Path) -> Result<()> {
     Profile::read(plan).map(|profile| drop(summary(&profile, plan)))
 }
 
-/// Tokens of a request: prompt and continuation.
-struct Request {
-    source: usize,
-    ids: Vec<u32>,
-}
-
-/// Cuts requests out of the sources, spread evenly.
-fn cut(args: &PlanProfile, sources: &[TokenSource]) -> Result<Vec<Request>> {
-    let len = args.prompt + args.continuation;
-    let mut requests = Vec::new();
-    for (number, source) in sources.iter().enumerate() {
-        let windows = source.tokens.len() / len;
-        let count = args.requests.min(windows);
-        if count < 2 {
-            let (name, tokens) = (&source.name, source.tokens.len());
-            bail!("--data: {tokens} tokens of {name} are fewer than two requests of {len}; give more text");
-        }
-        for i in 0..count {
-            let start = i * windows / count * len;
-            let mut ids = Vec::with_capacity(len);
-            source.tokens.read(start..start + len, &mut ids)?;
-            requests.push(Request { source: number, ids });
-        }
-    }
-    Ok(requests)
-}
-
-/// Returns the features of a prompt, at the budget that `model` is set to: how often each expert opens by layer, how many open, and
-/// mean and deviation of the prompt's own loss.
-pub(super) fn features_of(model: &Inference, prompt: &[u32]) -> Result<Vec<f64>> {
-    let mut stats = model.new_stats().context("the model has no experts to choose among")?;
-    let targets: Vec<u32> = prompt[1..].iter().copied().chain([IGNORE]).collect();
-    let (mut losses, mut workspace) = (vec![0.0; prompt.len()], Workspace::default());
-    let batch = Batch { inputs: prompt, targets: &targets, seq: prompt.len() };
-    model.score(&mut losses, batch, Some(&mut stats), &mut workspace)?;
-    let losses = &losses[..prompt.len() - 1];
-    let count = losses.len() as f64;
-    let mean = losses.iter().map(|&x| f64::from(x)).sum::<f64>() / count;
-    let square = losses.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / count;
-    let counts = stats.counts().map(|count| count as f64 / prompt.len() as f64);
-    Ok([mean, square.sqrt()].into_iter().chain(counts).collect())
-}
-
-fn features_of_all(model: &Inference, requests: &[Request], prompt: usize, ui: &Ui) -> Result<Vec<Vec<f64>>> {
-    Progress::during(ui, "prompts", Unit::Parts, |show| {
-        let of = |(i, request): (usize, &Request)| {
-            show(i as u64 + 1, requests.len() as u64);
-            stopped()?;
-            features_of(model, &request.ids[..prompt])
-        };
-        requests.iter().enumerate().map(of).collect()
-    })
-}
-
 /// Ends a measurement that the user wants to stop; what is done is kept.
 fn stopped() -> Result<()> {
     if STOP.load(Ordering::Relaxed) {
@@ -304,35 +202,11 @@ fn stopped() -> Result<()> {
     Ok(())
 }
 
-/// Measures the budget that `model` is set to.
-fn measure(model: &Inference, args: &PlanProfile, requests: &[Request], ui: &Ui) -> Result<Point> {
-    let mut stats = model.new_stats().context("the model has no experts to choose among")?;
-    let mut workspace = Workspace::default();
-    let seq = args.prompt + args.continuation - 1;
-    let losses = Progress::during(ui, "continuations", Unit::Parts, |show| -> Result<Vec<f64>> {
-        let mut all = Vec::new();
-        for requests_now in requests.chunks(TOGETHER) {
-            stopped()?;
-            let of = |range: std::ops::Range<usize>| -> Vec<u32> {
-                requests_now.iter().flat_map(|request| &request.ids[range.clone()]).copied().collect()
-            };
-            let (inputs, targets) = (of(0..seq), of(1..seq + 1));
-            let mut losses = vec![0.0; inputs.len()];
-            let batch = Batch { inputs: &inputs, targets: &targets, seq };
-            model.score(&mut losses, batch, Some(&mut stats), &mut workspace)?;
-            let mean = |losses: &[f32]| {
-                let behind = &losses[args.prompt - 1..];
-                behind.iter().map(|&x| f64::from(x)).sum::<f64>() / behind.len() as f64
-            };
-            all.extend(losses.chunks(seq).map(mean));
-            show(all.len() as u64, requests.len() as u64);
-        }
-        Ok(all)
-    })?;
-    let ids: Vec<u32> = requests.iter().flat_map(|request| &request.ids).copied().take(512).collect();
+/// Measures the speeds at the budget that `model` is set to, on the ids of requests: the medians of `repeats` measurements.
+fn times(model: &Inference, ids: &[u32], repeats: usize) -> Result<Times> {
     let most = &ids[..ids.len().min(model.config().max_position)];
     let mut times: [Vec<f64>; 2] = Default::default();
-    for _ in 0..args.repeats {
+    for _ in 0..repeats {
         stopped()?;
         times[0].push(prefill(model, most, most.len())?);
         times[1].push(decode(model, most, DECODED.min(most.len() / 2).max(1), 1)?);
@@ -342,7 +216,7 @@ fn measure(model: &Inference, args: &PlanProfile, requests: &[Request], ui: &Ui)
         values.get(values.len() / 2).copied()
     };
     let [prefill, decode] = times.map(median);
-    Ok(Point { active: stats.active_ratio(), losses, prefill, decode })
+    Ok(Times { prefill, decode })
 }
 
 /// Returns the budgets, ascending.
@@ -376,7 +250,6 @@ fn settings(
     sources: &[TokenSource],
     requests: &[Request],
 ) -> Result<Value> {
-    let ids: String = requests.iter().flat_map(|request| &request.ids).map(|id| format!("{id} ")).collect();
     Ok(json!({
         "model_sha256": model_sha256(&args.model)?,
         "dtype": args.dtype.name(),
@@ -385,7 +258,7 @@ fn settings(
         "continuation": args.continuation,
         "sources": sources.iter().map(|source| &source.name).collect::<Vec<_>>(),
         "requests": requests.len(),
-        "text_sha256": sha256(&ids),
+        "text_sha256": hash(requests),
         "repeats": args.repeats,
     }))
 }
@@ -402,19 +275,13 @@ fn prepare(args: &PlanProfile, out: &Path, settings: &Value) -> Result<()> {
 }
 
 fn summary<'a>(profile: &'a Profile, out: &'a Path) -> Summary<'a> {
-    let rows = profile.requests.len() as f64;
-    let extra: Vec<Vec<f64>> = profile.requests.iter().map(Profiled::extra).collect();
-    let of = |j: usize| {
-        let mean = extra.iter().map(|row| row[j]).sum::<f64>() / rows;
-        [mean, (extra.iter().map(|row| (row[j] - mean).powi(2)).sum::<f64>() / rows).sqrt()]
-    };
     Summary {
         model: &profile.model,
         out: Some(out),
         requests: profile.requests.len(),
         shares: &profile.shares,
         active: &profile.active,
-        extra: (0..profile.shares.len()).map(of).collect(),
+        extra: spreads(&profile.requests).iter().map(|spread| [spread.mean, spread.deviation]).collect(),
         speeds: profile.speeds.as_ref(),
     }
 }

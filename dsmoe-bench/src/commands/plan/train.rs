@@ -7,11 +7,12 @@ use dsmoe_baselines::plan::{Curves, Fit};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::profile::{Profile, Profiled};
+use super::profile::Profile;
 use crate::cli::plan::{HeadArgs, PlanTrain};
 use crate::files::{read_part, write_part};
 use crate::format;
-use crate::progress::{Progress, Unit};
+use crate::planning::heads::{fitted, passes};
+use crate::planning::requests::Profiled;
 use crate::ui::Ui;
 
 const HEADS: &str = "heads.json";
@@ -97,25 +98,6 @@ pub(super) fn run(args: &PlanTrain, ui: &mut Ui) -> Result<()> {
             ("squared error", format!("{squared_error:.5}, on the requests that were learnt")),
         ])
     })
-}
-
-/// Fits a network to rows, with progress.
-pub(super) fn fitted(rows: &[&Profiled], heads: usize, fit: Fit, ui: &Ui) -> Result<Curves> {
-    let features: Vec<Vec<f64>> = rows.iter().map(|row| row.features.clone()).collect();
-    let extra: Vec<Vec<f64>> = rows.iter().map(|row| row.extra()).collect();
-    let passes = passes(fit, heads);
-    let made = Progress::during(ui, "heads", Unit::Parts, |show| {
-        Curves::fit(&features, &extra, heads, fit, &mut |done| {
-            show(done as u64, passes as u64);
-            true
-        })
-    })?;
-    made.context("the training was stopped; run the command again")
-}
-
-/// Returns the passes over all requests that the fit of a network of so many heads makes.
-pub(super) fn passes(fit: Fit, heads: usize) -> usize {
-    fit.epochs * if heads == 1 { 1 } else { heads + 1 }
 }
 
 /// Returns how a network is fitted.
