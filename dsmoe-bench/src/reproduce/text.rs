@@ -9,7 +9,9 @@ use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::tasks::sha256;
 use dsmoe_datasets::tokens::identity;
 use dsmoe_datasets::world::{Domain, World};
-use dsmoe_datasets::{Bos, Corpus, CorpusOptions, Mixture, SplitOptions, TokenSource, Tokenizer, train_bpe};
+use dsmoe_datasets::{
+    Bos, Corpus, CorpusOptions, Mixture, SplitOptions, TokenSource, TokenStream, Tokenizer, train_bpe,
+};
 use dsmoe_train::config::{NearDuplicates, TrainConfig};
 use dsmoe_train::run::TrainData;
 use serde::{Deserialize, Serialize};
@@ -23,6 +25,8 @@ use crate::ui::Ui;
 
 /// Number of the first held-out document of the world; no training text reaches it.
 const HELD_OUT: u64 = 1 << 40;
+/// Number of the first held-out document of the world that requests are cut from. Measured windows come nowhere near it.
+const REQUESTS: u64 = 1 << 41;
 /// Most bytes of text that the tokenizer is trained on.
 const TOKENIZER_BYTES: u64 = 4_000_000;
 
@@ -52,9 +56,20 @@ impl Files {
     }
 }
 
+/// Where held-out text is, of which the measured windows may be a part.
+enum Rest {
+    /// The world of that seed, whose documents begin as the rule says.
+    World(u64, Bos),
+    /// The held-out sides of the mixture.
+    Split,
+    /// Sources that are measured on alone.
+    Sources(Vec<TokenSource>),
+}
+
 /// All text of a reproduction.
 pub(crate) struct Text {
     sources: Vec<TokenSource>,
+    rest: Rest,
     texts: Option<TokenTexts>,
     split: SplitOptions,
     pub(crate) held_out: Vec<HeldOut>,
@@ -121,6 +136,7 @@ impl Text {
         let (key, inputs) = hashed(&parts, &held_out, &tokenizer, &train)?;
         Ok(Text {
             sources: parts,
+            rest: Rest::World(world.seed, train.bos),
             texts: None,
             split,
             held_out,
@@ -156,18 +172,43 @@ impl Text {
         let split = train.split_options();
         let mixture = Mixture::new(&parts, split, texts.as_ref())?;
         let (window, windows) = (train.seq + 1, profile.measure.windows);
-        let held_out = match held {
-            Some(held) => of_documents(&held, window, windows)?,
-            None => of_split(&mixture, window, windows)?,
+        let (held_out, rest) = match held {
+            Some(held) => (of_documents(&held, window, windows)?, Rest::Sources(held)),
+            None => (of_split(&mixture, window, windows)?, Rest::Split),
         };
         let (key, inputs) = hashed(&parts, &held_out, &tokenizer, &train)?;
         let tokenizer_dir = model.to_path_buf();
-        Ok(Text { sources: parts, texts, split, held_out, tokenizer, tokenizer_dir, mixture, key, inputs })
+        let sources = parts;
+        Ok(Text { sources, rest, texts, split, held_out, tokenizer, tokenizer_dir, mixture, key, inputs })
     }
 
     /// Returns the text of a training.
     pub(crate) fn train_data(&self) -> TrainData {
         TrainData { sources: self.sources.clone(), texts: self.texts.clone() }
+    }
+
+    /// Returns held-out text of every source, in the order of [`Text::held_out`]: `tokens` of each, or what there is. That of the
+    /// world shares no document with the measured windows.
+    pub(crate) fn held_out_sources(&self, tokens: usize) -> Result<Vec<TokenSource>> {
+        let of = |(number, part): (usize, &HeldOut)| -> Result<TokenSource> {
+            let mut stream = TokenStream::default();
+            match &self.rest {
+                Rest::Sources(sources) => return Ok(sources[number].clone()),
+                Rest::Split => {
+                    let ids = self.mixture.parts()[number].split.valid_tokens();
+                    stream.push(&ids[..ids.len().min(tokens)]);
+                }
+                Rest::World(seed, bos) => {
+                    let land = World::new(*seed);
+                    let mut documents = (REQUESTS..).map(|index| land.document(Domain::ALL[number], index));
+                    while let (true, Some(document)) = (stream.ids.len() < tokens, documents.next()) {
+                        stream.push(&self.tokenizer.encode(&document, *bos)?);
+                    }
+                }
+            }
+            Ok(TokenSource { name: part.name.clone(), weight: part.share, tokens: stream.into() })
+        };
+        self.held_out.iter().enumerate().map(of).collect()
     }
 
     /// Returns the first sequences that a training of this seed reads.

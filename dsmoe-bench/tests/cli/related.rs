@@ -16,7 +16,7 @@ const PROFILE: &str = r#"
 name = "tiny-related"
 about = "seconds"
 seeds = 2
-experiments = ["hc-smoe", "uncurl", "seer-moe", "thresholds", "lesa", "factorllm", "duo-llm", "esacl", "memtl"]
+experiments = ["hc-smoe", "uncurl", "seer-moe", "thresholds", "lesa", "factorllm", "duo-llm", "esacl", "memtl", "memtl-requests"]
 world = { seed = 0, bytes = 150_000, vocab = 512 }
 model = { hidden = 32, intermediate = 64, layers = 3, heads = 2, kv_heads = 2, positions = 512 }
 pretrain = { steps = 10, batch = 4, seq = 64, lr = 4e-3, bos = "always" }
@@ -73,10 +73,8 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
     whole();
     let found: Value = read_json("related/whole/results.json");
     let experiments = list(&found["experiments"]);
-    assert_eq!(
-        texts(&found["experiments"], "name"),
-        ["hc-smoe", "uncurl", "seer-moe", "thresholds", "lesa", "factorllm", "duo-llm", "esacl", "memtl"]
-    );
+    let names = "hc-smoe uncurl seer-moe thresholds lesa factorllm duo-llm esacl memtl memtl-requests";
+    assert_eq!(texts(&found["experiments"], "name"), names.split(' ').collect::<Vec<_>>());
     let mut claims = 0;
     for experiment in experiments {
         for cell in list(&experiment["rows"]).iter().flat_map(|row| list(&row["cells"])) {
@@ -89,7 +87,7 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
             claims += 1;
         }
     }
-    assert_eq!(claims, 24);
+    assert_eq!(claims, 27);
     // Of 6 experts the load has an entropy of ln 6 at the most.
     for (experiment, column, most) in
         [("seer-moe", "load entropy, 6 of 8", 6f64), ("uncurl", "load entropy, task, 4 of 8", 4.0)]
@@ -111,6 +109,44 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
     assert!(!report.contains("NaN"), "{report}");
     let run: Value = read_json("related/whole/runs/lesa-s1.json");
     assert_eq!((run["seed"].as_u64(), list(&run["values"]).len()), (Some(1), 12));
+}
+
+#[test]
+fn budgets_by_request_keep_to_the_share_of_one_budget_for_all() {
+    whole();
+    let found: Value = read_json("related/whole/results.json");
+    let of = list(&found["experiments"]).iter().find(|one| one["name"] == "memtl-requests").unwrap();
+    // The numbers of a row by seed.
+    let seeds = |row: &str, column: &str| -> Option<Vec<f64>> {
+        let row = list(&of["rows"]).iter().find(|one| one["name"] == row)?;
+        let cell = list(&row["cells"]).iter().find(|cell| cell["column"] == column)?;
+        Some(list(&cell["seeds"]).iter().map(number).collect())
+    };
+    let ways = ["one budget for all", "one head", "four heads, mean", "four heads, mean and deviation"];
+    let (shares, bound) =
+        (seeds(ways[0], "active share").unwrap(), seeds("oracle, no method", "extra loss").unwrap());
+    for way in ways {
+        let (losses, used) = (seeds(way, "extra loss").unwrap(), seeds(way, "active share").unwrap());
+        let within = |least: &[f64], most: &[f64]| least.iter().zip(most).all(|(a, b)| *a <= b + 1e-6);
+        assert!(within(&bound, &losses), "{way}: {losses:?} below {bound:?}");
+        assert!(within(&used, &shares), "{way}: {used:?} above {shares:?}");
+        assert!(seeds(way, "squared error").unwrap().iter().all(|error| *error > 0.0));
+    }
+    assert!(seeds("random budgets", "extra loss").is_some());
+    assert!(seeds("random budgets", "squared error").is_none() && seeds("budget 1", "deviation").is_none());
+    for budget in ["budget 0.25", "budget 0.375", "budget 0.5", "budget 0.75"] {
+        let (all, within) =
+            (seeds(budget, "deviation").unwrap(), seeds(budget, "deviation within a source").unwrap());
+        assert!(
+            all.iter().zip(&within).all(|(all, within)| *within > 0.0 && *within <= all + 1e-9),
+            "{budget}"
+        );
+    }
+    // As many requests of every source: the mean over sources left out is that over all requests.
+    for column in ["extra loss", "active share"] {
+        let (one, all) = (seeds(ways[0], column).unwrap(), seeds("budget 0.5", column).unwrap());
+        assert!(one.iter().zip(&all).all(|(a, b)| (a - b).abs() < 1e-6), "{column}: {one:?} and {all:?}");
+    }
 }
 
 #[test]
@@ -144,10 +180,10 @@ fn the_plan_counts_the_stages() {
     let plan = json_of(&related("plan", ["", ""], "--dry-run --quiet"));
     let stages = plan["stages"].as_u64().unwrap();
     let of = list(&plan["rows"]).iter().map(|row| row["stages"].as_u64().unwrap()).sum::<u64>();
-    assert_eq!((stages, list(&plan["rows"]).len()), (of, 20));
+    assert_eq!((stages, list(&plan["rows"]).len()), (of, 22));
     let log = whole();
     let last = log.lines().rfind(|line| line.starts_with('[')).unwrap();
-    assert!(last.starts_with(&format!("[{stages}/{stages}] imitated memtl-s1")), "{last} of {stages}");
+    assert!(last.starts_with(&format!("[{stages}/{stages}] heads memtl-requests-s1")), "{last} of {stages}");
     assert!(!path("related/plan").exists());
 }
 
@@ -246,7 +282,8 @@ fn experiments_on_a_deep_model_measure_every_text() {
 
 #[test]
 fn what_cannot_be_done_is_told_before_anything_is() {
-    let names = "use hc-smoe, uncurl, seer-moe, thresholds, lesa, factorllm, duo-llm, esacl, memtl";
+    let names =
+        "use hc-smoe, uncurl, seer-moe, thresholds, lesa, factorllm, duo-llm, esacl, memtl, memtl-requests";
     let all = format!("{names}, lesa-deep, thresholds-deep");
     for (change, rest, words) in [
         (["\"lesa\"", "\"leas\""], "", vec!["experiments has \"leas\"", &all]),

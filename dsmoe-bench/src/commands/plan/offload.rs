@@ -6,10 +6,11 @@ use anyhow::{Context, Result};
 use dsmoe_baselines::plan::offload::{Imitation, imitate};
 use serde_json::json;
 
-use super::train::{fit_of, passes};
+use super::train::fit_of;
 use crate::cli::plan::PlanOffload;
 use crate::format::{self, Table};
 use crate::interrupts::{STOP, catch_interrupts};
+use crate::planning::heads::passes;
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
 

@@ -13,6 +13,7 @@ mod hc_smoe;
 mod lab;
 mod lesa;
 mod memtl;
+mod memtl_requests;
 mod merge;
 mod outcome;
 mod plan;
@@ -52,7 +53,7 @@ use outcome::{Found, Setup};
 use plan::{Row, count};
 
 /// All experiments.
-static ALL: [Experiment; 11] = [
+static ALL: [Experiment; 12] = [
     hc_smoe::EXPERIMENT,
     uncurl::EXPERIMENT,
     seer_moe::EXPERIMENT,
@@ -62,6 +63,7 @@ static ALL: [Experiment; 11] = [
     duo_llm::EXPERIMENT,
     esacl::EXPERIMENT,
     memtl::EXPERIMENT,
+    memtl_requests::EXPERIMENT,
     lesa::OF_A_PRETRAINED_MODEL,
     thresholds::OF_A_PRETRAINED_MODEL,
 ];

@@ -42,6 +42,11 @@ impl<'a> Sketch<'a> {
         std::mem::take(&mut self.planned)
     }
 
+    /// Returns the costs of stages of the profile.
+    pub(crate) fn costs(&self) -> Costs<'a> {
+        self.costs
+    }
+
     /// Returns the settings that trainings of experiments start from.
     pub(crate) fn train_config(&self) -> Result<TrainConfig> {
         self.costs.profile.train()
