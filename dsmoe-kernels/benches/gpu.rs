@@ -79,7 +79,7 @@ fn routing(gpu: &Gpu, tokens: usize, share: f32) -> Result<(Routed, usize)> {
     let mask: Vec<u8> = (0..tokens * EXPERTS).map(|_| u8::from(rng.uniform() < share)).collect();
     let coefficients: Vec<f32> = mask.iter().map(|&on| 0.5 * f32::from(on)).collect();
     let mut routed = Routed::with_room(gpu, tokens, EXPERTS)?;
-    routed.set(&mask, &coefficients)?;
+    routed.set(EXPERTS, &mask, &coefficients)?;
     Ok((routed, mask.iter().filter(|&&on| on != 0).count()))
 }
 

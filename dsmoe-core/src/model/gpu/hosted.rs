@@ -112,7 +112,7 @@ fn pairs(routing: &Routing) -> (Vec<u8>, Vec<f32>) {
 
 fn send(routing: &Routing, routed: &mut router::Routed) -> Result<()> {
     let (mask, coefficients) = pairs(routing);
-    Ok(routed.set(&mask, &coefficients)?)
+    Ok(routed.set(routing.num_experts, &mask, &coefficients)?)
 }
 
 /// Sets `routed` by a gate with these parameters, in inference.

@@ -115,16 +115,16 @@ impl Routed {
         })
     }
 
-    /// Sets the routing to a decision of the host: `mask` of 0 and 1, and `coefficients`, `[T, n]` each. It sets the gates
-    /// to 0.
+    /// Sets the routing to a decision of the host among `num_experts` experts: `mask` of 0 and 1, and `coefficients`,
+    /// `[T, n]` each. It sets the gates to 0.
     ///
     /// # Errors
     /// The device fails.
     ///
     /// # Panics
-    /// The lengths differ or are no multiple of the experts, or there is no room for as many tokens.
-    pub fn set(&mut self, mask: &[u8], coefficients: &[f32]) -> Result<()> {
-        let n = self.num_experts;
+    /// The lengths differ or are no multiple of the experts, or there is no room for as many tokens or pairs.
+    pub fn set(&mut self, num_experts: usize, mask: &[u8], coefficients: &[f32]) -> Result<()> {
+        let n = num_experts;
         let tokens = mask.len() / n.max(1);
         let (lens, room) = ([mask.len(), coefficients.len()], self.room());
         let fit = lens == [tokens * n; 2] && tokens <= room && tokens * n <= self.mask.len();
@@ -132,7 +132,7 @@ impl Routed {
             fit,
             "cuda router::Routed::set: mask and coefficients {lens:?} of {n} experts, room for {room}"
         );
-        self.tokens = tokens;
+        (self.tokens, self.num_experts) = (tokens, n);
         let active = mask.chunks_exact(n.max(1)).map(|row| row.iter().map(|&on| u32::from(on != 0)).sum());
         self.gates.shaped_mut(tokens, n).fill_zero()?;
         self.mask.shaped_mut(tokens, n).upload_from(mask)?;

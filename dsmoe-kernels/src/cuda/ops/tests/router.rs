@@ -213,17 +213,24 @@ fn cuda_routing_lists_are_in_the_order_of_the_tokens() {
         assert_eq!(lists.tokens.download().unwrap()[..list.len()], list);
         assert_eq!(lists.slots.download().unwrap()[..slots.len()], slots);
 
-        // The same routing from the host, where there is room for more tokens.
+        // The same routing from the host, where there is room for more tokens and more experts.
         let coefficients = routed.coefficients().download().unwrap();
-        let mut hosted = Routed::with_room(&gpu, tokens + 1, n).unwrap();
+        let mut hosted = Routed::with_room(&gpu, tokens + 1, n + 2).unwrap();
         let more = &gpu.zeros::<f32>((tokens + 1) * n).unwrap();
         router::Route { routed: &mut hosted, z: more, thresholds, gates }.run().unwrap();
-        hosted.set(&want.mask, &coefficients).unwrap();
-        assert_eq!(hosted.tokens(), tokens);
+        hosted.set(n, &want.mask, &coefficients).unwrap();
+        assert_eq!((hosted.tokens(), hosted.num_experts()), (tokens, n));
         assert_eq!(hosted.coefficients().download().unwrap(), coefficients);
-        assert_eq!(hosted.mask.part(0..tokens).download().unwrap(), want.mask);
+        assert_eq!(hosted.mask.shaped(tokens, n).download().unwrap(), want.mask);
         assert_eq!(hosted.active.part(0..tokens).download().unwrap(), want.active);
-        assert_eq!(hosted.gates.part(0..tokens).download().unwrap(), vec![0.0; tokens * n]);
+        assert_eq!(hosted.gates.shaped(tokens, n).download().unwrap(), vec![0.0; tokens * n]);
+        // A layer of more experts follows, for fewer tokens.
+        let few: Vec<u8> = (0..n + 2).map(|e| u8::from(e == n)).collect();
+        let factors: Vec<f32> = few.iter().map(|&on| 0.5 * f32::from(on)).collect();
+        hosted.set(n + 2, &few, &factors).unwrap();
+        assert_eq!((hosted.tokens(), hosted.num_experts()), (1, n + 2));
+        assert_eq!(hosted.coefficients().download().unwrap(), factors);
+        assert_eq!(hosted.active.part(0..1).download().unwrap(), [1]);
     }
 }
 

@@ -724,7 +724,7 @@ fn on_device(gpu: &Gpu, case: &Case, variants: &Variants, set: bool) -> Results 
     let len = weights[0].len();
     let (gate, up, down) = (&both.part(0..len), &both.part(len..2 * len), &gpu.upload(&weights[2]).unwrap());
     let mut routed = Routed::with_room(gpu, tokens, n).unwrap();
-    routed.set(mask, coefficients).unwrap();
+    routed.set(n, mask, coefficients).unwrap();
     // Room for more than the batch.
     let room = Shape { tokens: tokens + 200, ..*shape };
     let mut slots = Slots::with_room(gpu, room).unwrap();
