@@ -260,6 +260,10 @@ impl Runner<'_> {
         if let Some(budget) = moe.and_then(MoeConfig::budget) {
             made_by["budget"] = budget.into();
         }
+        if self.args.device.is_gpu() {
+            // So may a GPU.
+            made_by["device"] = "gpu".into();
+        }
         let path = folder.join(format!("answers_{task}.jsonl"));
         Ok(Journal::open(&path, &made_by.to_string(), self.model.new_stats().as_ref())?)
     }

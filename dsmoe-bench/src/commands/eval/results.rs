@@ -125,7 +125,7 @@ impl TaskResults<'_> {
                 "model_num_parameters": self.model.accounting().total,
                 "model_dtype": dtype,
                 "batch_size": "auto",
-                "device": "cpu",
+                "device": self.args.device.to_string(),
                 "limit": self.args.limit,
                 "max_gen_toks": self.args.max_new_tokens,
                 "bootstrap_iters": 100_000,

@@ -161,9 +161,8 @@ impl Ffn for MixtureFfn {
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {
-        // A device runs no expert beside those that are routed, and as many of them in every layer.
-        let runs = self.spec.shared.is_none() && self.spec.is_even();
-        runs.then(|| DeviceFfn::Hosted {
+        // A device runs no expert beside those that are routed.
+        self.spec.shared.is_none().then(|| DeviceFfn::Hosted {
             gated: self.gated,
             num_experts: self.spec.experts[self.layer],
             gate: Arc::new(self.router.clone()),

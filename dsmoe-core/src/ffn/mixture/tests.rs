@@ -182,6 +182,16 @@ fn gradients_are_differences_while_the_selection_holds() {
 
 #[test]
 fn a_device_runs_it_without_a_shared_expert() {
-    assert!(ffn(spec(true, None, 0.0)).on_device().is_some_and(|device| device.is_hosted()));
+    let held = |spec: MixtureSpec, layer: usize| {
+        let gated = Gated::silu(HIDDEN, spec.neurons(layer));
+        let device = MixtureFfn::new(gated, Arc::new(spec), layer, 0.0).on_device();
+        device.filter(DeviceFfn::is_hosted).and_then(|device| device.num_experts())
+    };
+    let plain = spec(true, None, 0.0);
+    assert_eq!(held(plain.clone(), 0), Some(EXPERTS));
+    // Gates that share experts, and layers of different numbers of experts.
+    assert_eq!(held(shared_gates(plain.clone(), &[0, 1, 1, 2, 3]), 0), Some(EXPERTS));
+    let uneven = MixtureSpec { experts: vec![EXPERTS, EXPERTS - 1], ..plain };
+    assert_eq!([0, 1].map(|layer| held(uneven.clone(), layer)), [Some(EXPERTS), Some(EXPERTS - 1)]);
     assert!(ffn(spec(true, Some(7), 0.0)).on_device().is_none());
 }

@@ -17,7 +17,7 @@ use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::ffn::{DeviceFfn, Ffn, Gated, Gating};
+use crate::ffn::{DeviceFfn, Ffn, FfnKind, Gated, Gating};
 use crate::model::memory::MemoryUse;
 use crate::model::tensors::attention_dims;
 
@@ -38,11 +38,21 @@ pub(crate) fn device_ffns(config: &Config, ffns: &[Box<dyn Ffn>]) -> Result<Vec<
     }
     let form = |(layer, ffn): (usize, &dyn Ffn)| {
         ffn.on_device().ok_or_else(|| {
-            let problem = format!("layer {layer}: this kind of FFN does not run on a GPU");
+            let spec = match ffn.kind() {
+                Some(FfnKind::Spec(spec)) => Some(spec),
+                Some(FfnKind::Dense | FfnKind::Dsmoe(_)) | None => config.ffn.clone(),
+            };
+            let kind = spec.map(|spec| format!(", which is of type {}", spec.kind())).unwrap_or_default();
+            let problem = format!("a GPU does not run the FFN of layer {layer}{kind}");
             Error::argument(problem, "set {device} to cpu")
         })
     };
     ffns.iter().map(|ffn| &**ffn).enumerate().map(form).collect()
+}
+
+/// Returns the largest number of experts of a layer, which the memory that layers share is made for; none without routers.
+pub(crate) fn most_experts<'a>(ffns: impl IntoIterator<Item = &'a DeviceFfn>) -> Option<usize> {
+    ffns.into_iter().filter_map(DeviceFfn::num_experts).max()
 }
 
 /// Returns the switches of `config` that no GPU kernel has, in words.
@@ -53,6 +63,9 @@ fn missing(config: &Config) -> Vec<String> {
     }
     if config.thresholds.is_some() {
         missing.push("thresholds of inputs".to_owned());
+    }
+    if config.mixture().is_some_and(|spec| spec.shared.is_some()) {
+        missing.push("a shared expert".to_owned());
     }
     let scale = config.architecture.residual_scale;
     if scale != 1.0 && config.architecture.norms_after() {

@@ -12,6 +12,7 @@ use half::bf16;
 use super::weights::{CudaInference, Layer};
 use crate::config::{Architecture, QkNorm};
 use crate::error::Result;
+use crate::ffn::DeviceFfn;
 use crate::model::gpu::{by_lists, ffn_dims, slots_at_most, widest_heads};
 
 /// Rows of logits at a time.
@@ -70,7 +71,8 @@ pub(super) struct FfnActs {
     pub(super) wide: Option<Wide>,
     /// Used by passes of a few tokens.
     pub(super) few: GpuBuf<f32>,
-    /// Per layer the load of routed experts and the histogram of their number, up to `2 n + 1` values.
+    /// Per layer the load of routed experts and the histogram of their number, up to `2 n + 1` values, n the most experts of a
+    /// layer.
     pub(super) counts: GpuBuf<u64>,
     /// Per layer the counts of logits, where they are wanted.
     pub(super) bins: Option<GpuBuf<u64>>,
@@ -148,6 +150,7 @@ impl Acts {
             && self.logits.len() == self.room.min(LOGIT_ROWS) * config.vocab_size
             && ffn.gate_logits.len() == self.room * n
             && ffn.low.len() == self.room * model.rank()
+            && ffn.few.len() == few_len(model, self.room)
             && ffn.counts.len() == if n == 0 { 0 } else { (2 * n + 1) * config.num_layers }
             && self.a.len() == self.room * heads.width()
             && self.qkv.len() == self.room * heads.joined_width()
@@ -191,10 +194,8 @@ impl Acts {
 impl FfnActs {
     fn new(model: &CudaInference, room: usize) -> Result<FfnActs> {
         let (gpu, n) = (&model.gpu, model.num_experts());
-        let kinds = || model.layers.iter().map(|layer| &layer.ffn.kind);
-        let of_few = kinds().map(|kind| ffn_dims(kind, room.min(FEW)).gemv_scratch());
         let (rank, low_ones) = (model.rank(), room.max(model.rank()));
-        let wide = room > FEW || kinds().any(|kind| kind.gated().bias);
+        let wide = room > FEW || model.layers.iter().any(|layer| layer.ffn.kind.gated().bias);
         let layers = if n.is_some() { model.config.num_layers } else { 0 };
         Ok(FfnActs {
             gate_logits: gpu.zero_rows(room, n.unwrap_or(0))?,
@@ -203,7 +204,7 @@ impl FfnActs {
             low_ones: gpu.upload(&vec![1.0; if rank > 0 { low_ones } else { 0 }])?,
             routed: n.map(|n| router::Routed::with_room(gpu, room, n)).transpose()?,
             wide: wide.then(|| Wide::new(model, room)).transpose()?,
-            few: gpu.zeros(of_few.max().unwrap_or(0))?,
+            few: gpu.zeros(few_len(model, room))?,
             counts: gpu.zero_rows(layers, 2 * n.unwrap_or(0) + 1)?,
             bins: None,
             gate_sums: gpu.zeros(2)?,
@@ -229,13 +230,13 @@ impl FfnActs {
     /// Adds the routing of a pass to `stats`.
     pub(super) fn report(&self, model: &CudaInference, stats: Option<&mut RoutingStats>) -> Result<()> {
         let (Some(routed), Some(stats)) = (&self.routed, stats) else { return Ok(()) };
-        let (n, tokens) = (self.gate_logits.cols(), routed.tokens());
-        let cores: Vec<usize> = model.layers.iter().map(|layer| layer.ffn.kind.core()).collect();
-        for ((layer, counts), &core) in
-            self.counts.download()?.chunks_exact(2 * n + 1).enumerate().zip(&cores)
-        {
-            let routed = n - core;
-            stats.add_counts_behind_core(layer, core, &counts[..routed], &counts[routed..=2 * routed]);
+        let tokens = routed.tokens();
+        let kinds = || model.layers.iter().map(|layer| &layer.ffn.kind);
+        let cores: Vec<usize> = kinds().map(DeviceFfn::core).collect();
+        let counts = self.counts.download()?;
+        for ((layer, counts), kind) in counts.chunks_exact(self.counts.cols()).enumerate().zip(kinds()) {
+            let n = kind.routed().unwrap_or(0);
+            stats.add_counts_behind_core(layer, kind.core(), &counts[..n], &counts[n..=2 * n]);
         }
         if stats.is_traced() {
             let always = cores.iter().sum::<usize>() as u32;
@@ -267,6 +268,12 @@ impl Wide {
             workspace: gpu.zeros(workspace)?,
         })
     }
+}
+
+/// Returns the number of values that passes of a few of `room` tokens work in.
+fn few_len(model: &CudaInference, room: usize) -> usize {
+    let of_layers = model.layers.iter().map(|layer| ffn_dims(&layer.ffn.kind, room.min(FEW)).gemv_scratch());
+    of_layers.max().unwrap_or(0)
 }
 
 /// Returns the sizes of the layers of which passes of up to `room` tokens may choose slots.

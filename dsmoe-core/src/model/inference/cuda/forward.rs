@@ -156,9 +156,11 @@ impl CudaInference {
     ) -> Result<()> {
         let (tokens, gated, matrices) = (h.rows(), layer.kind.gated(), layer.matrices());
         let FfnActs { routed, wide, few, low_rounded, .. } = acts;
+        // The memory of the routing has that of another layer where this one has no gate.
+        let routed = routed.as_ref().filter(|_| layer.kind.routed().is_some());
         match wide.as_mut().filter(|_| tokens > FEW || gated.bias) {
             None => {
-                let coefficients = routed.as_ref().map(Routed::coefficients);
+                let coefficients = routed.map(Routed::coefficients);
                 let core = layer.kind.core();
                 let factors = coefficients.as_deref().map(|coefficients| Factors { core, coefficients });
                 let Projections { gate, up, down, output_bias, activation, .. } =
@@ -172,7 +174,7 @@ impl CudaInference {
             }
             Some(wide) => {
                 let projections = layer.projections(&matrices);
-                self.ffn_of_many(&layer.kind, (wide, routed.as_ref()), projections, h, y.as_deref_mut())?;
+                self.ffn_of_many(&layer.kind, (wide, routed), projections, h, y.as_deref_mut())?;
             }
         }
         let (rank, tensors) = (gating_of(&layer.kind).and_then(|gating| gating.rank), &layer.router);

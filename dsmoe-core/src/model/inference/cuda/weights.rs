@@ -11,7 +11,7 @@ use crate::ffn::DeviceFfn;
 use crate::model::gpu::ffn::Projections;
 use crate::model::gpu::gating::Tensors;
 use crate::model::gpu::turns::Turns;
-use crate::model::gpu::{gating_of, move_thresholds};
+use crate::model::gpu::{gating_of, most_experts, move_thresholds};
 use crate::model::tensors::{set_active, set_threshold, set_thresholds};
 
 /// A model's weights on a device: matrices in bf16, norms and routers in f32.
@@ -139,8 +139,9 @@ impl CudaInference {
         self.layers.iter().map(|layer| layer.ffn.kind.num_experts()).collect()
     }
 
-    pub(crate) fn num_experts(&self) -> Option<usize> {
-        self.layers.first().and_then(|layer| layer.ffn.kind.num_experts())
+    /// Returns the largest number of experts of a layer; none without routers.
+    pub(super) fn num_experts(&self) -> Option<usize> {
+        most_experts(self.layers.iter().map(|layer| &layer.ffn.kind))
     }
 
     /// Returns the width of the widest FFN.

@@ -9,7 +9,7 @@ use super::ffn::{Acts, Scratch};
 use crate::config::Config;
 use crate::error::Result;
 use crate::ffn::DeviceFfn;
-use crate::model::gpu::{heads, turns, widest_heads};
+use crate::model::gpu::{heads, most_experts, turns, widest_heads};
 
 /// Bytes of logits at a time in the loss.
 const LOGIT_BYTES: usize = 512 << 20;
@@ -92,7 +92,8 @@ pub(super) struct Report {
     pub(super) sums: GpuBuf<f64>,
     /// Per layer the sum of active gates and the sum of all gates, `[layers, 2]`.
     pub(super) gates: GpuBuf<f64>,
-    /// Per layer the load of routed experts and the histogram of their number, up to `2 n + 1` values.
+    /// Per layer the load of routed experts and the histogram of their number, up to `2 n + 1` values, n the most experts of a
+    /// layer.
     pub(super) counts: GpuBuf<u64>,
     /// The factor of the gradients in an update: one value.
     pub(super) scale: GpuBuf<f32>,
@@ -158,7 +159,7 @@ impl Activations {
 
 impl Report {
     pub(super) fn new(gpu: &Gpu, ffns: &[DeviceFfn]) -> Result<Report> {
-        let n = ffns.first().and_then(DeviceFfn::num_experts);
+        let n = most_experts(ffns);
         Ok(Report {
             sums: gpu.zeros(3)?,
             gates: gpu.zero_rows(ffns.len(), 2)?,

@@ -26,7 +26,7 @@ use crate::error::Result;
 use crate::ffn::DeviceFfn;
 use crate::masks::Masks;
 use crate::model::arena::Model;
-use crate::model::gpu::{check_memory, device_ffns, move_thresholds, thresholds};
+use crate::model::gpu::{check_memory, device_ffns, most_experts, move_thresholds, thresholds};
 use crate::model::memory::MemoryUse;
 use crate::model::tensors::{Ranges, check_input, ffns_of, lay_out, set_threshold, set_thresholds};
 use crate::params::Layout;
@@ -156,11 +156,11 @@ impl CudaTrainer {
         tokens: usize,
         seq: usize,
     ) -> Result<CudaTrainer> {
-        let gpu = &Gpu::open(ordinal)?;
-        let plan = CudaTrainer::memory(&model.config, tokens)?;
-        check_memory(gpu, &plan, "use a smaller {batch} and a larger {accumulate}")?;
         let (config, layout) = (model.config.clone(), model.layout.clone());
         let ffns = device_ffns(&config, &model.ffns)?;
+        let plan = CudaTrainer::memory(&config, tokens)?;
+        let gpu = &Gpu::open(ordinal)?;
+        check_memory(gpu, &plan, "use a smaller {batch} and a larger {accumulate}")?;
         let params = gpu.upload(&model.params)?;
         let mut weights = gpu.zeros(layout.len())?;
         Cast { out: &mut weights, x: &params }.run()?;
@@ -307,7 +307,7 @@ impl CudaTrainer {
         self.acts.ids.upload_from(inputs)?;
         self.acts.targets.upload_from(targets)?;
         self.acts.occurrences.update(inputs)?;
-        let n = self.ffns.first().and_then(DeviceFfn::num_experts).unwrap_or(1);
+        let n = most_experts(&self.ffns).unwrap_or(1);
         let gates = self.config.num_layers * inputs.len() * n;
         self.sparsity_weight.upload_from(&[args.sparsity_weight / gates as f32])?;
         self.bins.iter_mut().try_for_each(|bins| bins.fill_zero())?;
@@ -338,10 +338,14 @@ impl CudaTrainer {
         self.recorded[usize::from(self.sets())].is_recorded()
     }
 
-    /// Waits for the micro-batches of the step, returns their results, and adds their routing to `stats`.
+    /// Waits for the micro-batches of the step, returns their results, and adds their routing to `stats`
+    /// ([`Model::new_stats`]).
     ///
     /// # Errors
     /// The device fails.
+    ///
+    /// # Panics
+    /// The statistics are of another model.
     pub fn finish(&mut self, stats: Option<&mut RoutingStats>) -> Result<CudaStep> {
         if std::mem::take(&mut self.first) {
             // Nothing has set them.
@@ -354,11 +358,10 @@ impl CudaTrainer {
         let sums = self.report.sums.download()?;
         let gates = self.report.gates.download()?;
         if let Some(stats) = stats {
-            let counts = self.report.counts.download()?;
-            let n = stats.num_experts();
-            for (layer, (counts, ffn)) in counts.chunks_exact(2 * n + 1).zip(&self.ffns).enumerate() {
-                let (core, routed) = (ffn.core(), n - ffn.core());
-                stats.add_counts_behind_core(layer, core, &counts[..routed], &counts[routed..=2 * routed]);
+            let (counts, row) = (self.report.counts.download()?, self.report.counts.cols());
+            for (layer, (counts, ffn)) in counts.chunks_exact(row).zip(&self.ffns).enumerate() {
+                let n = ffn.routed().unwrap_or(0);
+                stats.add_counts_behind_core(layer, ffn.core(), &counts[..n], &counts[n..=2 * n]);
             }
         }
         let routed = self.ffns.iter().map(|ffn| ffn.routed().unwrap_or(1) as f64);
