@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dsmoe_baselines::TopkMoeFfn;
+use dsmoe_baselines::duo::{DuoSpec, Stage};
 use dsmoe_baselines::topk::{GateNetwork, GateSpec, TopkSpec};
 use dsmoe_core::config::Config;
 use dsmoe_core::ffn::{
@@ -18,7 +19,7 @@ use dsmoe_core::model::{Batch, Cache, StepArgs, StepOutput, TrainWorkspace, Work
 use dsmoe_core::params::TensorSpec;
 use dsmoe_core::{Device, Inference, Model};
 use dsmoe_kernels::rng::Rng;
-use dsmoe_kernels::testing::{has_gpu, norm, too_far};
+use dsmoe_kernels::testing::{has_gpu, norm, refused, too_far};
 use dsmoe_kernels::{Precision, adamw};
 use dsmoe_router::topk::{Scores, TopKConfig};
 use dsmoe_router::{RoutingStats, SparsityOver};
@@ -46,7 +47,7 @@ struct Case {
     intermediate: usize,
 }
 
-fn cases() -> [Case; 4] {
+fn cases() -> [Case; 6] {
     let topk = |n, k| TopKConfig::new(n, k).unwrap();
     let gate = |network, normalize, noise| GateSpec {
         network,
@@ -64,12 +65,26 @@ fn cases() -> [Case; 4] {
         TopkSpec { router: ones, gate: gate(GateNetwork::Mlp, true, false), balance_weight: 0.0 };
     let random_k =
         TopkSpec { router: topk(4, 2), gate: gate(GateNetwork::Linear, false, false), balance_weight: 0.01 };
+    let cmoe = TopkSpec {
+        router: TopKConfig { num_residual: 2, scores: Scores::One, score_scale: 1.0, ..topk(4, 2) },
+        gate: gate(GateNetwork::Neuron, false, false),
+        balance_weight: 0.0,
+    };
+    // The gate of six experts, of which one was dropped.
+    let dropped = TopkSpec {
+        router: TopKConfig { num_experts: 5, ..llama_moe.router },
+        gate: GateSpec { hidden: Some(6), ..llama_moe.gate },
+        ..llama_moe
+    };
     let square = |name, spec| Case { name, spec, heads: 4, kv_heads: 4, hidden: 64, intermediate: 96 };
     [
         square("LLaMA-MoE", llama_moe),
         square("LLaMA-MoE with a residual expert", residual),
         Case { heads: 6, kv_heads: 2, hidden: 96, intermediate: 160, ..square("MoEfication", moefication) },
         Case { heads: 3, kv_heads: 1, hidden: 36, intermediate: 60, ..square("random-k", random_k) },
+        square("CMoE", cmoe),
+        // Experts are wide enough for products over active pairs alone.
+        Case { intermediate: 5 * 64, ..square("LLaMA-MoE after a dropped expert", dropped) },
     ]
 }
 
@@ -381,4 +396,21 @@ fn inference_is_that_of_the_processor() {
         assert!(again == got, "{name}: other bits the second time");
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn an_ffn_without_a_form_for_devices_is_refused_by_its_type() {
+    for skip in [false, true] {
+        let stage = if skip { Stage::Router } else { Stage::Random };
+        let spec = DuoSpec { small: 64, stage, probability: 0.5, share: 0.5, temperature: 1.0, skip };
+        let mut config = preset("tiny").unwrap();
+        config.ffn = Some(Arc::new(spec));
+        let model = Model::new(config);
+        let zeros = vec![0.0; model.layout().len()];
+        // No device is opened.
+        let parts = ["a GPU does not run the FFN of layer 0, which is of type duo; set device to cpu"];
+        refused(CudaTrainer::memory(model.config(), TOKENS), &parts);
+        refused(CudaTrainer::new(0, &model, &zeros, &zeros, TOKENS, SEQ), &parts);
+        refused(Inference::new_on(&model, Precision::Bf16, Device::Cuda(0)), &parts);
+    }
 }

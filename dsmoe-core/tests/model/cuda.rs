@@ -8,6 +8,7 @@ use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
 use dsmoe_core::model::cuda::{CudaStep, CudaTrainer};
 use dsmoe_core::model::{After, Batch, Cache, Inference, Model, Segment, StepArgs, Workspace};
+use dsmoe_core::surgery::{LayerSurgery, operate};
 use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::testing::{distance, has_gpu, norm, refused, shared, too_far};
 use dsmoe_kernels::{Precision, adamw};
@@ -68,6 +69,11 @@ fn models(dir: &Path) -> Vec<(String, PathBuf)> {
             decide_gates(&out);
             all.push((format!("{name} {form}"), out));
         }
+        // A core and budgets, where each layer has lost two experts that have a gate.
+        let (from, out) = (dir.join(format!("{name}-parts-0")), dir.join(format!("{name}-fewer")));
+        let kept = [LayerSurgery::keep([0, 1, 3]), LayerSurgery::keep([0, 1, 2, 4, 6])];
+        operate(&from, &out, (&kept, None), false, &mut |_| {}).unwrap();
+        all.push((format!("{name}, experts dropped"), out));
     }
     all
 }
@@ -93,13 +99,14 @@ fn with_parts(from: &Path, out: &Path, keys: &Value) {
 /// Makes the gates of the model in `dir` depend on three bits of a token's id, and keeps their logits away from the
 /// threshold and from each other. A gate that is active in one precision and inactive in another would change an output by
 /// its whole expert, so the comparison would not be one of rounding.
-fn decide_gates(dir: &Path) {
+pub(crate) fn decide_gates(dir: &Path) {
     let mut model = Model::load(dir).unwrap();
     let hidden = model.config().hidden;
     let entries = model.layout().entries().to_vec();
     for entry in entries {
         let name = &entry.spec.name;
-        let (embeds, decides) = (name.contains("embed_tokens"), name.contains("router."));
+        let embeds = name.contains("embed_tokens");
+        let decides = name.contains("router.") || name.ends_with("mlp.gate.weight");
         let values = &mut model.params_mut()[entry.range.clone()];
         if name.ends_with("router.b.weight") {
             // The result of the first product from these bits.
@@ -176,82 +183,92 @@ fn models_route_alike_in_both_precisions() {
     assert!(seen > 0);
 }
 
+/// Compares a training step of the model in `path` on the GPU with that of the processor, and a second one with the first.
+/// Returns what is wrong.
+pub(crate) fn compare_step(name: &str, path: &Path) -> Vec<String> {
+    let (seq, tokens) = (33, 99);
+    let (inputs, targets) = (ids(tokens, 1), ids(tokens, 2));
+    let batch = Batch { inputs: &inputs, targets: &targets, seq };
+    let mut wrong = Vec::new();
+    let model = Model::load(path).unwrap();
+    let has_budgets = model.config().moe.as_ref().is_some_and(|moe| moe.budget().is_some());
+    let sparsity_over = if has_budgets { SparsityOver::Held } else { SparsityOver::All };
+    let args = StepArgs { sparsity_weight: 0.5, sparsity_over, seed: 1, ..step_args(tokens) };
+    let (want, grads, workspace) = train(&model, batch, &args, Precision::F32);
+    let (half, half_grads, _) = train(&model, batch, &args, Precision::Bf16);
+    let zeros = vec![0.0; model.layout().len()];
+    let mut trainer = CudaTrainer::new(0, &model, &zeros, &zeros, tokens, seq).unwrap();
+    let step = |trainer: &mut CudaTrainer| take_step(trainer, &model, batch, &args);
+    let (got, stats, got_grads) = step(&mut trainer);
+    // Errors of tokens cancel in the mean by chance: half a per mille is four times the error that remains on the CPU.
+    // PyTorch's bf16 autocast on a CPU has a larger one on `grouped`.
+    let [got_loss, want_loss, half_loss] =
+        [got.loss, want.loss_sum, half.loss_sum].map(|sum| sum / tokens as f64);
+    if (got_loss - want_loss).abs() > 4.0 * (half_loss - want_loss).abs() + 5e-4 * want_loss {
+        wrong.push(format!("{name}: loss {got_loss}, not {want_loss}; {half_loss} in bf16"));
+    }
+    let [of_got, of_want, of_half] =
+        [got.balance_loss, want.balance_loss, half.balance_loss].map(|loss| [loss as f32]);
+    wrong.extend(too_far(&format!("{name}: balance loss"), &of_got, &of_want, &of_half, norm(&of_want)));
+    if let Some(stats) = &stats {
+        let gates = (tokens * model.config().num_layers) as f64;
+        if (got.all_gates / gates - want.mean_gate).abs() > 1e-3 {
+            wrong.push(format!("{name}: gates {}, not {}", got.all_gates / gates, want.mean_gate));
+        }
+        if Some(stats) != workspace.stats() {
+            wrong.push(format!("{name}: other routing"));
+        }
+    }
+    for entry in model.layout().entries() {
+        let [got, want, half] = [&got_grads, &grads, &half_grads].map(|grads| &grads[entry.range.clone()]);
+        // Gradients of queries and keys are differences of products as large as the gradients of values; those of
+        // gates are sums over the down projection's gradient, times its weights, whose terms cancel.
+        let own = &entry.spec.name;
+        let alike = match (own.split_once("router."), own.strip_suffix("gate.weight")) {
+            (Some((mlp, _)), _) => format!("{mlp}down_proj.weight"),
+            (None, Some(mlp)) => format!("{mlp}experts.0.down_proj.weight"),
+            (None, None) => own.replace("q_proj", "v_proj").replace("k_proj", "v_proj"),
+        };
+        let alike = model.layout().get(&alike).unwrap().range.clone();
+        let size = norm(want).max(norm(&grads[alike]));
+        wrong.extend(too_far(&format!("{name}: gradient of {own}"), got, want, half, size));
+    }
+    let squares: f64 = got_grads.iter().map(|&g| f64::from(g).powi(2)).sum();
+    assert!((got.squares / squares - 1.0).abs() < 1e-9, "{name}: squares {} and {squares}", got.squares);
+    let (again, _, grads_again) = step(&mut trainer);
+    assert!(again.loss == got.loss && grads_again == got_grads, "{name}: other bits the second time");
+
+    trainer.update(0.5, |decay, _| hyper(1, decay)).unwrap();
+    let mut updated = Model::load(path).unwrap();
+    trainer.download(&mut updated).unwrap();
+    let (mut params, mut m, mut v) = (model.params().to_vec(), zeros.clone(), zeros.clone());
+    for entry in model.layout().entries() {
+        let range = entry.range.clone();
+        adamw::Step {
+            param: &mut params[range.clone()],
+            m: &mut m[range.clone()],
+            v: &mut v[range.clone()],
+            grad: &got_grads[range],
+            grad_scale: 0.5,
+            hyper: &hyper(1, entry.spec.decay),
+        }
+        .run();
+    }
+    assert!(off(updated.params(), &params) < 1e-6, "{name}: the update");
+    let (mut m_got, mut v_got) = (zeros.clone(), zeros);
+    trainer.download_moments(&mut m_got, &mut v_got).unwrap();
+    assert!(off(&m_got, &m) < 1e-6 && off(&v_got, &v) < 1e-6, "{name}: the moments");
+    wrong
+}
+
 #[test]
 fn a_training_step_is_that_of_the_processor() {
     if !has_gpu("a_training_step_is_that_of_the_processor") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let (seq, tokens) = (33, 99);
-    let (inputs, targets) = (ids(tokens, 1), ids(tokens, 2));
-    let batch = Batch { inputs: &inputs, targets: &targets, seq };
-    let mut wrong = Vec::new();
-    for (name, path) in models(dir.path()) {
-        let model = Model::load(&path).unwrap();
-        let has_budgets = model.config().moe.as_ref().is_some_and(|moe| moe.budget().is_some());
-        let sparsity_over = if has_budgets { SparsityOver::Held } else { SparsityOver::All };
-        let args = StepArgs { sparsity_weight: 0.5, sparsity_over, seed: 1, ..step_args(tokens) };
-        let (want, grads, workspace) = train(&model, batch, &args, Precision::F32);
-        let (half, half_grads, _) = train(&model, batch, &args, Precision::Bf16);
-        let zeros = vec![0.0; model.layout().len()];
-        let mut trainer = CudaTrainer::new(0, &model, &zeros, &zeros, tokens, seq).unwrap();
-        let step = |trainer: &mut CudaTrainer| take_step(trainer, &model, batch, &args);
-        let (got, stats, got_grads) = step(&mut trainer);
-        // Errors of tokens cancel in the mean by chance: half a per mille is four times the error that remains on the CPU.
-        // PyTorch's bf16 autocast on a CPU has a larger one on `grouped`.
-        let [got_loss, want_loss, half_loss] =
-            [got.loss, want.loss_sum, half.loss_sum].map(|sum| sum / tokens as f64);
-        if (got_loss - want_loss).abs() > 4.0 * (half_loss - want_loss).abs() + 5e-4 * want_loss {
-            wrong.push(format!("{name}: loss {got_loss}, not {want_loss}; {half_loss} in bf16"));
-        }
-        if let Some(stats) = &stats {
-            let gates = (tokens * model.config().num_layers) as f64;
-            if (got.all_gates / gates - want.mean_gate).abs() > 1e-3 {
-                wrong.push(format!("{name}: gates {}, not {}", got.all_gates / gates, want.mean_gate));
-            }
-            if Some(stats) != workspace.stats() {
-                wrong.push(format!("{name}: other routing"));
-            }
-        }
-        for entry in model.layout().entries() {
-            let [got, want, half] =
-                [&got_grads, &grads, &half_grads].map(|grads| &grads[entry.range.clone()]);
-            // Gradients of queries and keys are differences of products as large as the gradients of values; those of
-            // gates are sums over the down projection's gradient, times its weights, whose terms cancel.
-            let alike = match entry.spec.name.split_once("router.") {
-                Some((mlp, _)) => format!("{mlp}down_proj.weight"),
-                None => entry.spec.name.replace("q_proj", "v_proj").replace("k_proj", "v_proj"),
-            };
-            let alike = model.layout().get(&alike).unwrap().range.clone();
-            let size = norm(want).max(norm(&grads[alike]));
-            wrong.extend(too_far(&format!("{name}: gradient of {}", entry.spec.name), got, want, half, size));
-        }
-        let squares: f64 = got_grads.iter().map(|&g| f64::from(g).powi(2)).sum();
-        assert!((got.squares / squares - 1.0).abs() < 1e-9, "{name}: squares {} and {squares}", got.squares);
-        let (again, _, grads_again) = step(&mut trainer);
-        assert!(again.loss == got.loss && grads_again == got_grads, "{name}: other bits the second time");
-
-        trainer.update(0.5, |decay, _| hyper(1, decay)).unwrap();
-        let mut updated = Model::load(&path).unwrap();
-        trainer.download(&mut updated).unwrap();
-        let (mut params, mut m, mut v) = (model.params().to_vec(), zeros.clone(), zeros.clone());
-        for entry in model.layout().entries() {
-            let range = entry.range.clone();
-            adamw::Step {
-                param: &mut params[range.clone()],
-                m: &mut m[range.clone()],
-                v: &mut v[range.clone()],
-                grad: &got_grads[range],
-                grad_scale: 0.5,
-                hyper: &hyper(1, entry.spec.decay),
-            }
-            .run();
-        }
-        assert!(off(updated.params(), &params) < 1e-6, "{name}: the update");
-        let (mut m_got, mut v_got) = (zeros.clone(), zeros.clone());
-        trainer.download_moments(&mut m_got, &mut v_got).unwrap();
-        assert!(off(&m_got, &m) < 1e-6 && off(&v_got, &v) < 1e-6, "{name}: the moments");
-    }
+    let models = models(dir.path());
+    let wrong: Vec<String> = models.iter().flat_map(|(name, path)| compare_step(name, path)).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
@@ -326,72 +343,90 @@ fn logits_are_those_of_transformers() {
     assert!(seen > 0, "none of the checkpoints at {}", shared.display());
 }
 
+/// The results of inference.
+#[derive(PartialEq)]
+struct Found {
+    losses: Vec<f32>,
+    /// By a cache, in pieces of many tokens, a few and single ones.
+    logits: Vec<f32>,
+    /// Of segments, some of which continue others.
+    likelihoods: Vec<f32>,
+    /// Of three sequences that are decoded side by side.
+    each: Vec<f32>,
+    /// Loads, numbers of active experts, and those of single tokens.
+    stats: Option<RoutingStats>,
+}
+
+fn infer(model: &Inference) -> Found {
+    let (all, targets) = (ids(120, 4), ids(120, 5));
+    let mut workspace = Workspace::default();
+    let mut stats = model.new_stats().map(RoutingStats::traced);
+    let batch = Batch { inputs: &all, targets: &targets, seq: 40 };
+    let losses = losses(model, batch, stats.as_mut());
+    let pieces = [0..30, 30..33, 33..34, 34..35, 35..36, 36..70, 70..71];
+    let logits = logits(model, pieces.map(|piece| &all[piece]));
+    let segments = [
+        Segment { tokens: 7, after: After::Nothing },
+        Segment { tokens: 90, after: After::Nothing },
+        Segment { tokens: 3, after: After::Segment(0) },
+        Segment { tokens: 20, after: After::Segment(0) },
+    ];
+    let places: Vec<(usize, u32)> = [0, 6, 50, 50, 99, 119, 3].map(|at| (at, targets[at])).to_vec();
+    let found = model.likelihoods(&all, &segments, &places, None, &mut workspace).unwrap();
+    let mut caches = [Cache::new(model, 9), Cache::new(model, 9), Cache::new(model, 9)];
+    for (i, cache) in caches.iter_mut().enumerate() {
+        model.decode(&all[..4 * i + 1], cache, None, &mut workspace).unwrap();
+    }
+    let mut each = Vec::new();
+    for step in 0..5 {
+        let next = [all[step], all[step + 9], all[step + 30]];
+        let mut refs: Vec<&mut Cache> = caches.iter_mut().collect();
+        each.extend_from_slice(model.decode_each(&next, &mut refs, None, &mut workspace).unwrap());
+    }
+    let likelihoods = found.iter().map(|likelihood| likelihood.log_probability).collect();
+    Found { losses, logits, likelihoods, each, stats }
+}
+
+/// Compares inference of the model in `path` on the GPU with that of the processor. Returns what is wrong.
+pub(crate) fn compare_inference(name: &str, path: &Path) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let [mut cpu, mut half] = [Precision::F32, Precision::Bf16].map(|p| Inference::load(path, p).unwrap());
+    let mut gpu = Inference::load_on(path, Precision::Bf16, Device::Cuda(0)).unwrap();
+    let (want, rounded, got) = (infer(&cpu), infer(&half), infer(&gpu));
+    for (what, got, want, half) in [
+        ("losses", &got.losses, &want.losses, &rounded.losses),
+        ("logits", &got.logits, &want.logits, &rounded.logits),
+        ("likelihoods", &got.likelihoods, &want.likelihoods, &rounded.likelihoods),
+        ("logits of several", &got.each, &want.each, &rounded.each),
+    ] {
+        wrong.extend(too_far(&format!("{name}: {what}"), got, want, half, norm(want)));
+    }
+    if got.stats != want.stats {
+        wrong.push(format!("{name}: other routing"));
+    }
+    let again = infer(&gpu);
+    assert!(again == got, "{name}: other bits the second time");
+    // Thresholds of another budget, which a recorded step of decoding takes up.
+    if gpu.config().moe.as_ref().is_some_and(|moe| moe.budget().is_some()) {
+        for model in [&mut cpu, &mut half, &mut gpu] {
+            model.set_active(0.7).unwrap();
+        }
+        let (want, half, got) = (infer(&cpu), infer(&half), infer(&gpu));
+        let (of_want, size) = (&want.logits, norm(&want.logits));
+        wrong.extend(too_far(&format!("{name}: at 0.7"), &got.logits, of_want, &half.logits, size));
+        assert!(got.stats == want.stats && got.stats != again.stats, "{name}: routing at 0.7");
+    }
+    wrong
+}
+
 #[test]
 fn inference_is_that_of_the_processor() {
     if !has_gpu("inference_is_that_of_the_processor") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let mut wrong = Vec::new();
-    for (name, path) in models(dir.path()) {
-        let [mut cpu, mut half] =
-            [Precision::F32, Precision::Bf16].map(|p| Inference::load(&path, p).unwrap());
-        let mut gpu = Inference::load_on(&path, Precision::Bf16, Device::Cuda(0)).unwrap();
-        let all = ids(120, 4);
-        let targets = ids(120, 5);
-        let run = |model: &Inference| {
-            let mut workspace = Workspace::default();
-            let mut stats = model.new_stats().map(RoutingStats::traced);
-            let batch = Batch { inputs: &all, targets: &targets, seq: 40 };
-            let losses = losses(model, batch, stats.as_mut());
-            let pieces = [0..30, 30..33, 33..34, 34..35, 35..36, 36..70, 70..71];
-            let logits = logits(model, pieces.map(|piece| &all[piece]));
-            let segments = [
-                Segment { tokens: 7, after: After::Nothing },
-                Segment { tokens: 90, after: After::Nothing },
-                Segment { tokens: 3, after: After::Segment(0) },
-                Segment { tokens: 20, after: After::Segment(0) },
-            ];
-            let places: Vec<(usize, u32)> = [0, 6, 50, 50, 99, 119, 3].map(|at| (at, targets[at])).to_vec();
-            let found = model.likelihoods(&all, &segments, &places, None, &mut workspace).unwrap();
-            let mut caches = [Cache::new(model, 9), Cache::new(model, 9), Cache::new(model, 9)];
-            for (i, cache) in caches.iter_mut().enumerate() {
-                model.decode(&all[..4 * i + 1], cache, None, &mut workspace).unwrap();
-            }
-            let mut each = Vec::new();
-            for step in 0..5 {
-                let next = [all[step], all[step + 9], all[step + 30]];
-                let mut refs: Vec<&mut Cache> = caches.iter_mut().collect();
-                each.extend_from_slice(model.decode_each(&next, &mut refs, None, &mut workspace).unwrap());
-            }
-            let found: Vec<f32> = found.iter().map(|likelihood| likelihood.log_probability).collect();
-            (losses, logits, found, each, stats)
-        };
-        let (want, rounded, got) = (run(&cpu), run(&half), run(&gpu));
-        for (what, got, want, half) in [
-            ("losses", &got.0, &want.0, &rounded.0),
-            ("logits", &got.1, &want.1, &rounded.1),
-            ("likelihoods", &got.2, &want.2, &rounded.2),
-            ("logits of several", &got.3, &want.3, &rounded.3),
-        ] {
-            wrong.extend(too_far(&format!("{name}: {what}"), got, want, half, norm(want)));
-        }
-        // The routing has loads, numbers of active experts, and those of single tokens.
-        if got.4 != want.4 {
-            wrong.push(format!("{name}: other routing"));
-        }
-        let again = run(&gpu);
-        assert_eq!(again.1, run(&gpu).1, "{name}: other bits the second time");
-        // Thresholds of another budget, which a recorded step of decoding takes up.
-        if gpu.config().moe.as_ref().is_some_and(|moe| moe.budget().is_some()) {
-            for model in [&mut cpu, &mut half, &mut gpu] {
-                model.set_active(0.7).unwrap();
-            }
-            let (want, half, got) = (run(&cpu), run(&half), run(&gpu));
-            wrong.extend(too_far(&format!("{name}: at 0.7"), &got.1, &want.1, &half.1, norm(&want.1)));
-            assert!(got.4 == want.4 && got.4 != again.4, "{name}: routing at 0.7");
-        }
-    }
+    let models = models(dir.path());
+    let wrong: Vec<String> = models.iter().flat_map(|(name, path)| compare_inference(name, path)).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 

@@ -9,6 +9,8 @@ mod golden;
 mod golden_layer;
 mod golden_model;
 mod inference;
+#[cfg(feature = "cuda")]
+mod mixtures_on_gpu;
 mod model_oracle;
 mod ragged;
 mod variants;

@@ -1,5 +1,6 @@
 //! Models of every family on a GPU: the zoo against transformers, and switch by switch against the processor.
 
+use dsmoe_core::kept::LayerThresholds;
 use dsmoe_core::model::cuda::CudaTrainer;
 use dsmoe_core::model::{
     After, Batch, Cache, Inference, Model, Segment, StepArgs, TrainWorkspace, Workspace,
@@ -256,13 +257,23 @@ fn what_no_gpu_kernel_takes_is_named() {
     let wide = config("gemma", &json!({"head_dim": 256}), "dense");
     let mut scaled = config("olmo2", &json!({}), "dense");
     scaled.architecture.residual_scale = 0.5;
+    let mut skipping = config("llama", &json!({}), "dense");
+    skipping.thresholds = Some(vec![LayerThresholds::NONE; skipping.num_layers]);
+    let experts = json!({"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 12});
+    let shared = config("qwen2_moe", &experts, "dense");
     for (config, family, missing) in [
         (wide, "gemma", "heads of 256 values, more than 128"),
         (scaled, "olmo2", "residual branches times 0.5 behind norms"),
+        (skipping, "llama", "thresholds of inputs"),
+        (shared, "qwen2_moe", "a shared expert"),
     ] {
         let model = Model::new(config);
+        let zeros = vec![0.0; model.layout().len()];
+        // No device is opened.
         let parts = ["a GPU does not run", family, missing, "device to cpu"];
         refused(CudaTrainer::memory(model.config(), 8), &parts);
+        refused(CudaTrainer::new(0, &model, &zeros, &zeros, 8, 8), &parts);
         refused(Inference::new_on(&model, Precision::Bf16, Device::Cuda(0)), &parts);
     }
 }
