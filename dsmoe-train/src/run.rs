@@ -42,12 +42,16 @@ use crate::budgets;
 use crate::checkpoint::{self, FORMAT_VERSION, State};
 use crate::config::{Budget, NearDuplicates, TEACHER_TOP, TEACHER_WEIGHT, TrainConfig};
 use crate::engine::StepResult;
+#[cfg(feature = "cuda")]
+use crate::engine::check_gpu;
 use crate::error::{Error, Result};
 use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains_on};
 use crate::files;
 use crate::metrics::{StepRecord, resident_bytes, step_line};
 use crate::optim::AdamW;
 use crate::ranks::{Zero, agree, by_first, check_alike, check_shared, own_lanes};
+#[cfg(feature = "cuda")]
+use crate::step::engine_options;
 use crate::step::{Gates, Setup, StepText, Stepper};
 use crate::teacher::{self, Lessons, TeacherId};
 use crate::teacher_cache::{RowShape, TeacherCache};
@@ -588,6 +592,8 @@ impl Prepared {
         let Held { controller, thresholds, weight: sparsity_weight } =
             held(model, &mut config, options.device)?;
         check_stage(model, &config, options)?;
+        #[cfg(feature = "cuda")]
+        check_device(model, &config, options)?;
         let mut owned = AdamW::of(&Shards::new(model.layout(), options.comm.size()), options.comm.rank());
         let model_sha256 = match model.is_outline() {
             true => checkpoint::read_owned(model, &options.source, &mut owned)?,
@@ -663,6 +669,15 @@ fn check_stage(model: &Model, config: &TrainConfig, options: &RunOptions) -> Res
         return Err(Error::field(field, "set with gradients in parts", "it with {zero} 1 only"));
     }
     Ok(())
+}
+
+/// Checks that a GPU, if the run is for one, trains this, before the run's directory is made.
+#[cfg(feature = "cuda")]
+fn check_device(model: &Model, config: &TrainConfig, options: &RunOptions) -> Result<()> {
+    let RunOptions { device, recompute, zero, comm, .. } = options;
+    let lanes = own_lanes(config.lanes(), &**comm, *zero)?.len();
+    let engine = engine_options(config, lanes, (*device, *recompute, *zero));
+    check_gpu(model, &engine, comm.size(), config.freezes())
 }
 
 fn samples_per_step(config: &TrainConfig) -> u64 {

@@ -65,16 +65,23 @@ pub(crate) struct Setup {
     pub(crate) comm: Arc<dyn Communicator>,
 }
 
+/// Returns the settings of the engine of a process that computes so many lanes under a resolved `config`.
+pub(crate) fn engine_options(
+    config: &TrainConfig,
+    lanes: usize,
+    (device, recompute, zero): (Device, bool, Zero),
+) -> EngineOptions {
+    let &TrainConfig { batch, seq, accumulate, dtype: precision, .. } = config;
+    EngineOptions { tokens: batch * seq, seq, lanes, accumulate, zero, precision, device, recompute }
+}
+
 impl Stepper {
     /// Allocates the memory to train `model` under a resolved `config`.
     pub(crate) fn new(model: &Model, config: &TrainConfig, setup: Setup) -> Result<Stepper> {
         let Setup { optimizer, device, recompute, zero, lessons, comm } = setup;
-        let (seq, precision) = (config.seq, config.dtype);
-        let tokens = config.batch * seq;
         let lanes = own_lanes(config.lanes(), &*comm, zero)?;
-        let (own, accumulate) = (lanes.len(), config.accumulate);
-        let options =
-            EngineOptions { tokens, seq, lanes: own, accumulate, zero, precision, device, recompute };
+        let options = engine_options(config, lanes.len(), (device, recompute, zero));
+        let tokens = options.tokens;
         let mut engine = engine::new(model, optimizer, options, comm.clone())?;
         if let Some(lessons) = lessons {
             engine.set_teacher(lessons)?;
@@ -87,7 +94,7 @@ impl Stepper {
             gates: StepGates::default(),
             inputs: Vec::with_capacity(tokens),
             targets: Vec::with_capacity(tokens),
-            window: Vec::with_capacity(seq + 1),
+            window: Vec::with_capacity(options.seq + 1),
         })
     }
 

@@ -148,6 +148,42 @@ fn tokens_of_top_k_models_run_fewer_experts_after_training() {
     }
 }
 
+/// It is refused before a device is opened, so that this needs none, and before anything is written.
+#[cfg(feature = "cuda")]
+#[test]
+fn what_no_gpu_runs_is_refused_by_every_command() {
+    let (calib, text) = (calib(), on_text());
+    succeeds(&format!("prune dense --method duo --budget 0.85 {calib} --out gpu-duo"));
+    succeeds(&format!("prune dense --method thresholds --budget 80% {calib} --out gpu-thresholds"));
+    succeeds("convert dense --as mixtral --experts 4 --top-k 2 --seed 3 --out gpu-mixture");
+    let train = |model: &str| format!("train {model} --steps 2 --batch 2 --seq 32 {text} --out gpu-none");
+    for (model, refusal) in [
+        ("gpu-duo", "a GPU does not run the FFN of layer 0, which is of type duo; set --device to cpu"),
+        ("gpu-thresholds", "a GPU does not run llama with thresholds of inputs; set --device to cpu"),
+    ] {
+        for line in [
+            format!("eval {model} --seq 32 --limit-tokens 300 {text}"),
+            format!("generate {model} --prompt Once --max-tokens 4"),
+            train(model),
+        ] {
+            fails(&format!("{line} --device cuda:0"), &[refusal]);
+        }
+    }
+    for (model, setting, parts) in [
+        ("moe", "--separability 0.1", ["separability is 0.1", "0 on a GPU"]),
+        ("gpu-mixture", "--gate-entropy 0.1", ["gate_entropy is 0.1", "0 on a GPU"]),
+        ("gpu-mixture", "--top-k 1", ["top_k is 1", "no number on a GPU: train on the processor"]),
+        ("moe", "--teacher dense", ["teacher is set for a GPU", "--device cpu only"]),
+        ("moe", "--set train_layers=[0]", ["train_layers is set for a GPU", "--device cpu only"]),
+        ("moe", "--recompute", ["recompute is set for a GPU", "--device cpu only"]),
+        ("moe", "--lanes 2", ["lanes is 2", "1 on a GPU, and a larger --accumulate"]),
+        ("moe", "--dtype f32", ["dtype is f32", "bf16 on a GPU"]),
+    ] {
+        fails(&format!("{} {setting} --device cuda:0", train(model)), &parts);
+    }
+    assert!(!path("gpu-none").exists());
+}
+
 /// The files of a directory with their bytes.
 fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());

@@ -5,11 +5,10 @@ use std::borrow::Cow;
 use dsmoe_core::Model;
 use dsmoe_core::model::cuda::CudaTrainer;
 use dsmoe_core::model::{Batch, StepArgs};
-use dsmoe_kernels::Precision;
 use dsmoe_router::{LogitCounts, RoutingStats};
 
 use super::{Engine, EngineOptions, StepResult};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::optim::{AdamW, GradNorms, Update};
 
 /// The memory of training on a GPU.
@@ -30,9 +29,6 @@ impl CudaEngine {
         options: EngineOptions,
         ordinal: usize,
     ) -> Result<CudaEngine> {
-        if options.precision != Precision::Bf16 {
-            return Err(Error::field("dtype", options.precision, "bf16 on a GPU"));
-        }
         let (m, v) = (&optimizer.m, &optimizer.v);
         let trainer = Box::new(CudaTrainer::new(ordinal, model, m, v, options.tokens, options.seq)?);
         Ok(CudaEngine { optimizer, stats: model.new_stats(), trainer, logits: None, predicted: 0 })

@@ -20,6 +20,8 @@ use std::borrow::Cow;
 use std::fmt::Debug;
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
+use dsmoe_core::model::cuda::CudaTrainer;
 use dsmoe_core::model::{Batch, StepArgs, Weights};
 use dsmoe_core::{Device, Model};
 use dsmoe_kernels::Precision;
@@ -307,33 +309,48 @@ pub fn new(
     options: EngineOptions,
     comm: Arc<dyn Communicator>,
 ) -> Result<Box<dyn Engine>> {
+    #[cfg(feature = "cuda")]
+    check_gpu(model, &options, comm.size(), optimizer.freezes().then_some("train_layers or train_parts"))?;
     Ok(match options.device {
         Device::Cpu => {
             let neighbours = neighbours(&*comm)?;
             Box::new(CpuEngine::new(model, optimizer, options, (comm, neighbours)))
         }
         #[cfg(feature = "cuda")]
-        Device::Cuda(_) if comm.size() > 1 => {
-            let found = format!("a GPU with {} processes", comm.size());
-            return Err(Error::field("device", found, "cpu, or one process"));
-        }
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) if optimizer.freezes() => {
-            return Err(Error::field(
-                "train_layers or train_parts",
-                "set for a GPU",
-                "it with {device} cpu only",
-            ));
-        }
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) if options.lanes > 1 => {
-            return Err(Error::field("lanes", options.lanes, "1 on a GPU, and a larger {accumulate}"));
-        }
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) if options.recompute => {
-            return Err(Error::field("recompute", "set for a GPU", "it with {device} cpu only"));
-        }
-        #[cfg(feature = "cuda")]
         Device::Cuda(ordinal) => Box::new(CudaEngine::new(model, optimizer, options, ordinal)?),
     })
+}
+
+/// Refuses what a GPU does not train, if the device is one, without opening it. `frozen` is the setting that leaves parameters as
+/// they are.
+#[cfg(feature = "cuda")]
+pub(crate) fn check_gpu(
+    model: &Model,
+    options: &EngineOptions,
+    processes: usize,
+    frozen: Option<&'static str>,
+) -> Result<()> {
+    let &EngineOptions { tokens, lanes, precision, device, recompute, .. } = options;
+    if !device.is_gpu() {
+        return Ok(());
+    }
+    if processes > 1 {
+        let found = format!("a GPU with {processes} processes");
+        return Err(Error::field("device", found, "cpu, or one process"));
+    }
+    if let Some(field) = frozen {
+        return Err(Error::field(field, "set for a GPU", "it with {device} cpu only"));
+    }
+    if lanes > 1 {
+        return Err(Error::field("lanes", lanes, "1 on a GPU, and a larger {accumulate}"));
+    }
+    if recompute {
+        return Err(Error::field("recompute", "set for a GPU", "it with {device} cpu only"));
+    }
+    if precision != Precision::Bf16 {
+        return Err(Error::field("dtype", precision, "bf16 on a GPU"));
+    }
+    // It names an FFN that a GPU does not run.
+    CudaTrainer::memory(model.config(), tokens)?;
+    Ok(())
 }
