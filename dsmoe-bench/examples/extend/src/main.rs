@@ -1,6 +1,8 @@
 //! The `dsmoe` command with one method, one type of FFN, one file format and one benchmark more.
 #![forbid(unsafe_code)]
 
+#[cfg(all(test, feature = "cuda"))]
+mod gpu;
 mod narrow;
 mod scaled;
 mod subtitles;
