@@ -10,7 +10,8 @@ use crate::{GateValue, Routed, RouterConfig};
 /// what each unit of [`SparsityGrad::weight`] over all gates adds to it.
 ///
 /// `dcoefficients` `[T, n]` is the gradient by the coefficient of *every* pair, `<dy_t, o_i(x_t)>`, inactive ones
-/// included: an inactive expert's output counts in the router's gradient although it does not in the forward pass.
+/// included: an inactive expert's output counts in the router's gradient although it does not in the forward pass. Those of
+/// inactive pairs may be estimates ([`crate::estimator`]).
 ///
 /// ```text
 /// forward          S = sg(G) + q - sg(q)                     eq. 10: value G = q m (or m), derivative 1 everywhere
