@@ -19,7 +19,8 @@ pub struct Dims {
     /// The leading experts that run for every token, with coefficient 1. They are no part of the routing.
     pub core: usize,
     /// Training computes the coefficient gradients of inactive pairs too, which the straight-through rule needs (eq. 16).
-    /// Without it a, b and B are computed for active pairs only. Inference ignores it.
+    /// Without it a, b and B are computed for active pairs only; [`PairDots`](super::PairDots) then has those of chosen pairs. Inference
+    /// ignores it.
     pub all_pairs: bool,
     /// The activation of a neuron's gate.
     pub activation: Activation,

@@ -26,12 +26,15 @@
 //! depend on the number of threads. [`Pairs::Dense`] is the same op with one expert, always active with coefficient 1:
 //! the dense FFN.
 //!
+//! [`PairDots`] computes dcoef of chosen pairs alone, which need not be active.
+//!
 //! `train.rs` has the passes of training, which keep a and b ([`Saved`]), and `infer.rs` the forward over packed weights:
 //! that of the dense FFN, and in `open.rs` that of experts. Dense passes end in the combine of `combine.rs`, those over
 //! experts in the sum of `strips.rs`, which adds the experts' outputs to the rows of their tokens.
 
 mod combine;
 mod dims;
+mod dots;
 mod infer;
 mod kernel;
 mod open;
@@ -46,6 +49,7 @@ mod tests;
 mod train;
 
 pub use dims::{BiasGrads, Biases, Dims, Routes, Saved, WeightGrads, Weights};
+pub use dots::PairDots;
 pub use infer::ForwardPacked;
 pub use packed::PackedWeights;
 pub use plan::Pairs;

@@ -156,6 +156,15 @@ impl Problem {
         r
     }
 
+    /// Returns the gradients of the coefficients of the routing's pairs, from values that say which are set.
+    fn dots(&self, isa: Isa, scratch: &mut Scratch) -> Vec<f32> {
+        let mut dcoefficients = vec![LEFT; self.dims.tokens * self.dims.num_routed()];
+        let (x, dy, dims, weights, pairs) =
+            (&self.x, &self.dy, self.dims, &self.weights(), &self.routing.routes());
+        PairDots { dcoefficients: &mut dcoefficients, dy, x, weights, pairs, dims, scratch }.run_on(isa);
+        dcoefficients
+    }
+
     fn dense(&self, scratch: &mut Scratch) -> (Vec<f32>, Results) {
         let (isa, dims) = (Isa::current(), self.dims);
         let dims = Dims::dense(dims.tokens, dims.hidden, dims.intermediate, dims.activation);
@@ -194,6 +203,8 @@ impl Problem {
 
 /// Error as a share of the largest value, at inner dimensions up to a few hundred.
 const TOLERANCE: f64 = 3e-6;
+/// A value that no op gives.
+const LEFT: f32 = -1234.5;
 
 fn dims(tokens: usize, hidden: usize, width: usize, num_experts: usize) -> Dims {
     let dense = Dims::dense(tokens, hidden, width * num_experts, Activation::Silu);
@@ -355,6 +366,31 @@ fn kernels_agree_with_the_reference_on_every_tier() {
 }
 
 #[test]
+fn dots_of_listed_pairs_are_those_of_the_reference_and_other_values_stay() {
+    const FACTOR: f32 = 4.0;
+    for isa in Isa::available() {
+        for (precision, tolerance) in [(Precision::F32, TOLERANCE), (Precision::Bf16, BF16_TOLERANCE)] {
+            let mut scratch = Scratch::new(precision);
+            for mut problem in problems() {
+                let name = format!("{} {precision:?} {:?}", isa.name(), problem.dims);
+                let (_, want) = problem.expected();
+                problem.routing.coefficients.fill(FACTOR);
+                let dots = problem.dots(isa, &mut scratch);
+                // Pairs that are not listed take part with what is wanted of them, so that the error is a share of the largest value
+                // of all.
+                let pairs = dots.iter().zip(&problem.routing.mask).zip(&want.dcoef);
+                let of_pair = |((&dot, &listed), &want): ((&f32, &bool), &f64)| {
+                    assert!(listed || dot == LEFT, "{name}: {dot} at a pair that is not listed");
+                    if listed { dot / FACTOR } else { want as f32 }
+                };
+                let got: Vec<f32> = pairs.map(of_pair).collect();
+                assert_close(&name, &got, &want.dcoef, tolerance);
+            }
+        }
+    }
+}
+
+#[test]
 fn the_dense_entry_is_one_expert_always_on() {
     for (tokens, hidden, width) in [(1, 40, 70), (3, 33, 200), (6, 40, 150), (50, 130, 300), (0, 3, 3)] {
         let mut problem = Problem::new(dims(tokens, hidden, width, 1), |_, _| true);
@@ -438,6 +474,7 @@ fn threads_do_not_change_a_bit() {
                     (
                         problem.forward(Isa::current(), &mut scratch),
                         problem.train(Isa::current(), &mut scratch),
+                        problem.dots(Isa::current(), &mut scratch),
                     )
                 })
             };

@@ -200,7 +200,7 @@ fn forward(
 }
 
 /// Adds the bias of the neurons to the products of every pair, or of the active ones.
-fn add_biases(out: &mut [f32], bias: &[f32], plan: &Plan<'_>) {
+pub(super) fn add_biases(out: &mut [f32], bias: &[f32], plan: &Plan<'_>) {
     let width = plan.dims.expert_width();
     if plan.dims.all_pairs {
         add_bias("expert_ffn::ForwardTrain", plan.isa, out, Some(bias), plan.dims.intermediate);
@@ -270,7 +270,7 @@ fn backward(dx: &mut [f32], part: BackwardPart<'_>, scratch: &mut Scratch, plan:
 }
 
 /// Sets `out` to `x W^T` of every pair, or of the active ones.
-fn project(out: &mut [f32], x: &[f32], w: &[f32], plan: &Plan<'_>) {
+pub(super) fn project(out: &mut [f32], x: &[f32], w: &[f32], plan: &Plan<'_>) {
     let Plan { isa, precision, .. } = *plan;
     let Dims { tokens, hidden, intermediate, all_pairs, num_experts, .. } = plan.dims;
     let width = plan.dims.expert_width();
