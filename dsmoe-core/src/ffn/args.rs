@@ -4,7 +4,7 @@ use std::any::Any;
 
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn;
-use dsmoe_router::{Fade, Pull, Routed, Routing, RoutingStats, SparsityGrad};
+use dsmoe_router::{Fade, InactivePairs, InactiveSample, Pull, Routed, Routing, RoutingStats, SparsityGrad};
 use ndarray::Array2;
 
 use crate::kept::KeptScratch;
@@ -44,6 +44,8 @@ pub struct FfnScratch {
     pub shared: Buf,
     /// Routing of an inference pass.
     pub routed: Routed,
+    /// The inactive pairs that an estimator of the router's gradient draws.
+    pub sample: InactiveSample,
     /// To which a backward over gates with thresholds adds, in units of the weight that a layer where all experts have gates gets.
     pub pull: Pull,
     /// Memory of layers with thresholds of inputs.
@@ -175,12 +177,15 @@ pub struct GateTraining {
     pub entropy: f32,
     /// Experts of a token that fade out, where tokens run a fixed number.
     pub fade: Fade,
+    /// The inactive pairs whose part of the router's gradient is computed, where gates have the straight-through rule.
+    pub inactive: InactivePairs,
 }
 
 impl Default for GateTraining {
-    /// Uses seed 0, a single micro-batch, no loss of separability or entropy, and all experts.
+    /// Uses seed 0, a single micro-batch, no loss of separability or entropy, all experts, and all inactive pairs.
     fn default() -> GateTraining {
-        GateTraining { seed: 0, balance_scale: 1.0, separability: 0.0, entropy: 0.0, fade: Fade::NONE }
+        let (fade, inactive) = (Fade::NONE, InactivePairs::ALL);
+        GateTraining { seed: 0, balance_scale: 1.0, separability: 0.0, entropy: 0.0, fade, inactive }
     }
 }
 

@@ -6,7 +6,9 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Saved};
 use dsmoe_router::sparsity::{self, SparsityOver};
-use dsmoe_router::{Routed, RouterConfig, Routing, SparsityGrad, confidence, separability, ste};
+use dsmoe_router::{
+    InactivePairs, Routed, RouterConfig, Routing, SparsityGrad, confidence, separability, ste,
+};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
 use super::bound::{RouterBound, draws};
@@ -88,6 +90,13 @@ impl DsmoeFfn {
             all_pairs: self.form.router.ste,
             ..self.gated.dims(tokens)
         }
+    }
+
+    /// Returns the sizes of a training pass. Products are those of all pairs only where the router's gradient reads all of them;
+    /// else the forward and the backward multiply active pairs alone.
+    fn training_dims(&self, tokens: usize, inactive: InactivePairs) -> Dims {
+        let all_pairs = self.form.router.ste && matches!(inactive, InactivePairs::All { .. });
+        Dims { all_pairs, ..self.dims(tokens) }
     }
 
     /// Routes `x`; sets `routed` and `low`.
@@ -235,6 +244,14 @@ fn matrix(values: &[f32], rows: usize, cols: usize) -> ArrayView2<'_, f32> {
     ArrayView2::from_shape((rows, cols), values).expect("rows * cols values")
 }
 
+/// Multiplies the gradients by the coefficients of inactive pairs by their weight.
+fn weigh_inactive(dcoefficients: &mut [f32], routed: &Routed, weight: f32) {
+    if weight != 1.0 {
+        let pairs = dcoefficients.iter_mut().zip(&routed.mask);
+        pairs.filter(|(_, active)| !**active).for_each(|(d, _)| *d *= weight);
+    }
+}
+
 impl Ffn for DsmoeFfn {
     fn tensors(&self) -> Vec<TensorSpec> {
         let mut tensors = self.gated.tensors();
@@ -337,7 +354,7 @@ impl Ffn for DsmoeFfn {
             x,
             weights: &self.gated.weights(params),
             pairs: expert_ffn::Pairs::Routed(&routes(&saved.routed.routing)),
-            dims: self.dims(x.len() / self.gated.hidden),
+            dims: self.training_dims(x.len() / self.gated.hidden, training.inactive),
             scratch: experts,
         }
         .run();
@@ -364,10 +381,12 @@ impl Ffn for DsmoeFfn {
             saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         self.gated.add_output_bias_grad(grads, dy);
         let (grads, of_gating) = grads.split_at_mut(self.gated.len());
-        let (dims, routed_experts) = (self.dims(x.len() / self.gated.hidden), self.form.routed());
-        let FfnScratch { experts, dcoefficients, dlogits, dlow, pull, .. } = scratch;
+        let dims = self.training_dims(x.len() / self.gated.hidden, training.inactive);
+        let routed_experts = self.form.routed();
+        let FfnScratch { experts, dcoefficients, dlogits, dlow, sample, pull, .. } = scratch;
         dcoefficients.resize(dims.tokens * routed_experts);
         dlogits.resize(dims.tokens * routed_experts);
+        let projections = self.gated.weights(params);
         expert_ffn::Backward {
             dx,
             dcoefficients: Some(dcoefficients),
@@ -375,12 +394,31 @@ impl Ffn for DsmoeFfn {
             dy,
             saved,
             x,
-            weights: &self.gated.weights(params),
+            weights: &projections,
             pairs: expert_ffn::Pairs::Routed(&routes(&routed.routing)),
             dims,
             scratch: experts,
         }
         .run();
+        match training.inactive {
+            // Inactive pairs have no part in the gradient.
+            _ if !self.form.router.ste => {}
+            InactivePairs::All { weight } => weigh_inactive(dcoefficients, routed, weight),
+            InactivePairs::None => {}
+            InactivePairs::Sample { share, seed } => {
+                sample.draw(routed.mask.view(), share, seed);
+                expert_ffn::PairDots {
+                    dcoefficients,
+                    dy,
+                    x,
+                    weights: &projections,
+                    pairs: &routes(&sample.routing),
+                    dims,
+                    scratch: experts,
+                }
+                .run();
+            }
+        }
         let shape = (dims.tokens, routed_experts);
         let of_logits = "tokens * experts values";
         let of_layer = ste::backward(

@@ -8,7 +8,7 @@ mod workspace;
 
 use dsmoe_kernels::cross_entropy;
 use dsmoe_kernels::rng::Rng;
-use dsmoe_router::{Fade, Pull, SparsityOver};
+use dsmoe_router::{Fade, Pull, RouterGradientAt, SparsityOver};
 pub use units::{Grads, Units, Whole};
 pub use workspace::TrainWorkspace;
 
@@ -52,6 +52,8 @@ pub struct StepArgs {
     pub entropy_weight: f32,
     /// Experts of a token that fade out, where tokens run a fixed number.
     pub fade: Fade,
+    /// The inactive pairs of tokens and experts whose part of the routers' gradient is computed; on a GPU all of them.
+    pub router_gradient: RouterGradientAt,
     /// Factor of balance losses: one over the micro-batches of the optimiser step.
     pub balance_scale: f32,
     /// Seed of the noise of this micro-batch.
@@ -112,6 +114,7 @@ impl Default for StepArgs {
             separability_weight: 0.0,
             entropy_weight: 0.0,
             fade: Fade::NONE,
+            router_gradient: RouterGradientAt::FULL,
             balance_scale: 1.0,
             seed: 0,
         }
@@ -127,6 +130,7 @@ impl StepArgs {
             separability: self.separability_weight / layers as f32,
             entropy: self.entropy_weight / layers as f32,
             fade: self.fade,
+            inactive: self.router_gradient.of_layer(i),
         }
     }
 }

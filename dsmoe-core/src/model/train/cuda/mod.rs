@@ -22,7 +22,7 @@ use half::bf16;
 use self::acts::{Activations, Report};
 use super::StepArgs;
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ffn::DeviceFfn;
 use crate::masks::Masks;
 use crate::model::arena::Model;
@@ -285,7 +285,8 @@ impl CudaTrainer {
     /// [`Model::train_step`], it adds to the gradients and to the results of [`CudaTrainer::finish`].
     ///
     /// # Errors
-    /// A token id is outside the vocabulary, there are more positions than the model has, or the device fails.
+    /// A token id is outside the vocabulary, there are more positions than the model has, the routers' gradient is to be estimated,
+    /// or the device fails.
     ///
     /// # Panics
     /// There are not as many inputs and targets as the activations have room for, or they are no multiple of `seq`.
@@ -304,6 +305,11 @@ impl CudaTrainer {
             targets.len()
         );
         check_input(&self.config, inputs, 0, seq)?;
+        let rule = args.router_gradient.rule;
+        if !rule.is_full() {
+            let problem = format!("router_gradient {rule} on a GPU, which computes all inactive pairs");
+            return Err(Error::argument(problem, "use full, or train on the processor"));
+        }
         self.acts.ids.upload_from(inputs)?;
         self.acts.targets.upload_from(targets)?;
         self.acts.occurrences.update(inputs)?;
