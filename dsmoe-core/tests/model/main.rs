@@ -13,6 +13,7 @@ mod inference;
 mod mixtures_on_gpu;
 mod model_oracle;
 mod ragged;
+mod router_gradient;
 mod variants;
 
 use std::path::{Path, PathBuf};
