@@ -10,7 +10,7 @@ use dsmoe_core::config::Config;
 use dsmoe_datasets::files::read_at_most;
 use dsmoe_datasets::{Bos, SplitOptions};
 use dsmoe_kernels::Precision;
-use dsmoe_router::Fade;
+use dsmoe_router::{Fade, RouterGradient};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -127,6 +127,10 @@ dsmoe_core::with_defaults! {
         pub teacher_top: Option<usize> = None,
         /// Learning rate of the routers over that of the rest; default 1.
         pub router_lr_scale: f64 = 1.0,
+        /// The inactive pairs of tokens and experts whose part of the routers' gradient is computed, of a model whose gates have the
+        /// straight-through rule: `full` (default, all of them), `every:K` (those of a layer in one of K micro-batches, with weight
+        /// K) or `sample:P` (each with probability P and weight 1 / P).
+        pub router_gradient: RouterGradient = RouterGradient::Full,
         /// Numbers of the decoder layers that are trained, all other parameters stay as they are; default everything.
         pub train_layers: Option<Vec<usize>> = None,
         /// Parts of the model that are trained, of `ffn`, `routers`, `attention`, `norms` and `embedding` (with the head); all
@@ -378,10 +382,16 @@ impl TrainConfig {
     /// share of experts that the model was made for, if its directory names one. See [`TrainConfig::resolve`].
     ///
     /// # Errors
-    /// Those of [`TrainConfig::resolve`].
+    /// Those of [`TrainConfig::resolve`]; an estimator of a gradient that the model's gates do not have.
     pub fn resolve_for(mut self, model: &Config) -> Result<TrainConfig> {
         self.active_target = self.active_target.or_else(|| self.made_for(model));
-        self.resolve()
+        let resolved = self.resolve()?;
+        let rule = resolved.router_gradient;
+        if !rule.is_full() && !model.moe.as_ref().is_some_and(|moe| moe.router.ste) {
+            let allowed = "full for a model without gates of the straight-through rule";
+            return Err(Error::field("router_gradient", rule, allowed));
+        }
+        Ok(resolved)
     }
 
     /// Returns how experts of a token have faded out before step `step`, which counts from 0.
@@ -452,6 +462,7 @@ impl TrainConfig {
                 return Err(Error::field(field, value, allowed));
             }
         }
+        self.router_gradient.validate()?;
         in_range("seed", self.seed, 0..=i64::MAX as u64)?;
         in_range("keep", self.keep, 1..=usize::MAX)?;
         in_range("teacher_top", self.teacher_top.unwrap_or(1), 1..=MOST_TOP)?;
@@ -625,6 +636,15 @@ mod tests {
         let shares = with(&["valid_fraction=2%", "teacher_weight=90%", "active_range=['25%', 1]"]).unwrap();
         assert_eq!((shares.valid_fraction, shares.teacher_weight), (0.02, Some(0.9)));
         assert_eq!(shares.active_range, Some([0.25, 1.0]));
+        for (setting, rule) in [
+            ("router_gradient=full", RouterGradient::Full),
+            ("router_gradient=every:4", RouterGradient::Every(4)),
+            ("router_gradient='sample:12.5%'", RouterGradient::Sample(0.125)),
+        ] {
+            let config = with(&[setting]).unwrap();
+            assert_eq!(config.router_gradient, rule);
+            assert_eq!(toml::from_str::<TrainConfig>(&config.to_toml()).unwrap(), config);
+        }
         let range = with(&["active_target=0.5", "active_range=[0.25, 1.0]", "hold=threshold"]).unwrap();
         assert_eq!((range.budget(), range.hold), (Budget::Range(0.25, 1.0), Some(Hold::Threshold)));
         assert_eq!(toml::from_str::<TrainConfig>(&range.to_toml()).unwrap(), range);
@@ -654,6 +674,12 @@ mod tests {
             (vec!["hold=loss"], ["hold is set", "active_target"]),
             (vec!["train_parts=[]"], ["train_parts is empty", "a list of ffn, routers"]),
             (vec!["train_parts=['heads']"], ["unknown variant `heads`", "`embedding`"]),
+            (vec!["router_gradient=every:0"], ["router_gradient is every:0", "K from 1 to 65536"]),
+            (vec!["router_gradient=sample:0"], ["router_gradient is sample:0", "P above 0 and up to 1"]),
+            (vec!["router_gradient=sample:1.5"], ["router_gradient is sample:1.5", "full, every:K"]),
+            (vec!["router_gradient=sample:nan"], ["router_gradient is sample:nan", "or sample:P"]),
+            (vec!["router_gradient=some"], ["setting `router_gradient=some`", "use full, every:K"]),
+            (vec!["router_gradient=0.5"], ["setting `router_gradient=0.5`", "expected a string"]),
             (vec!["keep=0"], ["keep is 0", "use 1 to"]),
             (vec!["lanes=0"], ["lanes is 0", "use 1 to"]),
             (vec!["steps=0"], ["steps is 0", "use 1 to"]),
@@ -663,6 +689,11 @@ mod tests {
             assert!(wanted.iter().all(|part| message.contains(part)), "{message}");
             assert_eq!(message.lines().count(), 1, "{message}");
         }
+        let rule = RouterGradient::Sample(f64::NAN);
+        let wrong = TrainConfig { steps: Some(1), router_gradient: rule, ..TrainConfig::default() };
+        assert!(
+            wrong.resolve().unwrap_err().to_string().starts_with("router_gradient is sample:NaN; use full")
+        );
         let none = TrainConfig::default().resolve().unwrap_err().to_string();
         assert_eq!(none, "steps is not set; use steps N or tokens N");
         let both = TrainConfig { steps: Some(1), tokens: Some(1), ..TrainConfig::default() };

@@ -7,7 +7,7 @@ use dsmoe_core::{Device, Model};
 use dsmoe_datasets::{Interleaving, Mixture};
 use dsmoe_kernels::comm::Communicator;
 use dsmoe_kernels::rng::Rng;
-use dsmoe_router::{SparsityOver, ThresholdController};
+use dsmoe_router::{RouterGradientAt, SparsityOver, ThresholdController};
 
 use crate::budgets;
 use crate::config::{Budget, TrainConfig};
@@ -200,6 +200,7 @@ pub(crate) fn step_args(config: &TrainConfig, gates: &Gates<'_>, index: u64) -> 
         separability_weight: config.separability as f32 / micro_batches,
         entropy_weight: config.gate_entropy as f32 / micro_batches,
         fade: config.fade_at(index / config.micro_batches()),
+        router_gradient: RouterGradientAt { rule: config.router_gradient, seed: config.seed, index },
         balance_scale: if config.balances() { 1.0 / micro_batches } else { 0.0 },
         // Depends on the seed and the position only, so that a resumed run draws the same noise.
         seed: Rng::new(config.seed, index).next_u64(),

@@ -121,7 +121,13 @@ impl Observer for Watch<'_> {
 pub(crate) fn settled(config: &TrainConfig) -> Result<Value> {
     let mut config = config.clone().resolve()?;
     (config.save_every, config.keep, config.log_every, config.threads) = (None, 1, 1, None);
-    Ok(serde_json::to_value(config)?)
+    let full = config.router_gradient.is_full();
+    let mut settings = serde_json::to_value(config)?;
+    if let Some(settings) = settings.as_object_mut().filter(|_| full) {
+        // Stages keep their keys of before there was a choice.
+        settings.retain(|key, _| key != "router_gradient");
+    }
+    Ok(settings)
 }
 
 /// Removes the checkpoints of a finished run: they take three times the room of the model.

@@ -286,6 +286,9 @@ pub fn check(
         if matches!(config.budget(), Budget::Range(..)) {
             return Err(Error::field("active_range", "set", "one active_target"));
         }
+        if !config.router_gradient.is_full() {
+            return Err(Error::field("router_gradient", config.router_gradient, "full for tasks in a row"));
+        }
     }
     Ok((configs, method))
 }

@@ -41,6 +41,10 @@ fn check_gates(model: &Model, config: &TrainConfig, device: Device) -> Result<()
         let allowed = "0 on a GPU and for a model without gates";
         return Err(Error::field("gate_entropy", config.gate_entropy, allowed));
     }
+    if !config.router_gradient.is_full() && device != Device::Cpu {
+        let allowed = "full on a GPU: the processor alone estimates the gradient";
+        return Err(Error::field("router_gradient", config.router_gradient, allowed));
+    }
     let Some(top_k) = config.top_k else { return Ok(()) };
     let wrong = |allowed: String| Err(Error::field("top_k", top_k, allowed));
     match model.config().ffn.as_ref().and_then(|spec| spec.top_k()) {

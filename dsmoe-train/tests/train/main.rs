@@ -11,6 +11,7 @@ mod mixture;
 mod optimizer;
 mod processes;
 mod reconstruct;
+mod router_gradient;
 mod run_directory;
 mod teacher;
 mod top_k;

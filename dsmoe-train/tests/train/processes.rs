@@ -263,6 +263,36 @@ fn thresholds_that_hold_the_share_do_not_know_the_number_of_processes() {
     }
 }
 
+/// What an estimator of the routers' gradient draws belongs to a micro-batch, wherever it is computed.
+#[test]
+fn estimates_do_not_know_the_number_of_processes() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = &wide(dir.path(), "dsmoe");
+    // Some gates are shut.
+    let path = source.join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["dsmoe"]["threshold"] = 0.7.into();
+    std::fs::write(&path, config.to_string()).unwrap();
+    for (i, rule) in ["every:3", "sample:0.25"].into_iter().enumerate() {
+        let rule = format!("router_gradient={rule}");
+        let more = ["steps=4", "lr=1e-2", "lanes=4", "accumulate=2", &rule];
+        let alone = &dir.path().join(format!("{i} alone"));
+        whole(source, alone, 1, &more);
+        for (size, zero) in [(2, Zero::Moments), (4, Zero::Gradients), (2, Zero::Parameters)] {
+            let out = &dir.path().join(format!("{i} {size} {zero:?}"));
+            in_stage(zero, (source, out), size, &more);
+            assert_same(alone, out);
+        }
+        let parts = &dir.path().join(format!("{i} parts"));
+        for (size, steps) in [(4, Some(1)), (1, Some(2)), (2, None)] {
+            let (out, resume, zero) = (parts, parts.exists(), Zero::Moments);
+            Shared { source, out, size, steps, resume, zero }.run(&more);
+        }
+        let model = |out: &Path| std::fs::read(out.join("model.safetensors")).unwrap();
+        assert!(model(parts) == model(alone), "{rule}");
+    }
+}
+
 #[test]
 fn a_run_resumes_in_any_stage() {
     let dir = tempfile::tempdir().unwrap();
