@@ -38,16 +38,21 @@ impl Gpu {
     }
 }
 
-/// Returns the FLOPs of a training token: three passes of everything. Of the nine products of a gated FFN, three are of
-/// all experts and six of the active ones.
-pub(crate) fn training_flops(counts: &Accounting, gated: bool, share: f64, seq: usize) -> f64 {
+/// Returns the FLOPs of a training token: three passes of everything. Of the nine products of a gated FFN, six are of the active
+/// experts, whose share is `share`, and three of these and of a share `inactive` of the others.
+pub(crate) fn training_flops(
+    counts: &Accounting,
+    gated: bool,
+    (share, inactive): (f64, f64),
+    seq: usize,
+) -> f64 {
     let experts = counts.num_experts;
     let all = counts.mean_flops_per_token(experts, seq);
     if !gated {
         return 3.0 * all;
     }
     let none = counts.mean_flops_per_token(0.0, seq);
-    3.0 * none + (all - none) * (1.0 + 2.0 * share)
+    3.0 * none + (all - none) * (1.0 + 2.0 * share - (1.0 - inactive) * (1.0 - share))
 }
 
 /// Measures the FLOPs per second of a product of the shape of the model's FFN.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 use dsmoe_core::Device;
 use dsmoe_kernels::Precision;
+use dsmoe_router::RouterGradient;
 
 use super::values;
 use crate::regression::file::Kind;
@@ -179,7 +180,8 @@ pub(crate) struct Architecture {
 const TRAIN_EXAMPLES: &str = "\
 Examples:
   dsmoe bench train --hidden 512 --intermediate 1536 --layers 8
-  dsmoe bench train --experts 32 --active 25%";
+  dsmoe bench train --experts 32 --active 25%
+  dsmoe bench train --router-gradient every:4,sample:12.5%";
 
 #[derive(Debug, Args)]
 #[command(after_help = TRAIN_EXAMPLES)]
@@ -192,6 +194,10 @@ pub(crate) struct Train {
     /// Sequences per step
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub(crate) batch: usize,
+    /// Estimators of the routers' gradient, separated by commas, to time beside the full one; as the setting router_gradient
+    /// of train
+    #[arg(long, value_name = "RULE", value_delimiter = ',')]
+    pub(crate) router_gradient: Vec<RouterGradient>,
     /// Device that computes: cpu, or a GPU such as cuda:0 (in bf16)
     #[arg(long, value_name = "cpu|cuda:N", default_value_t)]
     pub(crate) device: Device,

@@ -12,6 +12,7 @@ use dsmoe_core::config::Config;
 use dsmoe_datasets::{CorpusOptions, Tokenizer};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::comm::{Communicator, What};
+use dsmoe_router::RouterGradient;
 use dsmoe_train::config::{Budget, NearDuplicates, TEACHER_TOP, TrainConfig};
 use dsmoe_train::engine::Share;
 use dsmoe_train::run::{RunOptions, TrainData, Trainer, check_out, lanes_of};
@@ -288,7 +289,8 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> 
     };
     let share = model.fixed_active().zip(model.num_experts()).map_or(share, |(k, n)| k / n as f64);
     let tokens = (steps * tokens_per_step) as f64;
-    let mut flops = tokens * training_flops(&accounting, model.num_experts().is_some(), share, config.seq);
+    let shares = (share, config.router_gradient.computed());
+    let mut flops = tokens * training_flops(&accounting, model.num_experts().is_some(), shares, config.seq);
     let teacher = args.teacher.as_ref().map(|dir| check_teacher(dir, &model, config.seq)).transpose()?;
     if let Some(teacher) = &teacher {
         flops += tokens * Accounting::of(teacher).mean_flops_per_token(0.0, config.seq);
@@ -375,8 +377,9 @@ fn show_plan(plan: &TrainPlan) -> String {
         ("text", format!("{} in {files}", format::bytes(plan.data_bytes))),
         ("steps", format!("{steps} of {tokens_per_step} tokens, {tokens} tokens in all")),
         ("budget", plan.budget.clone()),
-        ("arithmetic", format!("{} FLOPs per step", format::flops(plan.flops_per_step))),
     ];
+    fields.extend(estimator(plan.config.router_gradient).map(|words| ("router gradient", words)));
+    fields.push(("arithmetic", format!("{} FLOPs per step", format::flops(plan.flops_per_step))));
     fields.extend(plan.time.as_ref().map(|time| ("time", time.words.clone())));
     let more = memory::total()
         .filter(|total| plan.memory_bytes > *total)
@@ -400,6 +403,18 @@ fn show_plan(plan: &TrainPlan) -> String {
     }
     fields.push(("out", plan.out.display().to_string()));
     format::fields(fields)
+}
+
+/// Describes the inactive pairs that the routers learn from, where it is not all of them.
+fn estimator(rule: RouterGradient) -> Option<String> {
+    match rule {
+        _ if rule.is_full() => None,
+        RouterGradient::Every(k) => Some(format!("inactive pairs of a layer in one of {k} micro-batches")),
+        RouterGradient::Sample(share) => {
+            Some(format!("{} of the inactive pairs, drawn", format::percent(share)))
+        }
+        RouterGradient::Full => None,
+    }
 }
 
 /// Returns the command that continues the run that `args` started.

@@ -224,7 +224,8 @@ fn row(
     let steps = train.steps.unwrap_or(0);
     let tokens = steps * train.tokens_per_step();
     let active = share * counts.num_experts;
-    let flops = tokens as f64 * training_flops(&counts, gated, share, train.seq)
+    let flops = tokens as f64
+        * training_flops(&counts, gated, (share, train.router_gradient.computed()), train.seq)
         + measured_tokens * counts.mean_flops_per_token(active, train.seq);
     let alone =
         Share { processes: 1, lanes: train.lanes(), accumulate: train.accumulate, zero: Zero::Moments };

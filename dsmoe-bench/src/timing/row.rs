@@ -15,6 +15,9 @@ pub(crate) struct Row {
     /// The implementation, or the part of the work.
     #[serde(rename = "impl")]
     pub(crate) implementation: &'static str,
+    /// The estimator of the routers' gradient, if one is timed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) router_gradient: Option<String>,
     pub(crate) tokens: usize,
     pub(crate) hidden: usize,
     pub(crate) intermediate: Option<usize>,
@@ -175,7 +178,10 @@ pub(crate) fn show(rows: &[Row]) -> String {
     let number = |n: Option<usize>| format::or_dash(n, |n| n.to_string());
     for row in rows {
         table.row([
-            format!("{} {}", row.work, row.implementation),
+            match &row.router_gradient {
+                None => format!("{} {}", row.work, row.implementation),
+                Some(rule) => format!("{} {} {rule}", row.work, row.implementation),
+            },
             row.tokens.to_string(),
             row.hidden.to_string(),
             number(row.intermediate),

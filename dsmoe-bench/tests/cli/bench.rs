@@ -128,6 +128,21 @@ fn training_steps_have_a_dense_and_a_dsmoe_row() {
 }
 
 #[test]
+fn estimators_of_the_gradient_have_rows_of_their_own() {
+    let line = format!("train {TINY} --seq 16 --batch 4 --active 0.5 --dtype f32");
+    let rows = rows(&format!("{line} --router-gradient every:2,sample:25%"));
+    assert_eq!(texts(&rows, "impl"), ["dense", "dsmoe", "dsmoe", "dsmoe"]);
+    assert!(rows[..2].iter().all(|row| row["router_gradient"].is_null()), "{rows:?}");
+    assert_eq!(texts(&rows[2..], "router_gradient"), ["every:2", "sample:0.25"]);
+    let work: Vec<f64> = rows.iter().map(|row| number(&row["work_share"])).collect();
+    assert!(work.is_sorted_by(|a, b| a > b), "{work:?}");
+    assert_ne!(rows[1]["bits"], rows[3]["bits"]);
+    fails(&format!("bench {line} --router-gradient every:65"), &["is every:65", "at most every:64"]);
+    let wrong = is_wrong_usage(&format!("bench {line} --router-gradient full,sample:0"));
+    shows(&wrong, &["router_gradient is sample:0; use full, every:K", "P above 0 and up to 1"]);
+}
+
+#[test]
 fn decoding_has_a_dense_and_a_dsmoe_row() {
     let decode = |more: &str| rows(&format!("decode {TINY} --prompt 4 {more}"));
     let rows = decode("--tokens 40 --active 0.25 --dtype f32,bf16");

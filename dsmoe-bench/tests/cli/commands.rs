@@ -335,3 +335,17 @@ fn settings_come_from_file_flags_and_set() {
     assert!((number(&time["hours"]) * 3600.0 * number(&time["flops_per_second"]) / flops - 1.0).abs() < 1e-6);
     assert!(number(&time["hours_h100"]) < number(&time["hours"]), "{time}");
 }
+
+#[test]
+fn a_plan_says_which_inactive_pairs_the_routers_learn_from() {
+    let line = |model: &str, rule: &str| {
+        let more = format!("--tokens 1k --active-target 0.5 --set router_gradient={rule} --dry-run");
+        training(model, "planned", &more)
+    };
+    let [full, some] = ["full", "sample:12.5%"].map(|rule| json_of(&line("moe", rule)));
+    assert_eq!(some["config"]["router_gradient"], "sample:0.125");
+    assert!(number(&some["flops"]) < number(&full["flops"]), "{some}");
+    shows(&succeeds(&line("moe", "every:4")), &["router gradient", "of a layer in one of 4 micro-batches"]);
+    fails(&line("dense", "every:4"), &["router_gradient is every:4", "full for a model without gates"]);
+    fails(&line("moe", "every:0"), &["router_gradient is every:0; use full, every:K"]);
+}
