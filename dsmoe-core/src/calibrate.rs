@@ -15,6 +15,7 @@
 
 mod experts;
 mod pass;
+mod scorer;
 mod weights;
 
 use std::ops::Range;
@@ -35,6 +36,7 @@ use crate::params::TensorSpec;
 use crate::rounds::Rounds;
 pub use experts::{ExpertStats, ExpertSums, LayerExperts};
 use pass::{Ready, Scratch};
+pub use scorer::StateScorer;
 use weights::vector;
 pub use weights::{Down, LayerWeights, Linear};
 

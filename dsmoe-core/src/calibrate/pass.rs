@@ -1,5 +1,6 @@
 //! The forward pass of one layer over one sequence, which shows what its linears read.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use dsmoe_kernels::buf::Buf;
@@ -8,6 +9,7 @@ use dsmoe_kernels::{Precision, attention, kept, linear, swiglu};
 
 use super::{Input, LayerWeights, Linear};
 use crate::config::Config;
+use crate::kept::LayerThresholds;
 use crate::model::block::Block;
 use crate::model::ropes::{Ropes, Turn};
 use crate::model::tensors::attention_dims;
@@ -30,9 +32,24 @@ pub(super) struct Scratch {
 }
 
 /// A layer whose weights are ready for products: packed once for all sequences.
+#[derive(Debug)]
 pub(super) struct Ready<'a> {
-    weights: &'a LayerWeights,
+    weights: Cow<'a, LayerWeights>,
     packed: [Option<Packed>; 7],
+}
+
+impl Ready<'static> {
+    /// Packs all linears, and leaves their weights nowhere else.
+    pub(super) fn owned(mut weights: LayerWeights, precision: Precision) -> Ready<'static> {
+        let packed = Ready::new(&weights, 0..7, precision).packed;
+        weights.linears.iter_mut().for_each(|linear| linear.weight = Buf::default());
+        Ready { weights: Cow::Owned(weights), packed }
+    }
+
+    /// Sets what the inputs of the linears have to exceed.
+    pub(super) fn set_thresholds(&mut self, thresholds: LayerThresholds) {
+        self.weights.to_mut().thresholds = Some(thresholds);
+    }
 }
 
 impl<'a> Ready<'a> {
@@ -43,7 +60,7 @@ impl<'a> Ready<'a> {
             let Linear { weight, outputs, inputs, .. } = &weights.linears[i];
             packed[i] = Some(Packed::new(precision, Mat::new(weight, *outputs, *inputs)));
         }
-        Ready { weights, packed }
+        Ready { weights: Cow::Borrowed(weights), packed }
     }
 
     /// Sets `y` `[tokens, outputs]` from `x` `[tokens, inputs]` by linear `i`, which is packed.
@@ -77,7 +94,7 @@ impl Scratch {
         tap: &mut See<'_>,
     ) {
         self.attention(states, layer, config, ropes, tap);
-        let weights = layer.weights;
+        let weights: &LayerWeights = &layer.weights;
         let block = Block::of(config);
         // The residual stream is both read and shown while the scratch works on the neurons.
         let residual = std::mem::take(&mut self.x);
@@ -141,7 +158,7 @@ impl Scratch {
         let block = Block::of(config);
         let seq = states.len() / config.hidden;
         self.set_states(states, seq);
-        let weights = layer.weights;
+        let weights: &LayerWeights = &layer.weights;
         let [before_attention, after_attention, ..] = weights.norms.each_ref().map(Option::as_deref);
         let [wq, wk, ..] = &weights.linears;
         let Scratch { x, h, rstd, q, k, v, a, lse, y, .. } = self;

@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights};
+use dsmoe_core::calibrate::{Input, LayerStream, LayerWeights, StateScorer};
 use dsmoe_core::checkpoint::{Checkpoint, Dtype};
 use dsmoe_core::config::Config;
 use dsmoe_core::convert::{ConvertOptions, convert};
-use dsmoe_core::model::Inference;
+use dsmoe_core::kept::LayerThresholds;
+use dsmoe_core::model::{Batch, Inference, Model};
 use dsmoe_kernels::Precision;
+use dsmoe_kernels::cross_entropy::IGNORE;
 use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, refused, shared};
 
 /// A random model with grouped heads in `dir`.
@@ -153,4 +155,68 @@ fn bad_calibration_is_named() {
     convert(&dir, &experts, &ConvertOptions::new(4), &mut |_| {}).unwrap();
     refused(LayerStream::open(&experts, &[]), &["use a dense model"]);
     assert!(LayerStream::open(&dir, &[]).unwrap().layer(2).is_ok());
+}
+
+/// The losses of states in front of any layer are those of the whole model, with thresholds and without.
+#[test]
+fn states_in_front_of_any_layer_score_as_the_whole_model() {
+    let work = tempfile::tempdir().unwrap();
+    for tied in [true, false] {
+        let dir = small(work.path(), Dtype::F32, tied);
+        let model = Model::load(&dir).unwrap();
+        let text = sequences(75, 3, 29);
+        let targets: Vec<u32> =
+            text.iter().flat_map(|ids| ids[1..].iter().copied().chain([IGNORE])).collect();
+        let skipped = |inputs, gate| LayerThresholds { inputs, gate, ..LayerThresholds::NONE };
+        let some = vec![
+            skipped([0.3, 0.5, 0.7, 0.1, 0.4, 0.6, 0.02], 0.0),
+            LayerThresholds::NONE,
+            skipped([0.0, 0.2, 0.0, 0.1, 0.0, 0.0, 0.0], 0.01),
+        ];
+        let mut all = Vec::new();
+        for thresholds in [vec![LayerThresholds::NONE; 3], some] {
+            let whole = Inference::with_thresholds(&model, thresholds.clone(), Precision::F32);
+            let mut want = Vec::new();
+            for ids in &text {
+                let (inputs, targets) = (&ids[..ids.len() - 1], &ids[1..]);
+                want.extend(f64s(&crate::losses(&whole, Batch { inputs, targets, seq: inputs.len() }, None)));
+                // The last token of a sequence has no target.
+                want.push(0.0);
+            }
+            let mut stream = LayerStream::open(&dir, &text).unwrap();
+            let mut scorer = StateScorer::new(&stream).unwrap();
+            thresholds.iter().enumerate().for_each(|(i, &of_layer)| scorer.set_thresholds(i, of_layer));
+            let mut from_start = vec![f32::NAN; targets.len()];
+            scorer.score(&mut from_start, &stream, 0, &targets);
+            assert_close("whole model", &from_start, &want, 1e-6);
+            for (i, &of_layer) in thresholds.iter().enumerate() {
+                let mut weights = stream.layer(i).unwrap();
+                weights.thresholds = Some(of_layer);
+                stream.advance(&weights).unwrap();
+                let mut losses = vec![f32::NAN; targets.len()];
+                scorer.score(&mut losses, &stream, i + 1, &targets);
+                assert_eq!(losses, from_start, "behind layer {i}");
+            }
+            all.push(from_start);
+        }
+        assert!(all[0].iter().zip(&all[1]).any(|(a, b)| (a - b).abs() > 1e-2), "thresholds matter");
+    }
+}
+
+/// A search sets thresholds again and again, and takes them back.
+#[test]
+fn thresholds_of_a_scorer_are_taken_back() {
+    let work = tempfile::tempdir().unwrap();
+    let text = sequences(75, 2, 17);
+    let stream = LayerStream::open(&small(work.path(), Dtype::F32, true), &text).unwrap();
+    let mut scorer = StateScorer::new(&stream).unwrap();
+    let mut score = |thresholds: LayerThresholds| {
+        scorer.set_thresholds(1, thresholds);
+        let mut losses = vec![f32::NAN; 34];
+        scorer.score(&mut losses, &stream, 0, &text.concat());
+        losses
+    };
+    let without = score(LayerThresholds::NONE);
+    assert_ne!(score(LayerThresholds { inputs: [0.5; 7], ..LayerThresholds::NONE }), without);
+    assert_eq!(score(LayerThresholds::NONE), without);
 }
