@@ -11,7 +11,8 @@
 //! ```
 //! (search: Knunyants et al., AICAS 2025, arXiv 2501.16337, from its code; TEAL: Liu et al., arXiv 2408.14690; CATS: Lee et al.,
 //! arXiv 2404.08763.) Two repairs of the released search: where no share passes, the site keeps all inputs, and the share
-//! that is reported is the one that tokens used. The budget is reached by the tolerance, or by a factor on all shares.
+//! that is reported is the one that tokens used. The budget is reached by the tolerance, or by a factor on all shares. A tolerance
+//! that is given decides by itself what a search skips, and has no budget.
 
 mod allocate;
 mod measure;
@@ -23,7 +24,7 @@ mod tests;
 
 use dsmoe_core::Config;
 use dsmoe_core::accounting::Accounting;
-use dsmoe_core::calibrate::{LayerStream, check_text};
+use dsmoe_core::calibrate::{LayerStream, StateScorer, check_text};
 use dsmoe_core::kept::LayerThresholds;
 
 use crate::error::{Error, Result};
@@ -45,6 +46,11 @@ fn configure(settings: Settings) -> Result<Box<dyn Configured>> {
     if !(settings.step > 0.0 && settings.step <= 1.0) {
         return Err(wrong::<Settings>("step", settings.step));
     }
+    if let Some(tolerance) =
+        settings.tolerance.filter(|tolerance| !(*tolerance > 1.0 && tolerance.is_finite()))
+    {
+        return Err(wrong::<Settings>("tolerance", tolerance));
+    }
     let defaults = Settings::default();
     if settings.choose != Choose::Teal && settings.step != defaults.step {
         return Err(Error::setting("step", "is for teal alone", "leave it out, or use choose=teal"));
@@ -55,6 +61,9 @@ fn configure(settings: Settings) -> Result<Box<dyn Configured>> {
             "are for search alone",
             "leave it out, or use choose=search",
         ));
+    }
+    if settings.choose != Choose::Search && settings.tolerance.is_some() {
+        return Err(Error::setting("tolerance", "is for search alone", "leave it out, or use choose=search"));
     }
     Ok(Box::new(Thresholds(settings)))
 }
@@ -101,6 +110,10 @@ impl Thresholds {
             };
             return Err(Error::out_of_reach(budget, problem, [least, total], total as u64));
         }
+        if self.0.tolerance.is_some() && share < 1.0 - 1e-9 {
+            let problem = "decides what is skipped, so that no budget below 100% can be reached";
+            return Err(Error::setting("tolerance", problem, "give the budget 100%, or leave it out"));
+        }
         Ok(share.min(1.0))
     }
 
@@ -115,7 +128,7 @@ impl Thresholds {
 
     /// Returns thresholds that leave about the share, and what they were reached by.
     fn choose(&self, job: &Job<'_>, share: f64, progress: &mut dyn FnMut(Progress)) -> Result<Found> {
-        if share >= 1.0 {
+        if share >= 1.0 && self.0.tolerance.is_none() {
             let layers = vec![LayerThresholds::NONE; Config::load(job.model)?.num_layers];
             return Ok(Found { share: 1.0, layers, reached_by: "nothing skipped".to_owned() });
         }
@@ -148,17 +161,18 @@ impl Thresholds {
     }
 
     fn search(&self, job: &Job<'_>, share: f64, progress: &mut dyn FnMut(Progress)) -> Result<Found> {
-        let model = dsmoe_core::Model::load(job.model)?;
+        let mut scorer = StateScorer::new(&LayerStream::open(job.model, &[])?)?;
         let candidates = search::candidates(self.0.candidates);
         let [mut low, mut high] = TOLERANCES.map(f64::ln);
         let mut best: Option<Found> = None;
-        for round in 0..SEARCHES {
-            let tolerance = 1.0 + (0.5 * (low + high)).exp();
+        let rounds = if self.0.tolerance.is_some() { 1 } else { SEARCHES };
+        for round in 0..rounds {
+            let tolerance = self.0.tolerance.unwrap_or_else(|| 1.0 + (0.5 * (low + high)).exp());
             let mut show = |done, all| {
-                let (done, all) = ((round * all + done) as u64, (SEARCHES * all) as u64);
+                let (done, all) = ((round * all + done) as u64, (rounds * all) as u64);
                 progress(Progress { stage: "searching", done, total: all });
             };
-            let mut layers = search::search(&model, job, &candidates, (tolerance, round), &mut show)?;
+            let mut layers = search::search(&mut scorer, job, &candidates, (tolerance, round), &mut show)?;
             let found = used(job, &mut layers)?;
             if best.as_ref().is_none_or(|best| (found - share).abs() < (best.share - share).abs()) {
                 let reached_by = format!("search with tolerance {tolerance:.6}");
@@ -199,7 +213,11 @@ impl Configured for Thresholds {
 
     fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
         let share = self.share(config, budget)?;
-        Ok(self.planned(config, share, format!("{}, to be found on calibration text", self.name())))
+        let found_by = match self.0.tolerance {
+            Some(tolerance) => format!("search with tolerance {tolerance:.6}"),
+            None => self.name(),
+        };
+        Ok(self.planned(config, share, format!("{found_by}, to be found on calibration text")))
     }
 
     fn run(&self, job: &Job<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Made> {

@@ -1,9 +1,8 @@
 //! The search of R-LLM: thresholds site by site, as sparse as the loss allows.
 
-use dsmoe_core::calibrate::{Input, LayerStream, Tap};
+use dsmoe_core::calibrate::{Input, LayerStream, StateScorer, Tap};
 use dsmoe_core::kept::{LINEARS, LayerThresholds};
-use dsmoe_core::model::{Batch, Inference, Model, Workspace};
-use dsmoe_kernels::Precision;
+use dsmoe_kernels::cross_entropy::IGNORE;
 use serde::{Deserialize, Serialize};
 
 use super::measure::INPUTS;
@@ -70,8 +69,11 @@ impl Begun {
 
 /// Returns the thresholds with which the loss of no site exceeds `tolerance` times the loss before it. The number of the search in
 /// its job names what it leaves when it is interrupted. `show` receives the number of sites that are done and of all.
+///
+/// The stream holds the states in front of a layer with all thresholds found so far, so that a trial runs that layer and those
+/// behind it. `scorer` has packed the model once for all searches.
 pub(super) fn search(
-    model: &Model,
+    scorer: &mut StateScorer,
     job: &Job<'_>,
     candidates: &[f64],
     (tolerance, number): (f64, usize),
@@ -79,17 +81,19 @@ pub(super) fn search(
 ) -> Result<Vec<LayerThresholds>> {
     let mut stream = LayerStream::open(job.model, job.calibration)?;
     let layers = stream.config().num_layers;
-    let mut loss = Loss { model, text: job.calibration, workspace: Workspace::default(), losses: Vec::new() };
+    let mut loss = Loss::new(scorer, job.calibration);
     let name = format!("search-{number}");
     let (done, mut found, mut base, mut chosen) =
         match Begun::read(job.partial, &name, layers, candidates.len())? {
             Some(begun) => (begun.sites, begun.thresholds(), f64::from_bits(begun.base), begun.chosen),
             None => {
                 let found = vec![LayerThresholds::NONE; layers];
-                let base = loss.of(&found)?;
+                loss.set(&found);
+                let base = loss.of(&stream, 0)?;
                 (0, found, base, [(); SITES].map(|()| vec![0usize; candidates.len()]))
             }
         };
+    loss.set(&found);
     for i in 0..layers {
         if done == layers * SITES {
             break;
@@ -107,14 +111,16 @@ pub(super) fn search(
                 }
             })?;
             let mut loss_of = |at: usize| {
-                let mut trial = found.clone();
-                set(&mut trial[i], input, (sums[at] / tokens as f64) as f32);
-                Ok((loss.of(&trial)?, trial[i]))
+                let mut trial = found[i];
+                set(&mut trial, input, (sums[at] / tokens as f64) as f32);
+                loss.scorer.set_thresholds(i, trial);
+                Ok((loss.of(&stream, i)?, trial))
             };
             if let Some((at, (value, thresholds))) = accept(&chosen[site], base, tolerance, &mut loss_of)? {
                 chosen[site][at] += 1;
                 (base, found[i]) = (value, thresholds);
             }
+            loss.scorer.set_thresholds(i, found[i]);
             let begun = Begun {
                 sites: i * SITES + site + 1,
                 base: base.to_bits(),
@@ -175,26 +181,32 @@ fn set(thresholds: &mut LayerThresholds, input: Input, threshold: f32) {
 
 /// The loss of a model on calibration text.
 struct Loss<'a> {
-    model: &'a Model,
-    text: &'a [Vec<u32>],
-    workspace: Workspace,
+    scorer: &'a mut StateScorer,
+    /// The next token of every token of the text; none of the last one of a sequence.
+    targets: Vec<u32>,
     losses: Vec<f32>,
 }
 
-impl Loss<'_> {
-    /// Returns the mean loss of a token with thresholds.
-    fn of(&mut self, thresholds: &[LayerThresholds]) -> Result<f64> {
-        let model = Inference::with_thresholds(self.model, thresholds.to_vec(), Precision::F32);
-        let (mut sum, mut tokens) = (0.0, 0);
-        for ids in self.text {
-            let (inputs, targets) = (&ids[..ids.len() - 1], &ids[1..]);
-            self.losses.resize(inputs.len(), 0.0);
-            let batch = Batch { inputs, targets, seq: inputs.len() };
-            model.score(&mut self.losses, batch, None, &mut self.workspace)?;
-            sum += self.losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
-            tokens += inputs.len();
+impl<'a> Loss<'a> {
+    fn new(scorer: &'a mut StateScorer, text: &[Vec<u32>]) -> Loss<'a> {
+        let next = |ids: &Vec<u32>| ids[1..].iter().copied().chain([IGNORE]).collect::<Vec<u32>>();
+        let targets: Vec<u32> = text.iter().flat_map(next).collect();
+        let losses = vec![0.0; targets.len()];
+        Loss { scorer, targets, losses }
+    }
+
+    /// Sets the thresholds of all layers.
+    fn set(&mut self, thresholds: &[LayerThresholds]) {
+        for (i, &of_layer) in thresholds.iter().enumerate() {
+            self.scorer.set_thresholds(i, of_layer);
         }
-        let mean = sum / tokens as f64;
+    }
+
+    /// Returns the mean loss of a token, from states in front of layer `first`.
+    fn of(&mut self, stream: &LayerStream, first: usize) -> Result<f64> {
+        self.scorer.score(&mut self.losses, stream, first, &self.targets);
+        let tokens = self.targets.iter().filter(|&&target| target != IGNORE).count();
+        let mean = self.losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / tokens as f64;
         match mean.is_finite() {
             true => Ok(mean),
             false => Err(Error::numeric("the loss", "is not finite", "check the model with eval")),

@@ -11,6 +11,9 @@ settings! {
         pub choose: Choose = Choose::Teal,
         /// Shares that search tries: linear (0.9, 0.8, ..., 0.1) or exp (8 of even ratios from 0.9 to 0.01).
         pub candidates: Candidates = Candidates::Linear,
+        /// Loss after a site over the loss before it that search stays below, above 1, for one search with budget 100%; by default
+        /// that which reaches the budget.
+        pub tolerance: Option<f64> = None,
         /// Share of a layer's weights that teal takes away in a step, times the number of linears; above 0, at most 1.
         pub step: f64 = 0.05,
     }

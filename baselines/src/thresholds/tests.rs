@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use dsmoe_core::calibrate::{LayerStream, StateScorer};
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::kept::LayerThresholds;
 use dsmoe_core::model::{Cache, Workspace};
@@ -104,7 +105,14 @@ fn thresholds_are_those_of_numpy() {
             "teal" => by_shares(Settings { step: number("step"), ..Settings::default() }),
             "search" => {
                 let candidates = candidates(Candidates::Linear);
-                search(&model, &job, &candidates, (number("tolerance"), 0), &mut |_, _| {}).unwrap()
+                let mut scorer = StateScorer::new(&LayerStream::open(job.model, &[]).unwrap()).unwrap();
+                // A second search with the scorer finds what the first does.
+                let mut run = || {
+                    search(&mut scorer, &job, &candidates, (number("tolerance"), 0), &mut |_, _| {}).unwrap()
+                };
+                let found = run();
+                assert_eq!(run(), found);
+                found
             }
             other => panic!("{other} is no choice"),
         };

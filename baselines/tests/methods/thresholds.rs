@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use dsmoe_baselines::Progress;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::export::{ExportAs, ExportOptions, export};
@@ -94,6 +95,39 @@ fn every_choice_reaches_the_budget_and_skips_in_scoring_and_decoding() {
         let with = logits(&model, &text[0]);
         assert!(without.iter().zip(&with).any(|(a, b)| (a - b).abs() > 1e-3), "{choose} skips something");
     }
+}
+
+/// Larger tolerances skip more, in one search, and the budget is that of all parameters.
+#[test]
+fn a_tolerance_decides_what_a_search_skips() {
+    let work = tempfile::tempdir().unwrap();
+    let source = dense(work.path());
+    let text = tokens(4, 32);
+    let mut shares = Vec::new();
+    for tolerance in ["1.0005", "1.05"] {
+        let set = format!("tolerance={tolerance}");
+        let set = ["choose=search", &set];
+        let run = Run::new(METHOD, &set, 1.0, &text);
+        let (out, mut sites) = (work.path().join(tolerance), 0);
+        let mut watch = |progress: Progress| {
+            if progress.stage == "searching" {
+                // One search of three layers.
+                assert_eq!(progress.total, 12);
+                sites = progress.done;
+            }
+        };
+        let made = run.watched(&source, &out, &mut watch).unwrap();
+        assert_eq!(sites, 12);
+        assert!(made.plan.reached_by.contains(tolerance), "{:?}", made.plan);
+        let config = Config::load(&source).unwrap();
+        let planned = configured(METHOD, &set).unwrap().plan(&config, run.budget).unwrap();
+        assert_eq!(planned.activated, planned.total);
+        assert!(planned.reached_by.contains(tolerance), "{planned:?}");
+        shares.push(made.plan.activated / made.plan.total);
+        let less = Run::new(METHOD, &set, 0.8, &text);
+        less.fails(&source, &work.path().join("less"), &["tolerance", "no budget below 100%"]);
+    }
+    assert!(shares[1] < shares[0] && shares[0] <= 1.0, "{shares:?}");
 }
 
 #[test]
@@ -279,6 +313,9 @@ fn what_cannot_be_done_is_refused_in_one_line() {
         ("step=0", "step: cannot be 0"),
         ("choose=best", "choose: cannot be"),
         ("candidates=exp", "are for search alone"),
+        ("tolerance=1.01", "is for search alone"),
+        ("tolerance=1", "tolerance: cannot be"),
+        ("tolerance=low", "tolerance: cannot be"),
     ] {
         let error = configured(METHOD, &[set]).err().expect(set).to_string();
         assert!(error.contains(words), "{error}");
