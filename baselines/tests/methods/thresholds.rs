@@ -104,9 +104,9 @@ fn a_tolerance_decides_what_a_search_skips() {
     let source = dense(work.path());
     let text = tokens(4, 32);
     let mut shares = Vec::new();
-    for tolerance in ["1.0005", "1.05"] {
+    for tolerance in ["1.00001", "1.5"] {
         let set = format!("tolerance={tolerance}");
-        let set = ["choose=search", &set];
+        let set = ["choose=search", &set[..]];
         let run = Run::new(METHOD, &set, 1.0, &text);
         let (out, mut sites) = (work.path().join(tolerance), 0);
         let mut watch = |progress: Progress| {

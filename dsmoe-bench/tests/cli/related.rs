@@ -272,9 +272,21 @@ fn experiments_on_a_deep_model_measure_every_text() {
     let thresholds = &list(&found["experiments"])[1];
     let teal = list(&thresholds["rows"]).iter().find(|row| row["name"] == "teal").unwrap();
     assert_eq!(list(&teal["cells"]).len(), 16, "four shares of four texts");
-    let columns = &list(&thresholds["claims"])[0]["columns"];
+    let claims = list(&thresholds["claims"]);
+    assert_eq!(claims.len(), 4);
+    let columns = &claims[1]["columns"];
     assert_eq!(list(columns).len(), 8);
     assert!(list(columns).iter().any(|column| column == "0.50 used on stories"), "{columns}");
+    // One search, on every text, and its control at the share that the search left.
+    assert!(claims[0]["row"] == "search" && list(&claims[0]["columns"]).len() == 4, "{}", claims[0]);
+    let share = |row: &str| -> f64 {
+        let row = list(&thresholds["rows"]).iter().find(|one| one["name"] == row).unwrap();
+        let cell = list(&row["cells"]).iter().find(|cell| cell["column"] == "share used as searched");
+        number(&cell.unwrap()["mean"])
+    };
+    let (searched, uniform) = (share("search"), share("uniform"));
+    assert!(searched > 0.05 && searched < 1.0, "{searched}");
+    assert!((searched - uniform).abs() < 0.02, "{searched} and {uniform}");
     if let Some((agrees, text)) = check_report(&path("related/deep")) {
         assert!(agrees, "{text}");
     }
