@@ -8,7 +8,6 @@ use super::LayerStream;
 use super::pass::{Ready, Scratch};
 use super::weights::vector;
 use crate::checkpoint::WeightReader;
-use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kept::LayerThresholds;
 use crate::model::block::Block;

@@ -213,16 +213,11 @@ impl<'b> Lab<'_, 'b> {
         let settings = read_settings(how.settings.iter().copied())?;
         let configured = method(how.method)?.configure(&settings)?;
         let samples = profile.calibration.samples;
+        // A part stays usable where its method gets another optional setting.
+        let mut set = configured.resolved();
+        set.retain(|_, value| !value.is_null());
         let key = json!([
-            model.key,
-            how.method,
-            configured.resolved(),
-            how.params,
-            how.source,
-            samples,
-            costs.seq,
-            text.key,
-            self.seed
+            model.key, how.method, set, how.params, how.source, samples, costs.seq, text.key, self.seed
         ]);
         let (source, seed) = (model.dir.clone(), self.seed);
         let ((), key) = self.stage("pruned", &key, costs.make(), |dir| {
