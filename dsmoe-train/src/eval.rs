@@ -15,8 +15,8 @@ use dsmoe_kernels::comm::{self, Alone, Communicator, What};
 use dsmoe_router::RoutingStats;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
-use crate::ranks::agree;
+use crate::error::{Error, Result};
+use crate::ranks::{agree, all_go_on};
 
 /// Options for cutting a stream into windows.
 ///
@@ -341,9 +341,23 @@ pub fn evaluate_domains_on(
     options: EvalOptions,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<EvalReport> {
+    unstopped(progress, |shown| evaluate_domains_while((comm, false), model, domains, options, shown))
+}
+
+/// Does as [`evaluate_domains_on`], and stops, with no report, where `goes_on` returns false. It is asked before every batch, with the
+/// number of windows done and of all; what it returns after the last one has no effect. With `asks`, one process stops all, which
+/// they tell each other before every batch.
+pub(crate) fn evaluate_domains_while(
+    (comm, asks): (&dyn Communicator, bool),
+    model: &Inference,
+    domains: &[Domain<'_>],
+    options: EvalOptions,
+    goes_on: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<Option<EvalReport>> {
     let domains: Vec<&Domain<'_>> = domains.iter().filter(|domain| domain.ids.len() > 1).collect();
     let [_, _, ..] = domains[..] else {
-        return measure(comm, model, domains.first().map_or(&[], |domain| domain.ids), options, progress);
+        let ids = domains.first().map_or(&[][..], |domain| domain.ids);
+        return measure((comm, asks), model, ids, options, goes_on);
     };
     let cut = |domain: &&Domain<'_>| Ok(eval_windows(domain.ids.len(), options.seq, options.stride)?.len());
     let windows = domains.iter().map(cut).collect::<Result<Vec<usize>>>()?;
@@ -351,7 +365,9 @@ pub fn evaluate_domains_on(
     let total: f64 = domains.iter().map(|domain| domain.weight).sum();
     let mut reports = Vec::new();
     for (domain, windows) in domains.iter().zip(windows) {
-        let report = measure(comm, model, domain.ids, options, &mut |done, _| progress(before + done, all))?;
+        let of_all = &mut |done: usize, _: usize| goes_on(before + done, all);
+        let report = measure((comm, asks), model, domain.ids, options, of_all)?;
+        let Some(report) = report else { return Ok(None) };
         before += windows;
         reports.push((domain.weight / total, report));
     }
@@ -375,7 +391,7 @@ pub fn evaluate_domains_on(
     };
     let seconds: f64 = reports.iter().map(|(_, report)| report.seconds).sum();
     let run: f64 = reports.iter().map(|(_, report)| report.tokens_per_s * report.seconds).sum();
-    Ok(EvalReport {
+    Ok(Some(EvalReport {
         tokens: reports.iter().map(|(_, report)| report.tokens).sum(),
         predicted: reports.iter().map(|(_, report)| report.predicted).sum(),
         nll,
@@ -390,7 +406,23 @@ pub fn evaluate_domains_on(
         tokens_per_s: run / seconds.max(1e-9),
         seconds,
         domains: domains.iter().zip(&reports).map(part).collect(),
-    })
+    }))
+}
+
+/// Does an evaluation that nothing stops. `progress` receives the number of windows done and of all when there are more.
+fn unstopped(
+    progress: &mut dyn FnMut(usize, usize),
+    evaluate: impl FnOnce(&mut dyn FnMut(usize, usize) -> bool) -> Result<Option<EvalReport>>,
+) -> Result<EvalReport> {
+    let mut shown = 0;
+    let report = evaluate(&mut |done, all| {
+        if done > shown {
+            shown = done;
+            progress(done, all);
+        }
+        true
+    })?;
+    Ok(report.expect("nothing stops it"))
 }
 
 /// Evaluates `model` on `ids`, all documents one after the other (see [`eval_windows`] for the protocol). `progress`
@@ -405,7 +437,17 @@ pub fn evaluate(
     options: EvalOptions,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<EvalReport> {
-    measure(&Alone, model, ids, options, progress)
+    unstopped(progress, |shown| measure((&Alone, false), model, ids, options, shown))
+}
+
+/// Does as [`evaluate`], and stops, with no report, where `goes_on` returns false. It is asked before every batch.
+pub(crate) fn evaluate_while(
+    model: &Inference,
+    ids: &[u32],
+    options: EvalOptions,
+    goes_on: &mut dyn FnMut() -> bool,
+) -> Result<Option<EvalReport>> {
+    measure((&Alone, false), model, ids, options, &mut |_, _| goes_on())
 }
 
 /// Evaluates as [`evaluate`] does and returns the results of single windows and tokens too.
@@ -435,32 +477,43 @@ pub fn evaluate_detailed(
     Ok((batches.report(model, nll_sum, (sums.stats, &used), started), detail))
 }
 
+/// Evaluates `model` on `ids`; see [`evaluate_domains_while`].
 fn measure(
-    comm: &dyn Communicator,
+    (comm, asks): (&dyn Communicator, bool),
     model: &Inference,
     ids: &[u32],
     options: EvalOptions,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<EvalReport> {
+    goes_on: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<Option<EvalReport>> {
     let started = Instant::now();
     let batches = Batches::cut(ids, options)?;
     let mut sums = Sums::new(model);
-    let mut run = || -> Result<()> {
-        for windows in batches.iter().skip(comm.rank()).step_by(comm.size()) {
-            sums.add(model, ids, windows, None)?;
-            progress((sums.windows * comm.size()).min(batches.windows.len()), batches.windows.len());
+    let all = batches.windows.len();
+    let done = |sums: &Sums| (sums.windows * comm.size()).min(all);
+    let (mut outcome, mut stopped): (Result<()>, bool) = (Ok(()), false);
+    for turn in 0..batches.ranges.len().div_ceil(comm.size()) {
+        let own = outcome.is_ok() && goes_on(done(&sums), all);
+        // The others would wait for a process that has failed or stops.
+        let all_go = if asks { all_go_on(comm, EVALUATION, own)? } else { own };
+        if !all_go {
+            stopped = true;
+            break;
         }
-        // The last turn may have no batch for this process, whose part of the weights the others need.
-        let last = batches.ranges.len() % comm.size();
-        if model.is_lent() && last > 0 && comm.rank() >= last {
-            model.pass_on()?;
-        }
-        Ok(())
-    };
-    agree(comm, EVALUATION, run())?;
+        outcome = match batches.ranges.get(turn * comm.size() + comm.rank()) {
+            Some(range) => sums.add(model, ids, &batches.windows[range.clone()], None),
+            // The last turn may have no batch for this process, whose part of the weights the others need.
+            None if model.is_lent() => model.pass_on().map_err(Error::from),
+            None => Ok(()),
+        };
+    }
+    agree(comm, EVALUATION, outcome)?;
+    if stopped {
+        return Ok(None);
+    }
+    goes_on(done(&sums), all);
     let used = used_by_all(comm, &sums.workspace.take_used())?;
     let (nll_sum, stats) = sums.join(comm)?;
-    Ok(batches.report(model, nll_sum, (stats, &used), started))
+    Ok(Some(batches.report(model, nll_sum, (stats, &used), started)))
 }
 
 /// Returns the weights that the tokens of all processes have used.

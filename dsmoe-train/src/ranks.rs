@@ -116,6 +116,15 @@ pub(crate) fn by_first<T>(
     agree(comm, of, if comm.rank() == 0 { work().map(Some) } else { Ok(None) })
 }
 
+/// Returns whether all processes go on; each says whether it does.
+pub(crate) fn all_go_on(comm: &dyn Communicator, of: What, goes_on: bool) -> Result<bool> {
+    if comm.size() == 1 {
+        return Ok(goes_on);
+    }
+    let all = comm::gather(comm, of, &[u8::from(goes_on)])?;
+    Ok(all.iter().all(|message| message.first() == Some(&1)))
+}
+
 /// Returns the message of process 0.
 pub(crate) fn from_first(comm: &dyn Communicator, of: What, message: &str) -> Result<String> {
     let message = if comm.rank() == 0 { message } else { "" };
@@ -224,6 +233,18 @@ mod tests {
         let found: Vec<_> = values.into_iter().map(|(text, value)| (text.unwrap(), value.unwrap())).collect();
         let text = || "text".to_owned();
         assert_eq!(found, [(text(), Some(3)), (text(), None), (text(), None)]);
+    }
+
+    #[test]
+    fn all_go_on_unless_one_does_not() {
+        let of = What::of("work");
+        for (stops, wanted) in [(None, true), (Some(0), false), (Some(2), false)] {
+            let told = on_threads(3, |comm| {
+                all_go_on(comm, of, stops.is_none_or(|rank| rank != comm.rank())).unwrap()
+            });
+            assert_eq!(told, [wanted; 3], "{stops:?}");
+        }
+        assert_eq!([true, false].map(|goes_on| all_go_on(&Alone, of, goes_on).unwrap()), [true, false]);
     }
 
     #[test]

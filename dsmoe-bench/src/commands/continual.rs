@@ -273,7 +273,9 @@ fn show(results: &Results<'_>) -> String {
     let mut table = Table::new(head);
     let losses = |losses: &[f64]| losses.iter().map(|loss| format!("{loss:.4}")).collect::<Vec<_>>();
     let row = |cells: [String; 3], of: &[f64]| cells.into_iter().chain(losses(of));
-    table.row(row(["start".to_owned(), "–".to_owned(), "–".to_owned()], &report.start));
+    if !report.start.is_empty() {
+        table.row(row(["start".to_owned(), "–".to_owned(), "–".to_owned()], &report.start));
+    }
     for TaskReport { name, density, jump, losses, .. } in &report.learnt {
         let jump = format::or_dash(*jump, |jump| format!("{jump:+.4}"));
         table.row(row([name.clone(), format::percent(*density), jump], losses));

@@ -42,6 +42,9 @@ pub(super) struct Inside {
     pub(super) sparsity: f32,
     pub(super) controller: Option<BudgetController>,
     pub(super) drawn: Drawn,
+    /// The bits of the held-out loss before the weights were pruned at the end; none if they were not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) before: Option<u64>,
 }
 
 /// The checkpoints of one task.

@@ -13,7 +13,7 @@ use super::sharpness::{Slopes, ascend, step_scale};
 use super::stream::{Stream, Window};
 use crate::config::TrainConfig;
 use crate::error::Result;
-use crate::eval::{EvalOptions, evaluate};
+use crate::eval::{EvalOptions, evaluate_while};
 use crate::optim::{AdamW, GradNorms, Update, clip_scale, grad_norms};
 use crate::run::held;
 
@@ -50,6 +50,8 @@ pub(super) struct Learnt {
     pub(super) loss: f64,
     /// The increase of the held-out loss by pruning at the end.
     pub(super) jump: Option<f64>,
+    /// The mean held-out losses of all tasks.
+    pub(super) losses: Vec<f64>,
     /// Mean share of active experts in all steps.
     pub(super) active: Option<f64>,
     /// Tokens of all passes forward and backward.
@@ -124,8 +126,8 @@ impl<'a> Learner<'a> {
         self.passed = inside.passed;
     }
 
-    /// Takes the steps after those of `inside`, and prunes. `show` receives the number of finished steps and the last one's loss,
-    /// and says whether to go on; where it does not, the state is kept as a checkpoint and nothing is returned.
+    /// Takes the steps after those of `inside`, prunes, and measures all texts. `show` receives the number of finished steps and the
+    /// last one's loss, and says whether to go on; where it does not, the state is kept as a checkpoint and nothing is returned.
     pub(super) fn learn(
         mut self,
         mut inside: Inside,
@@ -140,8 +142,7 @@ impl<'a> Learner<'a> {
         for step in inside.step..steps {
             let goes_on = &mut || show(step, (step > 0).then_some(inside.loss));
             let Some(windows) = self.windows(&mut stream, step, goes_on)? else {
-                self.save(Inside { drawn: stream.drawn().clone(), ..inside }, checkpoints)?;
-                return Ok(None);
+                return self.stop(inside, &stream, checkpoints);
             };
             let taken = self.gradients(step, &windows)?;
             if let Some(density) = schedule.as_ref().and_then(|schedule| schedule.after(step + 1)) {
@@ -156,35 +157,62 @@ impl<'a> Learner<'a> {
             if let Some(share) = taken.active {
                 inside.active = (inside.active.0 + share, inside.active.1 + 1);
             }
-            let goes_on = show(step + 1, Some(taken.loss));
-            if !goes_on || checkpoints.is_due(step + 1) {
+            if !show(step + 1, Some(taken.loss)) {
+                return self.stop(inside, &stream, checkpoints);
+            }
+            if checkpoints.is_due(step + 1) {
                 self.save(Inside { drawn: stream.drawn().clone(), ..inside.clone() }, checkpoints)?;
             }
-            if !goes_on {
-                return Ok(None);
-            }
         }
-        let mut learnt = Learnt { loss: inside.loss, ..Learnt::default() };
+        let loss = inside.loss;
+        let mut learnt = Learnt { loss, ..Learnt::default() };
+        let goes_on = &mut || show(steps, Some(loss));
         if method.ranks() && method.when == Some(When::End) && steps > 0 {
-            let before = held_out_loss(self.model, &texts[task], config)?;
-            let goes_on = &mut || show(steps, Some(inside.loss));
-            let Some(windows) = self.windows(&mut stream, steps, goes_on)? else {
-                self.save(Inside { drawn: stream.drawn().clone(), ..inside }, checkpoints)?;
-                return Ok(None);
+            let own = std::slice::from_ref(&texts[task]);
+            let before = match inside.before {
+                Some(bits) => f64::from_bits(bits),
+                None => {
+                    let Some(before) = self.held_out(own, goes_on)? else {
+                        return self.stop(inside, &stream, checkpoints);
+                    };
+                    let Some(windows) = self.windows(&mut stream, steps, goes_on)? else {
+                        return self.stop(inside, &stream, checkpoints);
+                    };
+                    let taken = self.gradients(steps, &windows)?;
+                    self.prune(method.density.unwrap_or(1.0), &taken, &windows)?;
+                    inside.before = Some(before[0].to_bits());
+                    before[0]
+                }
             };
-            let taken = self.gradients(steps, &windows)?;
-            self.prune(method.density.unwrap_or(1.0), &taken, &windows)?;
-            learnt.jump = Some(held_out_loss(self.model, &texts[task], config)? - before);
+            let Some(after) = self.held_out(own, goes_on)? else {
+                return self.stop(inside, &stream, checkpoints);
+            };
+            learnt.jump = Some(after[0] - before);
         }
         if self.dual.is_some() {
             self.model.set_masks(masks_of_nonzero(self.model))?;
         }
+        let Some(losses) = self.held_out(texts, goes_on)? else {
+            return self.stop(inside, &stream, checkpoints);
+        };
+        learnt.losses = losses;
         let (sum, count) = inside.active;
         learnt.active = (count > 0).then(|| sum / count as f64);
         learnt.scored_tokens = 2 * stream.scored() * config.seq as u64;
         learnt.tokens = self.passed;
         learnt.keep = stream.keep(method.replay);
         Ok(Some(learnt))
+    }
+
+    /// Keeps the state as a checkpoint, from which the task goes on.
+    fn stop(&mut self, inside: Inside, stream: &Stream, checkpoints: &Checkpoints) -> Result<Option<Learnt>> {
+        self.save(Inside { drawn: stream.drawn().clone(), ..inside }, checkpoints)?;
+        Ok(None)
+    }
+
+    /// Returns the mean held-out losses of `texts`; see [`held_out_losses`].
+    fn held_out(&self, texts: &[Mixture], goes_on: &mut dyn FnMut() -> bool) -> Result<Option<Vec<f64>>> {
+        held_out_losses(self.model, texts, self.given.config, goes_on)
     }
 
     /// Writes a checkpoint. The sums of dual averaging stand where the first moments are, which it has not.
@@ -243,7 +271,8 @@ impl<'a> Learner<'a> {
         let scores = match method.prune {
             Prune::Scores => {
                 let windows = &windows[..windows.len().min(FISHER_WINDOWS)];
-                let fisher = fisher(self.model, texts, windows, config)?;
+                let fisher = fisher(self.model, texts, windows, config, &mut || true)?;
+                let fisher = fisher.expect("nothing stops it");
                 self.passed += (windows.len() * config.seq) as u64;
                 let (here, uphill, scale) = (&self.here, &self.grads, taken.scale);
                 Slopes { here, uphill, scale, fisher: &fisher }.scores(self.model.params())
@@ -310,10 +339,25 @@ fn copy(to: &mut Vec<f32>, from: &[f32]) {
     to.extend_from_slice(from);
 }
 
-/// Returns the mean loss of the text that is held out.
-pub(super) fn held_out_loss(model: &Model, text: &Mixture, config: &TrainConfig) -> Result<f64> {
+/// Returns the mean losses of what is held out of `texts`, or `None` if `goes_on`, which is asked before every few windows, returns
+/// false.
+pub(super) fn held_out_losses(
+    model: &Model,
+    texts: &[Mixture],
+    config: &TrainConfig,
+    goes_on: &mut dyn FnMut() -> bool,
+) -> Result<Option<Vec<f64>>> {
+    if !goes_on() {
+        return Ok(None);
+    }
     let packed = Inference::new(model, config.dtype);
     // A window of `seq` predicted tokens, as in training.
     let options = EvalOptions::new((config.seq + 1).max(2));
-    Ok(evaluate(&packed, text.parts()[0].split.valid_tokens(), options, &mut |_, _| {})?.nll)
+    let mut losses = Vec::with_capacity(texts.len());
+    for text in texts {
+        let report = evaluate_while(&packed, text.parts()[0].split.valid_tokens(), options, goes_on)?;
+        let Some(report) = report else { return Ok(None) };
+        losses.push(report.nll);
+    }
+    Ok(Some(losses))
 }

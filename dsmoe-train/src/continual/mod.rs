@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use self::inside::{Checkpoints, Inside};
-use self::learner::{Anchor, Given, Learner, Learnt, held_out_loss};
+use self::learner::{Anchor, Given, Learner, Learnt, held_out_losses};
 use self::passes::fisher;
 use self::prune::density;
 pub use self::settings::{Method, Over, Prune, TRAIN_KEYS, When};
@@ -207,7 +207,7 @@ pub struct ContinualReport {
     pub finished: bool,
     /// The tasks, in their order.
     pub tasks: Vec<String>,
-    /// The losses of all tasks before the first one is learnt, nats.
+    /// The losses of all tasks before the first one is learnt, nats; empty if the learning was interrupted before they were known.
     pub start: Vec<f64>,
     /// The tasks that were learnt.
     pub learnt: Vec<TaskReport>,
@@ -301,8 +301,8 @@ pub fn step_memory(model: &Config, config: &TrainConfig, method: &Method) -> u64
     work.saturating_add(stream::memory(config, method))
 }
 
-/// Learns `tasks`, one after the other. `progress` hears of every step, and while candidates of a step are scored, and says whether to go
-/// on. Returns the report of what is done.
+/// Learns `tasks`, one after the other. `progress` hears of every step, and while candidates of a step are scored and held-out text is
+/// evaluated, and says whether to go on. Returns the report of what is done.
 ///
 /// # Errors
 /// Settings, tasks, text and model that do not fit together; an output directory that cannot be used or is of other tasks; a loss
@@ -320,22 +320,24 @@ pub fn learn(
     let identity = identity(&model, tasks, &configs[0], &method)?;
     let folder = Folder::open(options, &identity)?;
 
-    let losses = |model: &Model| -> Result<Vec<f64>> {
-        texts.iter().map(|text| held_out_loss(model, text, &configs[0])).collect()
-    };
-    let start = folder.start(tasks.len(), || losses(&model))?;
     let total: u64 = tasks.iter().map(|task| task.steps).sum();
     let mut state = State::default();
+    let first = tasks.iter().find(|task| task.steps > 0).map_or("", |task| &task.name[..]);
+    let goes_on = &mut || progress(TaskProgress { name: first, done: 0, total, loss: None });
+    let measure = || held_out_losses(&model, &texts, &configs[0], goes_on);
+    let Some(start) = folder.start(tasks.len(), measure)? else {
+        return Ok(state.report(false, tasks, Vec::new()));
+    };
     let mut finished = true;
     for (at, task) in tasks.iter().enumerate().filter(|(_, task)| task.steps > 0) {
         let place = folder.place(at, &task.name);
+        let done: u64 = tasks[..at].iter().map(|task| task.steps).sum();
         let report = match folder.done(&place, task, &texts, at)? {
             Some(report) => {
                 model = Model::load(&place)?;
                 report
             }
             None => {
-                let done: u64 = tasks[..at].iter().map(|task| task.steps).sum();
                 let (config, anchor) = (&configs[at], state.anchor.as_ref());
                 let (texts, replay) = (&texts[..], &state.replay[..]);
                 let given = Given { task: at, config, method: &method, texts, replay, anchor };
@@ -353,17 +355,22 @@ pub fn learn(
                     break;
                 };
                 let replay = merge(&state.replay, &learnt.keep, state.reports.len() + 1, method.replay);
-                let report = report_of(&model, task, &learnt, (config, losses(&model)?, replay));
+                let report = report_of(&model, task, learnt, (config, replay));
                 folder.write(&place, &model, &report)?;
                 Checkpoints::clear(&options.out)?;
                 report
             }
         };
-        if method.ewc > 0.0 {
-            state.hold(&model, &texts, at, &configs[at])?;
-        }
         state.replay.clone_from(&report.replay);
         state.reports.push((at, report));
+        // Nothing is pulled to the weights after the last task.
+        if method.ewc > 0.0 && tasks[at + 1..].iter().any(|task| task.steps > 0) {
+            let now = TaskProgress { name: &task.name, done: done + task.steps, total, loss: None };
+            if !state.hold(&model, &texts, (at, &configs[at]), &mut || progress(now))? {
+                finished = false;
+                break;
+            }
+        }
     }
     if finished {
         // Those of the last task, if the process ended just before it removed them.
@@ -400,17 +407,24 @@ struct State {
 }
 
 impl State {
-    /// Adds the weights of `model` after task `at` to what the next tasks are pulled to.
-    fn hold(&mut self, model: &Model, texts: &[Mixture], at: usize, config: &TrainConfig) -> Result<()> {
+    /// Adds the weights of `model` after task `at` to what the next tasks are pulled to. Returns false, with nothing added, if
+    /// `goes_on` returns false meanwhile.
+    fn hold(
+        &mut self,
+        model: &Model,
+        texts: &[Mixture],
+        (at, config): (usize, &TrainConfig),
+        goes_on: &mut dyn FnMut() -> bool,
+    ) -> Result<bool> {
         let mut order = texts[at].interleaving(ANCHOR_WINDOWS, config.seed)?;
         let windows: Vec<Window> =
             order.batch_at(0).map(|sample| Window { task: at, window: sample.window }).collect();
-        let mut sum = fisher(model, texts, &windows, config)?;
+        let Some(mut sum) = fisher(model, texts, &windows, config, goes_on)? else { return Ok(false) };
         if let Some(before) = &self.anchor {
             sum.iter_mut().zip(&before.fisher).for_each(|(sum, before)| *sum += before);
         }
         self.anchor = Some(Anchor { params: model.params().to_vec(), fisher: sum });
-        Ok(())
+        Ok(true)
     }
 
     fn report(self, finished: bool, tasks: &[Task], start: Vec<f64>) -> ContinualReport {
@@ -434,8 +448,8 @@ impl State {
 fn report_of(
     model: &Model,
     task: &Task,
-    learnt: &Learnt,
-    (config, losses, replay): (&TrainConfig, Vec<f64>, Vec<Window>),
+    learnt: Learnt,
+    (config, replay): (&TrainConfig, Vec<Window>),
 ) -> TaskReport {
     let experts = model.config().num_experts().map_or(0.0, |n| n as f64);
     let active = learnt.active.map_or(experts, |share| share * experts);
@@ -446,7 +460,7 @@ fn report_of(
     TaskReport {
         name: task.name.clone(),
         steps: task.steps,
-        losses,
+        losses: learnt.losses,
         density: density(model.layout(), model.masks()),
         jump: learnt.jump,
         train_loss: learnt.loss,
@@ -528,17 +542,23 @@ impl Folder {
         Ok(Folder { out: out.clone(), source: options.model.clone(), _lock: lock })
     }
 
-    /// Returns the losses before the first task, which `measure` finds where they are not known.
-    fn start(&self, tasks: usize, measure: impl FnOnce() -> Result<Vec<f64>>) -> Result<Vec<f64>> {
+    /// Returns the losses before the first task, which `measure` finds where they are not known; none if it was stopped.
+    fn start(
+        &self,
+        tasks: usize,
+        measure: impl FnOnce() -> Result<Option<Vec<f64>>>,
+    ) -> Result<Option<Vec<f64>>> {
         let path = self.out.join(START_FILE);
         if path.is_file() {
             let known: Hashed<Vec<f64>> = files::read_json(&path)?;
             let known = known.checked().filter(|losses| losses.len() == tasks);
-            return known.ok_or_else(|| Error::checkpoint(&path, "it is not what was written; remove it"));
+            let known =
+                known.ok_or_else(|| Error::checkpoint(&path, "it is not what was written; remove it"));
+            return known.map(Some);
         }
-        let losses = measure()?;
+        let Some(losses) = measure()? else { return Ok(None) };
         files::write_json(&path, &Hashed::of(&losses))?;
-        Ok(losses)
+        Ok(Some(losses))
     }
 
     fn place(&self, at: usize, name: &str) -> PathBuf {

@@ -97,23 +97,28 @@ impl Passes {
     }
 }
 
-/// Returns the mean of the squared gradients of single windows: the empirical Fisher information.
+/// Returns the mean of the squared gradients of single windows: the empirical Fisher information. Returns `None` if `goes_on` returns
+/// false before all are added.
 pub(super) fn fisher(
     model: &Model,
     texts: &[Mixture],
     windows: &[Window],
     config: &TrainConfig,
-) -> Result<Vec<f32>> {
+    goes_on: &mut dyn FnMut() -> bool,
+) -> Result<Option<Vec<f32>>> {
     let config = TrainConfig { batch: 1, accumulate: 1, lanes: Some(1), ..config.clone() };
     let mut passes = Passes::new(model, &config)?;
     let mut sum = vec![0.0; model.layout().len()];
     for window in windows {
+        if !goes_on() {
+            return Ok(None);
+        }
         passes.gradient(model, texts, std::slice::from_ref(window), (0, 0.0))?;
         sum.iter_mut().zip(&*passes.engine.grads()?).for_each(|(sum, g)| *sum += g * g);
     }
     let count = windows.len().max(1) as f32;
     sum.iter_mut().for_each(|sum| *sum /= count);
-    Ok(sum)
+    Ok(Some(sum))
 }
 
 /// Returns the mean loss of every window, or `None` if `goes_on` returns false before all are known.
@@ -208,7 +213,7 @@ mod tests {
         let mut passes = Passes::new(&model, &config).unwrap();
         let first = passes.gradient(&model, &texts, &windows, (0, 0.0)).unwrap();
         let here = passes.engine.grads().unwrap().to_vec();
-        let fisher = fisher(&model, &texts, &windows, &config).unwrap();
+        let fisher = fisher(&model, &texts, &windows, &config, &mut || true).unwrap().unwrap();
         let scale = step_scale(0.05, first.norms.all);
         let saved = model.params().to_vec();
         ascend(model.params_mut(), &here, scale);

@@ -128,8 +128,12 @@ fn what_is_interrupted_ends_as_a_whole() {
         assert!(left == right, "{} differs", left.0);
     }
     assert_eq!(left.len(), right.len());
-    // Again: nothing is left to do, and nothing changes.
-    assert_eq!(learn(&parts, &tasks, &mut |_| panic!("a step")).unwrap(), report);
+    // Again: no step is left to take, and nothing changes.
+    let again = learn(&parts, &tasks, &mut |progress| {
+        assert_eq!(progress.loss, None, "a step");
+        true
+    });
+    assert_eq!(again.unwrap(), report);
 
     for file in ["start.json", "tasks/01-one/report.json", "tasks/01-one/model.safetensors"] {
         let path = bed.path("parts").join(file);
@@ -195,6 +199,10 @@ fn an_interruption_is_heard_while_candidates_are_scored() {
     let text = r#"{"prune": "none", "select": 0.25, "select_every": 6, "replay": 8}"#;
     let report = whole(&bed, "whole", method(text), &tasks);
     let parts = ContinualOptions { resume: true, ..options(&bed, "parts", method(text)) };
+    // The text is evaluated before the first task.
+    let start = bed.path("parts").join("start.json");
+    assert!(!learn(&parts, &tasks, &mut |_| !start.is_file()).unwrap().finished);
+    assert!(start.is_file());
     let mut before_a_step = 0;
     for calls in 1..12 {
         let mut heard = Vec::new();
@@ -208,6 +216,47 @@ fn an_interruption_is_heard_while_candidates_are_scored() {
     assert!(before_a_step > 0);
     assert_eq!(learn(&parts, &tasks, &mut |_| true).unwrap(), report);
     assert!(bytes(&bed.path("whole")) == bytes(&bed.path("parts")));
+}
+
+/// Much held-out text takes long to evaluate: before the first task, around the pruning at the end of a task, and after it. So does
+/// the Fisher information.
+#[test]
+fn an_interruption_is_heard_while_held_out_text_is_evaluated() {
+    for (name, experts, text) in [
+        ("end", false, r#"{"prune": "scores", "density": 0.5, "when": "end"}"#),
+        ("dual", false, r#"{"prune": "dual-averaging"}"#),
+        ("during", true, r#"{"prune": "magnitude", "density": 0.5, "every": 2}"#),
+        ("pulled", false, r#"{"ewc": 0.5, "replay": 8}"#),
+    ] {
+        let bed = Bed::new(experts);
+        let tasks = three(4);
+        let gates = if experts { "active_target=0.5" } else { "sparsity=1" };
+        let train = settings(&[gates, "lr=1e-2"]);
+        let of = |out: &str| ContinualOptions { train: train.clone(), ..options(&bed, out, method(text)) };
+        let report = learn(&of("whole"), &tasks, &mut |_| true).unwrap();
+        let parts = ContinualOptions { resume: true, ..of("parts") };
+        let (mut calls, mut between_steps) = (1, 0);
+        loop {
+            let mut heard = Vec::new();
+            let part = learn(&parts, &tasks, &mut |progress| {
+                heard.push(progress.done);
+                heard.len() < calls
+            });
+            let part = part.unwrap();
+            if part.finished {
+                assert_eq!(part, report, "{name}");
+                break;
+            }
+            // What is heard again after the last step of a task is no step.
+            let again = heard.windows(2).last().is_some_and(|last| last[0] == last[1] && last[0] % 4 == 0);
+            between_steps += usize::from(again && heard.last() > Some(&0));
+            calls += 1;
+            assert!(calls < 1000, "{name}: it does not come to its end");
+        }
+        assert!(between_steps > 0, "{name}: {between_steps}");
+        assert!(bytes(&bed.path("whole")) == bytes(&bed.path("parts")), "{name}");
+        assert!(!bed.path("parts").join("checkpoints").exists(), "{name}");
+    }
 }
 
 #[test]
