@@ -250,6 +250,15 @@ struct View {
     saved: Option<PathBuf>,
 }
 
+impl View {
+    /// Shows the part that is done of the work behind a step.
+    fn show_after(&mut self, what: &str, done: usize, all: usize) {
+        let share = format::percent(done as f64 / all as f64);
+        let step = self.last.as_ref().map_or(0, |record| record.step);
+        self.progress.set(step, self.steps, &format!("{what}: {share}"));
+    }
+}
+
 impl Observer for View {
     fn step(&mut self, record: &StepRecord) {
         let mut detail = format!("loss {:.4}", record.lm_loss);
@@ -265,12 +274,11 @@ impl Observer for View {
     }
 
     fn fitting(&mut self, done: usize, all: usize) {
-        let share = format::percent(done as f64 / all as f64);
-        self.progress.set(
-            self.last.as_ref().map_or(0, |record| record.step),
-            self.steps,
-            &format!("fitting thresholds: {share}"),
-        );
+        self.show_after("fitting thresholds", done, all);
+    }
+
+    fn evaluating(&mut self, done: usize, all: usize) {
+        self.show_after("evaluating", done, all);
     }
 
     fn evaluated(&mut self, step: u64, report: &EvalReport) {

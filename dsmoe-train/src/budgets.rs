@@ -123,15 +123,15 @@ pub(crate) fn fit_tokens(target: Option<f64>) -> usize {
 }
 
 /// Fits the thresholds of every budget to a text: the share of the text that they open is the budget's. The text is of
-/// sequences of `seq` tokens; the budgets beside a `target` take a part of it. `progress` gets the tokens that were read, of all
-/// that will be.
+/// sequences of `seq` tokens; the budgets beside a `target` take a part of it. `goes_on` is asked before every pass, with the
+/// tokens that were read, of all that will be; where it returns false, so does this, and `controller` is of no use.
 pub(crate) fn fit(
     controller: &mut ThresholdController,
     model: &mut Inference,
     (ids, seq): (&[u32], usize),
     target: Option<f64>,
-    mut progress: impl FnMut(usize, usize),
-) -> Result<()> {
+    goes_on: &mut dyn FnMut(usize, usize) -> Result<bool>,
+) -> Result<bool> {
     let (layers, mut workspace) = (model.config().num_layers, Workspace::default());
     let batch = (BATCH_TOKENS / seq).max(1) * seq;
     let (targets, mut losses) = (vec![IGNORE; batch], vec![0.0; batch]);
@@ -151,23 +151,25 @@ pub(crate) fn fit(
     let mut done = 0;
     for (at, whole) in fitted {
         for text in ids[..whole * seq].chunks(whole.div_ceil(FIT_PASSES) * seq) {
-            let Some(stats) = model.new_stats() else { return Ok(()) };
+            let Some(stats) = model.new_stats() else { return Ok(true) };
             let mut stats = stats.with_logits();
             let bars: Vec<f32> = controller.knots()[at].bars.iter().map(|&bar| bar as f32).collect();
             debug_assert_eq!(bars.len(), layers);
             model.set_thresholds(&bars)?;
             for inputs in text.chunks(batch) {
+                if !goes_on(done, all)? {
+                    return Ok(false);
+                }
                 let of = Batch { inputs, targets: &targets[..inputs.len()], seq };
                 model.score(&mut losses[..inputs.len()], of, Some(&mut stats), &mut workspace)?;
                 done += inputs.len();
-                progress(done, all);
             }
             if let Some(counts) = stats.logits() {
                 controller.fit(at, counts);
             }
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 #[cfg(test)]

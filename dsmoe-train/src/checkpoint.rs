@@ -84,6 +84,9 @@ pub(crate) struct State {
     /// Controller of the thresholds, where they hold the share.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) thresholds: Option<ThresholdController>,
+    /// What a stop left of the last step; none if all of it was done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) left: Option<Left>,
     /// Hash of the model the run started from.
     pub(crate) model_sha256: String,
     /// Hash of all token ids.
@@ -93,6 +96,16 @@ pub(crate) struct State {
     pub(crate) teacher: Option<TeacherId>,
     /// The resolved configuration.
     pub(crate) config: TrainConfig,
+}
+
+/// What follows a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Left {
+    /// The thresholds of all budgets are fitted, then the held-out text is evaluated.
+    Thresholds,
+    /// The held-out text is evaluated.
+    Evaluation,
 }
 
 impl State {
@@ -563,6 +576,7 @@ mod tests {
             thresholds: Some(
                 ThresholdController::new(vec![Knot { active: 0.5, bars: vec![0.1, -1.7] }], 9).unwrap(),
             ),
+            left: Some(Left::Evaluation),
             model_sha256: "ab".repeat(32),
             data_sha256: "cd".repeat(32),
             teacher: Some(TeacherId { path: "dense".into(), sha256: "ef".repeat(32) }),
@@ -584,11 +598,16 @@ mod tests {
         assert_eq!((&read.controller, &read.thresholds), (&state.controller, &state.thresholds));
         assert_eq!(read.sparsity_weight.to_bits(), state.sparsity_weight.to_bits());
         assert_eq!((&read.config, &read.teacher), (&state.config, &state.teacher));
+        assert_eq!(read.left, Some(Left::Evaluation));
+        // Older states do not have it, nor have those of a step of which all was done.
+        let whole = written(&text.replacen("\"left\": \"evaluation\",", "", 1)).unwrap();
+        assert!(whole.left.is_none() && !serde_json::to_string(&whole).unwrap().contains("\"left\""));
         for (from, to, wanted) in [
             ("\"format_version\": 1", "\"format_version\": 2", "format_version"),
             ("\"step\": 2", "\"step\": 3", "disagree"),
             ("\"seq\": 1024", "\"seq\": 0", "seq is 0"),
             ("\"tokens\"", "\"token\"", "unknown field `token`"),
+            ("\"evaluation\"", "\"nothing\"", "unknown variant `nothing`"),
         ] {
             let message = written(&text.replacen(from, to, 1)).unwrap_err().to_string();
             assert!(message.contains(wanted) && message.lines().count() == 1, "{message}");

@@ -155,9 +155,9 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// Continues a file after `step`: lines of later steps, and everything after a torn line, are cut off. A file
-    /// that is missing or has no complete header is started anew.
-    pub(crate) fn resume(path: &Path, step: u64, header: &Value) -> Result<Metrics> {
+    /// Continues a file after `step`: lines of later steps, and everything after a torn line, are cut off, and with `evaluates` the
+    /// evaluation after `step`, which comes again. A file that is missing or has no complete header is started anew.
+    pub(crate) fn resume(path: &Path, step: u64, evaluates: bool, header: &Value) -> Result<Metrics> {
         // Not to append: Windows does not let such a file be cut.
         let Ok(mut file) = OpenOptions::new().read(true).write(true).open(path) else {
             return Metrics::create(path, header);
@@ -170,7 +170,9 @@ impl Metrics {
             let whole = line.ends_with(b"\n").then(|| serde_json::from_slice::<Value>(&line).ok()).flatten();
             let Some(value) = whole else { break };
             let is_header = value.get("step").is_none();
-            let in_run = value.get("step").and_then(Value::as_u64).is_some_and(|at| at <= step);
+            let is_again = |at: u64| evaluates && at == step && value.get("eval_nll").is_some();
+            let in_run = value.get("step").and_then(Value::as_u64);
+            let in_run = in_run.is_some_and(|at| at <= step && !is_again(at));
             if (kept == 0) != is_header || !(is_header || in_run) {
                 break;
             }
@@ -252,9 +254,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(METRICS_FILE);
         let header = json!({"format_version": 1});
-        let resumed = |text: &str, step| {
+        let resumed = |text: &str, step, evaluates| {
             std::fs::write(&path, text).unwrap();
-            Metrics::resume(&path, step, &header).unwrap().line(&json!({"step": 99})).unwrap();
+            let mut metrics = Metrics::resume(&path, step, evaluates, &header).unwrap();
+            metrics.line(&json!({"step": 99})).unwrap();
             std::fs::read_to_string(&path).unwrap()
         };
         let head = "{\"format_version\":1}\n";
@@ -265,10 +268,13 @@ mod tests {
             (format!("{head}{{\"step\":3}}\n"), 0, ""),
             ("{\"form".to_owned(), 4, ""),
         ] {
-            assert_eq!(resumed(&text, step), format!("{head}{kept}{{\"step\":99}}\n"), "{text}");
+            assert_eq!(resumed(&text, step, false), format!("{head}{kept}{{\"step\":99}}\n"), "{text}");
         }
+        // The evaluation after the step was done, and was not in the checkpoint.
+        let again = format!("{head}{{\"step\":1}}\n{{\"step\":2}}\n{{\"step\":99}}\n");
+        assert_eq!(resumed(&format!("{head}{steps}{{\"step\":3}}\n"), 2, true), again);
         std::fs::remove_file(&path).unwrap();
-        Metrics::resume(&path, 4, &header).unwrap();
+        Metrics::resume(&path, 4, false, &header).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), head);
     }
 

@@ -10,6 +10,7 @@
 //! ```
 //! Several processes may share the steps of a run. The first one writes all files but those of checkpoints.
 
+mod after;
 mod directory;
 mod gates;
 mod options;
@@ -18,34 +19,33 @@ mod records;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use dsmoe_core::checkpoint::{Manifest, copy_companions};
 use dsmoe_core::shard::Shards;
-use dsmoe_core::{Device, Inference, Model};
+use dsmoe_core::{Device, Model};
 use dsmoe_datasets::overlap::TokenTexts;
 use dsmoe_datasets::{Interleaving, Mixture};
 use dsmoe_kernels::Isa;
 use dsmoe_kernels::comm::{Communicator, What};
 use dsmoe_router::{RoutingSummary, SparsityOver};
 
+use self::after::is_asked;
 pub use self::directory::check_out;
-use self::directory::{
-    CHECKPOINTS, FINAL_TEMPORARY, STOP_FILE, load_newest, prepare_directory, remove_stop_file,
-};
+use self::directory::{CHECKPOINTS, FINAL_TEMPORARY, load_newest, prepare_directory, remove_stop_file};
 pub(crate) use self::gates::{Held, held};
 use self::gates::{lower_top_k, with_top_k};
 pub use self::options::{RunOptions, TrainData};
 use self::records::{Records, header};
 use crate::budgets;
-use crate::checkpoint::{self, FORMAT_VERSION, State};
+use crate::checkpoint::{self, FORMAT_VERSION, Left, State};
 use crate::config::{Budget, NearDuplicates, TEACHER_TOP, TEACHER_WEIGHT, TrainConfig};
 use crate::engine::StepResult;
 #[cfg(feature = "cuda")]
 use crate::engine::check_gpu;
 use crate::error::{Error, Result};
-use crate::eval::{Domain, EvalOptions, EvalReport, evaluate_domains_on};
+use crate::eval::EvalReport;
 use crate::files;
 use crate::metrics::{StepRecord, resident_bytes, step_line};
 use crate::optim::AdamW;
@@ -88,6 +88,8 @@ pub trait Observer: Send {
     fn step(&mut self, _record: &StepRecord) {}
     /// Receives how many of all tokens the thresholds have been fitted to.
     fn fitting(&mut self, _done: usize, _all: usize) {}
+    /// Receives how many of all windows of the held-out text have been evaluated.
+    fn evaluating(&mut self, _done: usize, _all: usize) {}
     /// Receives an evaluation of the held-out text after `step` steps.
     fn evaluated(&mut self, _step: u64, _report: &EvalReport) {}
     /// Receives the checkpoint of `step` once it is on the disk.
@@ -125,7 +127,7 @@ impl Observer for () {}
 pub enum Outcome {
     /// All steps are done and the trained model is in the run directory.
     Finished,
-    /// Stopped on request after `step` steps, with a checkpoint.
+    /// Stopped on request after `step` steps, with a checkpoint if a step was taken. After all steps the evaluation is left.
     Interrupted {
         /// Steps done.
         step: u64,
@@ -304,6 +306,9 @@ impl Trainer {
             observer.note(&note);
         }
         let total = self.state.config.steps.unwrap_or(0);
+        if !self.finish_step(observer, stop)? {
+            return self.interrupted();
+        }
         if self.state.step >= total {
             observer.note(&format!("all {total} steps are done; writing the trained model"));
             let (dir, keep) = (self.options.out.join(CHECKPOINTS), self.state.config.keep);
@@ -315,7 +320,9 @@ impl Trainer {
         let stores = self.model.config().moe.as_ref().is_some_and(|moe| !moe.parts.budgets.is_empty());
         if self.state.step == 0 && !stores && matches!(self.state.config.budget(), Budget::Range(..)) {
             observer.note("the thresholds of the budgets are fitted to the first training text");
-            self.fit_thresholds(observer)?;
+            if !self.fit_thresholds(observer, stop)? {
+                return self.interrupted();
+            }
         }
         let last = self.options.stop_after.map_or(total, |n| total.min(self.state.step.saturating_add(n)));
         let started = Instant::now();
@@ -327,34 +334,37 @@ impl Trainer {
             let step = self.state.step;
             let due = |every: Option<u64>| every.is_some_and(|every| step.is_multiple_of(every));
             if step == total && self.state.thresholds.is_some() {
-                observer.note("the thresholds are fitted to the training text that comes next");
-                self.fit_thresholds(observer)?;
+                self.state.left = Some(Left::Thresholds);
+            } else if due(self.state.config.eval_every) || step == total {
+                self.state.left = Some(Left::Evaluation);
             }
-            if due(self.state.config.eval_every) || step == total {
-                self.evaluate_held_out(observer)?;
-            }
+            let is_whole = self.finish_step(observer, stop)?;
             if due(self.state.config.save_every) {
                 self.save(observer)?;
             }
-            if stopping && step < total {
+            if !is_whole || stopping && step < total {
                 break;
             }
         }
         self.save(observer)?;
-        if self.state.step < total {
-            by_first(&*self.options.comm, START, || remove_stop_file(&self.options.out))?;
-            return Ok(Outcome::Interrupted { step: self.state.step });
+        if self.state.step < total || self.state.left.is_some() {
+            return self.interrupted();
         }
         self.write_final()?;
         Ok(Outcome::Finished)
+    }
+
+    fn interrupted(&self) -> Result<Outcome> {
+        by_first(&*self.options.comm, START, || remove_stop_file(&self.options.out))?;
+        Ok(Outcome::Interrupted { step: self.state.step })
     }
 
     /// Takes one step and writes its records. Returns `None`, with nothing changed, when a single process is to stop. Also
     /// returns whether all processes are to stop after this step.
     fn take_step(&mut self, started: Instant, stop: &AtomicBool) -> Result<Option<(StepRecord, bool)>> {
         let began = Instant::now();
-        let stop_file = (self.options.comm.rank() == 0).then(|| self.options.out.join(STOP_FILE));
-        let asked = || stop.load(Ordering::Relaxed) || stop_file.as_ref().is_some_and(|file| file.exists());
+        let options = &self.options;
+        let asked = || is_asked(options, stop);
         let (over, penalty): (_, fn(&StepResult) -> f64) = match self.state.config.budget() {
             Budget::Weight(_) => (SparsityOver::Active, |result| result.sparsity_loss),
             _ if self.state.thresholds.is_some() => (SparsityOver::Held, |result| result.mean_gate),
@@ -428,81 +438,6 @@ impl Trainer {
         self.state.tokens = record.tokens;
         self.state.data_cursor = record.step * samples_per_step(&self.state.config);
         Ok(Some((record, result.stop)))
-    }
-
-    /// Writes the thresholds of the controller into the model's configuration, and opens its gates as the default budget
-    /// says.
-    fn store_thresholds(&mut self) -> Result<()> {
-        match &self.state.thresholds {
-            Some(controller) => budgets::store(&mut self.model, controller, self.state.config.active_target),
-            None => Ok(()),
-        }
-    }
-
-    /// Fits the thresholds of all budgets to the text that the next steps would read: in the first epoch the model has not seen
-    /// it, and routers open more of text that they have seen.
-    fn fit_thresholds(&mut self, observer: &mut dyn Observer) -> Result<()> {
-        let Some(mut controller) = self.state.thresholds.take() else { return Ok(()) };
-        let ids = self.text_nearby(budgets::fit_tokens(self.state.config.active_target))?;
-        self.stepper.engine.fetch(&mut self.model)?;
-        self.stepper.engine.release();
-        let dtype = self.state.config.dtype;
-        let mut model = match self.stepper.engine.lend() {
-            Some(weights) => Inference::lend(&self.model, weights, dtype)?,
-            None => Inference::new_on(&self.model, dtype, self.options.device)?,
-        };
-        let text = (&ids[..], self.state.config.seq);
-        let target = self.state.config.active_target;
-        budgets::fit(&mut controller, &mut model, text, target, |done, all| observer.fitting(done, all))?;
-        self.state.thresholds = Some(controller);
-        self.store_thresholds()
-    }
-
-    /// Returns whole sequences of the training text, up to `tokens` of them but at least one, that the next steps would read.
-    fn text_nearby(&mut self, tokens: usize) -> Result<Vec<u32>> {
-        let seq = self.state.config.seq;
-        let done = self.state.step * self.state.config.micro_batches();
-        let count = (tokens / (self.state.config.batch * seq)).max(1) as u64;
-        let (mut ids, mut window) = (Vec::new(), Vec::new());
-        for batch in done..done + count {
-            for sample in self.order.batch_at(batch) {
-                if ids.len() + seq > tokens.max(seq) {
-                    return Ok(ids);
-                }
-                window.clear();
-                self.mixture.window(sample, &mut window)?;
-                ids.extend_from_slice(&window[..seq]);
-            }
-        }
-        Ok(ids)
-    }
-
-    fn evaluate_held_out(&mut self, observer: &mut dyn Observer) -> Result<()> {
-        self.stepper.engine.fetch(&mut self.model)?;
-        self.store_thresholds()?;
-        let parts = self.mixture.parts().iter();
-        let domains: Vec<Domain<'_>> = parts
-            .map(|part| Domain { name: &part.name, weight: part.share, ids: part.split.valid_tokens() })
-            .collect();
-        if domains.iter().all(|domain| domain.ids.len() < 2) {
-            return Ok(());
-        }
-        // A window of `seq` predicted tokens, as in training.
-        let seq = (self.state.config.seq + 1).max(2);
-        self.stepper.engine.release();
-        let (dtype, device) = (self.state.config.dtype, self.options.device);
-        let model = match self.stepper.engine.lend() {
-            Some(weights) => Inference::lend(&self.model, weights, dtype)?,
-            None => Inference::new_on(&self.model, dtype, device)?,
-        };
-        let (comm, options) = (&*self.options.comm, EvalOptions::new(seq));
-        let report = evaluate_domains_on(comm, &model, &domains, options, &mut |_, _| {})?;
-        let step = self.state.step;
-        if let Some(records) = &mut self.records {
-            records.evaluation(step, &report)?;
-        }
-        observer.evaluated(step, &report);
-        Ok(())
     }
 
     /// Saves a checkpoint of the present step, unless there is one.
@@ -607,6 +542,7 @@ impl Prepared {
             sparsity_weight,
             controller,
             thresholds,
+            left: None,
             model_sha256,
             data_sha256: checkpoint::data_identity(&data.sources)?,
             teacher,

@@ -95,6 +95,13 @@ impl Watch<'_> {
     fn must_stop(&self) -> bool {
         STOP.load(Ordering::Relaxed) || *self.left == Some(0)
     }
+
+    /// Stops the training if the user wants it to.
+    fn hear(&self) {
+        if STOP.load(Ordering::Relaxed) {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Observer for Watch<'_> {
@@ -105,9 +112,20 @@ impl Observer for Watch<'_> {
         if let Some(left) = &mut *self.left {
             *left = left.saturating_sub(1);
         }
-        if self.must_stop() || self.next == Some(record.step) {
+        // After the last step the run goes to its end, unless the user wants it to stop.
+        let is_due = *self.left == Some(0) || self.next == Some(record.step);
+        if is_due && record.step < self.steps {
             self.stop.store(true, Ordering::Relaxed);
         }
+        self.hear();
+    }
+
+    fn fitting(&mut self, _: usize, _: usize) {
+        self.hear();
+    }
+
+    fn evaluating(&mut self, _: usize, _: usize) {
+        self.hear();
     }
 
     fn note(&mut self, message: &str) {

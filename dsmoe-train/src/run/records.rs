@@ -33,7 +33,7 @@ impl Records {
         files::replace(&options.out.join(CONFIG_FILE), resolved.as_bytes())?;
         let path = options.out.join(METRICS_FILE);
         let metrics = match saved {
-            Some(step) => Metrics::resume(&path, step, header)?,
+            Some(step) => Metrics::resume(&path, step, state.left.is_some(), header)?,
             None => Metrics::create(&path, header)?,
         };
         let events = EventWriter::create(&options.out, options.resume.then_some(state.step))?;

@@ -12,7 +12,7 @@ use dsmoe_router::BudgetController;
 use dsmoe_train::{Outcome, RunOptions, TrainConfig};
 
 /// A bed whose model has binary gates.
-fn switched() -> Bed {
+pub(crate) fn switched() -> Bed {
     let bed = Bed::new(true);
     edit_config(&bed.source, |moe| moe["gate_value"] = "binary".into());
     bed

@@ -13,5 +13,6 @@ mod processes;
 mod reconstruct;
 mod router_gradient;
 mod run_directory;
+mod stops;
 mod teacher;
 mod top_k;

@@ -542,6 +542,54 @@ fn all_stop_after_the_same_step_and_go_on() {
     }
 }
 
+/// Raises its flag when an evaluation of held-out text begins.
+struct StopInEvaluation<'s>(&'s AtomicBool);
+
+impl Observer for StopInEvaluation<'_> {
+    fn evaluating(&mut self, _: usize, _: usize) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn all_stop_in_an_evaluation_if_one_is_to_and_make_it_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = wide(dir.path(), "dense");
+    let more = ["sparsity=1", "lanes=2", "eval_every=4", "valid_fraction=0.5"];
+    let all = dir.path().join("all");
+    whole(&source, &all, 1, &more);
+    for zero in [Zero::Moments, Zero::Parameters] {
+        let out = dir.path().join(format!("out {zero:?}"));
+        let run = Shared { source: &source, out: &out, size: 2, steps: None, resume: false, zero };
+        std::thread::scope(|scope| {
+            for member in members(2, DEADLINE) {
+                scope.spawn(|| {
+                    let is_asked = member.rank() == 1;
+                    let options = run.options(Arc::new(member));
+                    let load = if zero == Zero::Parameters { Model::load_outline } else { Model::load };
+                    let model = load(&source).unwrap();
+                    let mut trainer = Trainer::new(model, &text(1), shared(&more), options).unwrap();
+                    let flag = AtomicBool::new(false);
+                    let (mut stop, mut ignore) = (StopInEvaluation(&flag), ());
+                    let observer: &mut dyn Observer = if is_asked { &mut stop } else { &mut ignore };
+                    let outcome = trainer.run(observer, &flag).unwrap();
+                    assert_eq!(outcome, Outcome::Interrupted { step: 4 });
+                });
+            }
+        });
+        let state = std::fs::read_to_string(out.join("checkpoints/step-00000004/state.json")).unwrap();
+        assert!(state.contains("\"left\": \"evaluation\""), "{state}");
+        Shared { resume: true, ..run }.run(&more);
+        let model = |out: &Path| std::fs::read(out.join("model.safetensors")).unwrap();
+        assert!(model(&out) == model(&all), "{zero:?}");
+        let evals = |out: &Path| -> Vec<Value> {
+            let lines = metrics(out);
+            lines.iter().map(|line| line["eval_nll"].clone()).filter(|nll| !nll.is_null()).collect()
+        };
+        assert_eq!(evals(&out), evals(&all), "{zero:?}");
+    }
+}
+
 #[test]
 fn the_others_learn_of_a_process_that_leaves() {
     let dir = tempfile::tempdir().unwrap();

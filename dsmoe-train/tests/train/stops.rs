@@ -1,0 +1,93 @@
+//! Stops behind a step: while thresholds are fitted, and while held-out text is evaluated.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use dsmoe_core::Model;
+use dsmoe_train::{EvalReport, Observer, Outcome, StepRecord, Trainer};
+
+use crate::common::*;
+use crate::held::switched;
+
+/// Raises the flag when it hears of the work behind steps for the `at`-th time.
+struct StopBehind<'s> {
+    stop: &'s AtomicBool,
+    at: usize,
+    calls: usize,
+    heard: Heard,
+}
+
+impl StopBehind<'_> {
+    fn hear(&mut self) {
+        self.calls += 1;
+        if self.calls == self.at {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Observer for StopBehind<'_> {
+    fn step(&mut self, record: &StepRecord) {
+        self.heard.step(record);
+    }
+    fn fitting(&mut self, done: usize, all: usize) {
+        assert!(done < all);
+        self.hear();
+    }
+    fn evaluating(&mut self, done: usize, all: usize) {
+        assert!(done <= all && all > 0);
+        self.hear();
+    }
+    fn evaluated(&mut self, step: u64, report: &EvalReport) {
+        self.heard.evaluated(step, report);
+    }
+}
+
+#[test]
+fn a_stop_behind_a_step_is_made_up_for() {
+    let bed = switched();
+    for (kind, more) in [
+        ("plain", &["eval_every=6", "steps=20", "keep=1"][..]),
+        ("target", &["active_target=0.4", "hold=threshold", "eval_every=8", "save_every=4"]),
+        ("range", &["active_range=[0.5, 1.0]"]),
+    ] {
+        let more = [&["valid_fraction=0.5", "steps=16"], more].concat();
+        let [whole, out] = ["whole", "parts"].map(|name| format!("{kind} {name}"));
+        let all = bed.whole(&whole, &more);
+        let (mut at, mut evals, mut steps, mut behind) = (1, Vec::new(), Vec::new(), 0);
+        loop {
+            let stop = AtomicBool::new(false);
+            let mut observer = StopBehind { stop: &stop, at, calls: 0, heard: Heard::default() };
+            let model = Model::load(&bed.source).unwrap();
+            let mut trainer = Trainer::new(model, &text(1), settings(&more), bed.resumed(&out)).unwrap();
+            let outcome = trainer.run(&mut observer, &stop).unwrap();
+            let heard = observer.heard;
+            steps.extend(heard.records.iter().map(|record| record.step));
+            evals.extend(heard.evals.iter().map(|(step, report)| (*step, report.ppl)));
+            let Outcome::Interrupted { step } = outcome else { break };
+            assert!(!bed.path(&out).join("model.safetensors").exists());
+            let state = bed.path(&out).join(format!("checkpoints/step-{step:08}/state.json"));
+            let left = std::fs::read_to_string(state).is_ok_and(|text| text.contains("\"left\""));
+            behind += usize::from(left);
+            at += 1 + at / 4;
+            assert!(at < 100_000, "{kind}: it does not come to its end");
+        }
+        assert!(behind > 0, "{kind}: no stop was heard behind a step");
+        // No step was taken twice, and every evaluation was made, with the same result.
+        assert_eq!(steps, Vec::from_iter(1..=all.records.len() as u64), "{kind}");
+        let wanted: Vec<(u64, f64)> = all.evals.iter().map(|(step, report)| (*step, report.ppl)).collect();
+        evals.dedup();
+        assert_eq!(evals, wanted, "{kind}");
+        let [whole, out] = [whole, out].map(|name| bed.path(&name));
+        assert_eq!(weights(&out), weights(&whole), "{kind}");
+        let config = |dir: &std::path::Path| std::fs::read_to_string(dir.join("config.json")).unwrap();
+        assert_eq!(config(&out), config(&whole), "{kind}");
+        let recorded = |dir: &std::path::Path| -> Vec<(u64, bool)> {
+            let lines = metrics(dir);
+            lines[1..]
+                .iter()
+                .map(|line| (line["step"].as_u64().unwrap(), line.get("eval_nll").is_some()))
+                .collect()
+        };
+        assert_eq!(recorded(&out), recorded(&whole), "{kind}");
+    }
+}
