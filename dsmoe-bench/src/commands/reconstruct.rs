@@ -15,7 +15,7 @@ use crate::calibration;
 use crate::cli::reconstruct::Reconstruct;
 use crate::files::lossy;
 use crate::format;
-use crate::interrupts::{INTERRUPTED, catch_interrupts_for, stop_of};
+use crate::interrupts::{CONTINUE, INTERRUPTED, Unpolled, catch_interrupts_for, stop_of};
 use crate::memory;
 use crate::progress::{Progress, Unit};
 use crate::ui::{Ui, stderr_line};
@@ -64,6 +64,8 @@ pub(crate) fn run(args: &Reconstruct, ui: &mut Ui) -> Result<ExitCode> {
         resume: args.resume,
     };
     catch_interrupts_for(ui, true)?;
+    // A layer may take long. Those that are done are kept.
+    let _unpolled = ui.call.is_none().then(|| Unpolled::begin(CONTINUE));
     let started = Instant::now();
     let mut progress = Progress::new(ui, "reconstructing layers", Unit::Parts, config.num_layers as u64);
     progress.polled();

@@ -81,6 +81,17 @@ pub(crate) fn weights(dir: &str) -> Vec<u8> {
     fs::read(path(dir).join("model.safetensors")).unwrap()
 }
 
+/// Makes a model of 3 M parameters, which takes seconds to evaluate some hundred thousand tokens, and returns its folder `name`.
+pub(crate) fn large_model(name: &str) -> &str {
+    let mut large = config();
+    for (key, value) in [("hidden_size", 192), ("intermediate_size", 768), ("num_hidden_layers", 6)] {
+        large[key] = value.into();
+    }
+    write(&format!("{name}.json"), large.to_string());
+    succeeds(&format!("init --config {name}.json --tokenizer tokenizer.json --out {name}"));
+    name
+}
+
 /// Copies the dense model for a test to spoil.
 pub(crate) fn copy_of_dense(name: &str) {
     for entry in fs::read_dir(path("dense")).unwrap() {
@@ -176,6 +187,32 @@ pub(crate) fn wait_until(what: &str, mut ready: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "{what}: not within a minute");
         sleep(Duration::from_millis(1));
     }
+}
+
+/// Waits until a process listens for SIGTERM; where the system does not tell, for a second.
+pub(crate) fn wait_for_handler(child: &Child) {
+    let status = format!("/proc/{}/status", child.id());
+    if !Path::new(&status).exists() {
+        return sleep(Duration::from_secs(1));
+    }
+    let is_caught = || {
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        let mask = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        // Bit 0 is signal 1.
+        mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+            .is_some_and(|mask| mask >> 14 & 1 == 1)
+    };
+    wait_until("a handler of signals", is_caught);
+}
+
+/// Sends SIGTERM, and checks that the command ends soon, with the exit status of an interruption and these words.
+pub(crate) fn ends_soon(child: Child, words: &[&str]) {
+    let asked = Instant::now();
+    let ended = end(child, "-TERM");
+    // Two seconds, and what a busy machine adds.
+    assert!(asked.elapsed() < Duration::from_secs(6), "{:?}", asked.elapsed());
+    assert_eq!(ended.code, 130, "{}", ended.stderr);
+    shows(&ended.stderr, words);
 }
 
 /// Sends a signal such as `-INT`, and waits for the end.

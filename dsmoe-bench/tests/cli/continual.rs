@@ -1,12 +1,10 @@
 //! `dsmoe continual`.
 
-use std::time::{Duration, Instant};
-
-use serde_json::json;
+use std::time::Duration;
 
 use crate::common::{
-    config, end, fails, json_of, kills_change_no_byte, list, number, path, read, read_json, shows, spawn,
-    succeeds, wait_until, write,
+    ends_soon, fails, json_of, kills_change_no_byte, large_model, list, number, path, read, read_json, shows,
+    spawn, succeeds, wait_until, write,
 };
 
 const TASKS: &str = "
@@ -101,31 +99,17 @@ fn kills_do_not_change_what_is_learnt() {
     kills_change_no_byte(line, "continual-kills/run", 2);
 }
 
-/// A model of 8 M parameters takes many seconds to evaluate the text that is held out here.
 #[test]
 fn a_signal_is_heard_while_held_out_text_is_evaluated() {
-    let mut large = config();
-    for (key, value) in [("hidden_size", 256), ("intermediate_size", 1024), ("num_hidden_layers", 8)] {
-        large[key] = json!(value);
-    }
-    write("continual-signal/config.json", large.to_string());
-    succeeds(
-        "init --config continual-signal/config.json --tokenizer tokenizer.json --out continual-signal/large",
-    );
-    write("continual-signal/first.txt", read("text.txt").repeat(12));
-    write("continual-signal/second.txt", read("text.txt").repeat(12));
+    let model = large_model("continual-signal/large");
+    write("continual-signal/first.txt", read("text.txt").repeat(4));
+    write("continual-signal/second.txt", read("text.txt").repeat(4));
     write("continual-signal/tasks.toml", TASKS.replace("valid_fraction = 0.1", "valid_fraction = 0.9"));
-    let line =
-        "continual continual-signal/tasks.toml --model continual-signal/large --out continual-signal/run";
+    let line = format!("continual continual-signal/tasks.toml --model {model} --out continual-signal/run");
     let child = spawn(&format!("{line} --quiet"));
     wait_until("the start", || path("continual-signal/run/continual.json").is_file());
     std::thread::sleep(Duration::from_millis(300));
-    let asked = Instant::now();
-    let ended = end(child, "-TERM");
-    // Two seconds, and what a busy machine adds.
-    assert!(asked.elapsed() < Duration::from_secs(6), "{:?}", asked.elapsed());
-    assert_eq!(ended.code, 130, "{}", ended.stderr);
-    shows(&ended.stderr, &["--resume"]);
+    ends_soon(child, &["--resume"]);
     assert!(!path("continual-signal/run/start.json").exists(), "the evaluation was over");
     std::fs::remove_dir_all(path("continual-signal")).unwrap();
 }

@@ -3,13 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::common::{
-    SEPARATOR, command, end, fails, finish, json_of, list, on_text, path, read, run, shows, spawn, succeeds,
-    texts, wait_until, write,
+    SEPARATOR, command, ends_soon, fails, finish, json_of, large_model, list, on_text, path, read, run,
+    shows, spawn, succeeds, texts, wait_for_handler, wait_until, write,
 };
 
 /// Copies a folder of files.
@@ -251,13 +251,48 @@ fn a_stage_that_takes_long_ends_soon_after_a_signal() {
     let child = spawn("reproduce --profile slow.toml --out slow-out --quiet");
     wait_until("the text stage", || path("slow-out/cache").is_dir());
     std::thread::sleep(Duration::from_millis(300));
-    let asked = Instant::now();
-    let ended = end(child, "-TERM");
-    // Two seconds, and what a busy machine adds.
-    assert!(asked.elapsed() < Duration::from_secs(6), "{:?}", asked.elapsed());
-    assert_eq!(ended.code, 130, "{}", ended.stderr);
-    shows(&ended.stderr, &["dsmoe: stopped; run the same command with --resume to continue"]);
+    ends_soon(child, &["dsmoe: stopped; run the same command with --resume to continue"]);
     fs::remove_dir_all(path("slow-out")).unwrap();
+}
+
+#[test]
+fn long_work_between_checkpoints_ends_soon_after_a_signal() {
+    // The first layer of a reconstruction takes hours.
+    let line = format!(
+        "reconstruct moe --teacher dense --calib text.txt --doc-separator {SEPARATOR} --samples 8 --seq 32 --steps 1000000 \
+         --out slow-layers --quiet"
+    );
+    let child = spawn(&line);
+    wait_for_handler(&child);
+    std::thread::sleep(Duration::from_millis(300));
+    ends_soon(child, &["dsmoe: stopped; run the same command with --resume to continue"]);
+    // So does the optimum of so many sets of 12 users.
+    let child = spawn("plan offload --users 12 --samples 100000 --heads 1 --quiet");
+    wait_for_handler(&child);
+    std::thread::sleep(Duration::from_millis(300));
+    ends_soon(child, &["dsmoe: stopped; nothing is kept of an experiment, run it again"]);
+}
+
+/// The evaluation after the only step of a training.
+#[test]
+fn a_training_ends_soon_after_a_signal_while_it_evaluates() {
+    let model = large_model("slow-evaluation/large");
+    write("slow-evaluation/text.txt", read("text.txt").repeat(4));
+    let line = format!(
+        "train {model} --data slow-evaluation/text.txt --doc-separator {SEPARATOR} --steps 1 --batch 1 --seq 32 \
+         --valid-fraction 0.95 --out slow-evaluation/run --quiet"
+    );
+    let child = spawn(&line);
+    let metrics = path("slow-evaluation/run/metrics.jsonl");
+    wait_until("the step", || fs::read_to_string(&metrics).is_ok_and(|text| text.contains("\"grad_norm\"")));
+    std::thread::sleep(Duration::from_millis(300));
+    ends_soon(child, &["--resume"]);
+    assert!(!fs::read_to_string(&metrics).unwrap().contains("eval_nll"), "the evaluation was over");
+    assert!(
+        read("slow-evaluation/run/checkpoints/step-00000001/state.json").contains("\"left\": \"evaluation\"")
+    );
+    assert!(!path("slow-evaluation/run/model.safetensors").exists());
+    fs::remove_dir_all(path("slow-evaluation")).unwrap();
 }
 
 #[test]

@@ -155,7 +155,7 @@ impl<'a> Responder<'a> {
         self
     }
 
-    /// Stops before the next forward pass once `flag` is raised.
+    /// Stops before the next document is encoded, or the next forward pass is made, once `flag` is raised.
     #[must_use]
     pub fn stop_at(mut self, flag: &'a AtomicBool) -> Responder<'a> {
         self.stop = Some(flag);
@@ -198,8 +198,15 @@ impl<'a> Responder<'a> {
         let (mut units, mut prompts) = (Vec::new(), Vec::new());
         let encoder = self.encoder();
         let open = sheet.open();
-        let encoded: Vec<Vec<Encoded<Work>>> =
-            open.par_iter().map(|&i| encode(&encoder, documents[i])).collect::<Result<_>>()?;
+        let stop = self.stop;
+        let encode = |&i: &usize| match is_raised(stop) {
+            true => Ok(Vec::new()),
+            false => encode(&encoder, documents[i]),
+        };
+        let encoded: Vec<Vec<Encoded<Work>>> = open.par_iter().map(encode).collect::<Result<_>>()?;
+        if self.stopped() {
+            return Ok(None);
+        }
         for (&i, works) in open.iter().zip(encoded) {
             let mut scored = Vec::new();
             for (j, work) in works.into_iter().enumerate() {
@@ -227,7 +234,7 @@ impl<'a> Responder<'a> {
     }
 
     fn stopped(&self) -> bool {
-        self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed))
+        is_raised(self.stop)
     }
 
     /// Runs the likelihoods. Returns false if it was stopped.
@@ -287,6 +294,10 @@ impl<'a> Responder<'a> {
         let &Responder { tokenizer, bos, profile, .. } = self;
         Encoder { tokenizer, bos, profile, start, positions: config.max_position }
     }
+}
+
+fn is_raised(flag: Option<&AtomicBool>) -> bool {
+    flag.is_some_and(|flag| flag.load(Ordering::Relaxed))
 }
 
 /// A forward pass over some units.

@@ -42,9 +42,6 @@ pub(super) fn run(args: &Eval, comm: &dyn Communicator, ui: &mut Ui) -> Result<E
     tokenizer.encode("", bos)?;
     let (loaded, left_out) = load(args, ui)?;
     check_alike(comm, args, &args.model, &[])?;
-    if args.out.is_some() {
-        catch_interrupts_for(ui, comm.rank() == 0)?;
-    }
     // The first process writes.
     let out = args.out.as_ref().filter(|_| comm.rank() == 0);
     let folder = out.map(|out| out.join(model_name(&args.model)));
@@ -57,6 +54,10 @@ pub(super) fn run(args: &Eval, comm: &dyn Communicator, ui: &mut Ui) -> Result<E
     }
     let runner =
         Runner { args, comm, model: &model, tokenizer: &tokenizer, bos, hash: model_sha256(&args.model)? };
+    if args.out.is_some() {
+        // Until here a signal ends the process at once: a large model takes long to load, and nothing is to be kept yet.
+        catch_interrupts_for(ui, comm.rank() == 0)?;
+    }
 
     let mut done = Vec::new();
     let mut journals = Vec::new();

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::train::fit_of;
 use crate::cli::plan::PlanOffload;
 use crate::format::{self, Table};
-use crate::interrupts::{STOP, catch_interrupts};
+use crate::interrupts::{STOP, Unpolled, catch_interrupts};
 use crate::planning::heads::passes;
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
@@ -20,6 +20,8 @@ pub(super) fn run(args: &PlanOffload, ui: &mut Ui) -> Result<()> {
         return plan(args, ui);
     }
     catch_interrupts()?;
+    // The optimum of many sets of users, and a pass over them, take long.
+    let _unpolled = Unpolled::begin("nothing is kept of an experiment, run it again");
     let found = Progress::during(ui, "networks", Unit::Parts, |show| {
         imitate(users, samples, usize::from(args.heads.heads), fit_of(&args.heads), &mut |done, all| {
             show(done as u64, all as u64);
