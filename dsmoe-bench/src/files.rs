@@ -87,35 +87,41 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 
 /// Writes a part of longer work as indented JSON, and enters it into the manifest of its folder.
 pub(crate) fn write_part(path: &Path, value: &impl Serialize) -> Result<()> {
-    // Between the two it is in no manifest, so that a killed process leaves none that counts as damaged.
-    Manifest::forget(folder_of(path), &name_of(path))?;
+    let (folder, name) = (folder_of(path), name_of(path));
+    fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    // Between the two the manifest does not have it: what a killed process leaves does not count as damaged, nor as whole.
+    Manifest::withhold(folder, &name)?;
     write_json(path, value)?;
-    Ok(Manifest::enter(folder_of(path), &name_of(path))?)
+    Ok(Manifest::enter(folder, &name)?)
 }
 
-/// Reads what [`write_part`] wrote. A file that no manifest names was written before there were manifests, or by a process that was
-/// killed before it could enter it.
+/// Reads what [`write_part`] wrote. In a folder without a manifest it was written before there were manifests; otherwise one that was
+/// not entered is refused, since nothing says that it is whole.
 pub(crate) fn read_part<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = read(path)?;
-    if let Some(manifest) = Manifest::read(folder_of(path))?
-        && manifest.contradicts(&name_of(path), text.as_bytes())
-    {
-        bail!("{}: it is not what was written, by {MANIFEST_FILE} beside it; remove it", path.display());
+    let (text, name, place) = (read(path)?, name_of(path), path.display());
+    if let Some(manifest) = Manifest::read(folder_of(path))? {
+        if !manifest.names(&name) {
+            bail!(
+                "{place}: {MANIFEST_FILE} beside it does not have it; continue the run that was killed, with --resume"
+            );
+        }
+        if !manifest.holds(&name, text.as_bytes()) {
+            bail!("{place}: it is not what was written, by {MANIFEST_FILE} beside it; remove it");
+        }
     }
     serde_json::from_str(&text).with_context(|| path.display().to_string())
 }
 
-/// Returns a part that is done, or computes and keeps it. One that is not what was written is computed again; one that a killed
-/// process did not enter into the manifest is entered.
+/// Returns a part that is done, or computes and keeps it. One that the manifest of its folder does not have as it is is computed
+/// again: it was changed, a process was killed before it entered it, or there were no manifests yet.
 pub(crate) fn done_or<T: Serialize + DeserializeOwned>(
     path: &Path,
     compute: impl FnOnce() -> Result<T>,
 ) -> Result<T> {
-    if let Ok(done) = read_part(path) {
-        let (folder, name) = (folder_of(path), name_of(path));
-        if !Manifest::read(folder)?.is_some_and(|manifest| manifest.names(&name)) {
-            Manifest::enter(folder, &name)?;
-        }
+    let is_entered = Manifest::read(folder_of(path)).ok().flatten();
+    if is_entered.is_some_and(|manifest| manifest.names(&name_of(path)))
+        && let Ok(done) = read_part(path)
+    {
         return Ok(done);
     }
     let made = compute()?;
@@ -214,24 +220,40 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_part_that_was_being_replaced_counts_as_it_is() {
+    fn a_part_that_was_not_entered_is_made_again() {
         let work = tempfile::tempdir().unwrap();
         let path = work.path().join("runs/a.json");
         write_part(&path, &1).unwrap();
         write_part(&path, &2).unwrap();
-        assert_eq!(read_part::<u8>(&path).unwrap(), 2);
+        assert_eq!((read_part::<u8>(&path).unwrap(), done_or(&path, || Ok(9)).unwrap()), (2, 2));
         // JSON has no such keys: the write ends before the new content is entered.
         write_part(&path, &std::collections::BTreeMap::from([((1, 2), 3)])).unwrap_err();
         write_json(&path, &4).unwrap();
-        assert_eq!(read_part::<u8>(&path).unwrap(), 4);
+        let message = read_part::<u8>(&path).unwrap_err().to_string();
+        assert!(message.contains("a.json: checksums.json beside it does not have it"), "{message}");
         // The process was killed while it wrote the manifest. No process has the largest number.
         let left = work.path().join("runs/.checksums.json.tmp-4294967295");
         fs::write(&left, "{").unwrap();
-        assert_eq!(done_or(&path, || Ok(5)).unwrap(), 4);
+        assert_eq!(done_or(&path, || Ok(5)).unwrap(), 5);
         assert!(Manifest::read(folder_of(&path)).unwrap().unwrap().names("a.json"));
         assert!(!left.exists() || !Path::new("/proc/self").exists());
         fs::write(&path, "6").unwrap();
-        assert_eq!(done_or(&path, || Ok(5)).unwrap(), 5, "another content than was entered");
+        let message = read_part::<u8>(&path).unwrap_err().to_string();
+        assert!(message.contains("a.json: it is not what was written"), "{message}");
+        assert_eq!(done_or(&path, || Ok(7)).unwrap(), 7, "another content than was entered");
+    }
+
+    #[test]
+    fn a_first_part_that_was_not_entered_is_no_part_of_before_there_were_manifests() {
+        let work = tempfile::tempdir().unwrap();
+        let path = work.path().join("runs/a.json");
+        write_part(&path, &std::collections::BTreeMap::from([((1, 2), 3)])).unwrap_err();
+        write_json(&path, &4).unwrap();
+        read_part::<u8>(&path).unwrap_err();
+        // Records of earlier versions are read as they are, and points of them are measured again.
+        fs::remove_file(path.with_file_name(MANIFEST_FILE)).unwrap();
+        assert_eq!(read_part::<u8>(&path).unwrap(), 4);
+        assert_eq!(done_or(&path, || Ok(5)).unwrap(), 5);
     }
 
     #[test]

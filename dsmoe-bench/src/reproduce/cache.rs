@@ -84,24 +84,24 @@ impl Cache {
     /// Returns the result of a stage, if it was done and its files are what was written.
     pub(crate) fn get<T: DeserializeOwned>(&self, stage: &str, key: &Key) -> Option<T> {
         let dir = self.dir(stage, key);
-        let result = read_part(&dir.join(RESULT)).ok()?;
-        self.is_whole(&dir).then_some(result)
+        if !self.is_whole(&dir) {
+            return None;
+        }
+        read_part(&dir.join(RESULT)).ok()
     }
 
-    /// Compares the files of a stage with their manifest, once. Weights that were discarded are not missed.
+    /// Compares the files of a stage with their manifest, once. Weights that were discarded are not missed. The manifest has the
+    /// result: one that does not is of single parts, and what has none was written before there were manifests, or by a process
+    /// that was killed before it wrote it.
     fn is_whole(&self, dir: &Path) -> bool {
         let mut whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
         if whole.contains(dir) {
             return true;
         }
-        let holds = match Manifest::read(dir) {
-            // A stage of before there were manifests.
-            Ok(None) => true,
-            Ok(Some(manifest)) => {
-                manifest.verify(dir, &mut |_, _| ()).is_ok_and(|found| found.changed.is_empty())
-            }
-            Err(_) => false,
-        };
+        let Ok(Some(manifest)) = Manifest::read(dir) else { return false };
+        let is_unchanged =
+            || manifest.verify(dir, &mut |_, _| ()).is_ok_and(|found| found.changed.is_empty());
+        let holds = manifest.names(RESULT) && is_unchanged();
         if holds {
             whole.insert(dir.to_path_buf());
         }
@@ -136,21 +136,29 @@ impl Cache {
         if let Some(done) = self.get(stage, key) {
             return Ok(done);
         }
-        if dir.join(RESULT).exists() {
-            // It was done, and something in it is damaged.
-            empty(&dir)?;
+        let path = dir.join(RESULT);
+        if path.exists() {
+            match Manifest::read(&dir) {
+                // Its process was killed before it entered the result. The rest is that of an interrupted try.
+                Ok(manifest) if !manifest.is_some_and(|manifest| manifest.names(RESULT)) => {
+                    fs::remove_file(&path).with_context(|| path.display().to_string())?;
+                }
+                // It was done, and something in it is damaged.
+                _ => empty(&dir)?,
+            }
         }
         let result = work(&dir)?;
-        write_json(&dir.join(RESULT), &result)?;
+        write_json(&path, &result)?;
         Manifest::write(&dir, &Sums::default())?;
         drop(claim);
         Ok(result)
     }
 }
 
-/// Removes all files of a stage but the claim.
+/// Removes all files of a stage but the claim. The result goes first: without it the rest counts as an interrupted try.
 fn empty(dir: &Path) -> Result<()> {
-    let at = || dir.display().to_string();
+    let (at, result) = (|| dir.display().to_string(), dir.join(RESULT));
+    fs::remove_file(&result).with_context(|| result.display().to_string())?;
     for entry in fs::read_dir(dir).with_context(at)? {
         let entry = entry.with_context(at)?;
         let path = entry.path();
@@ -178,6 +186,7 @@ fn claim(path: &Path) -> Result<Option<File>> {
 
 #[cfg(test)]
 mod tests {
+    use dsmoe_core::checkpoint::MANIFEST_FILE;
     use serde_json::json;
 
     use super::*;
@@ -221,6 +230,46 @@ mod tests {
         assert!(failed.unwrap_err().is::<Interrupted>() && cache.get::<u64>("s", &key).is_none());
     }
 
+    /// The process was killed between the write of the result and that of the manifest.
+    #[test]
+    fn a_result_that_was_not_entered_does_not_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = Key::of("s", &json!(1));
+        let run = |value: u64, parts: usize| -> u64 {
+            let cache = Cache::new(dir.path().to_path_buf());
+            let work = |dir: &Path| -> Result<u64> {
+                // What an interrupted try leaves is there, and its result is not.
+                assert!(!dir.join(RESULT).exists());
+                assert_eq!(
+                    fs::read_dir(dir)?.filter(|entry| entry.as_ref().unwrap().file_name() != CLAIM).count(),
+                    parts
+                );
+                crate::files::write_part(&dir.join("at-0.json"), &value)?;
+                fs::write(dir.join("weights"), value.to_string())?;
+                Ok(value)
+            };
+            cache.stage("s", &key, IfBusy::Leave, work).unwrap()
+        };
+        assert_eq!((run(1, 0), run(2, 0)), (1, 1));
+        let stage = Cache::new(dir.path().to_path_buf()).dir("s", &key);
+        // No manifest at all: the weights are still there.
+        fs::remove_file(stage.join(MANIFEST_FILE)).unwrap();
+        assert_eq!((run(3, 2), run(4, 0)), (3, 3));
+        // A manifest of the part alone.
+        fs::remove_file(stage.join(MANIFEST_FILE)).unwrap();
+        Manifest::enter(&stage, "at-0.json").unwrap();
+        assert_eq!((run(5, 3), run(6, 0)), (5, 5));
+        assert!(Manifest::read(&stage).unwrap().unwrap().names(RESULT));
+        // What is changed is not used for another try.
+        fs::write(stage.join("weights"), "9").unwrap();
+        assert_eq!((run(7, 0), run(8, 0)), (7, 7));
+        // The process was killed when it had begun to remove what is damaged.
+        fs::write(stage.join("weights"), "9").unwrap();
+        fs::remove_file(stage.join(RESULT)).unwrap();
+        fs::remove_file(stage.join("weights")).unwrap();
+        assert_eq!(run(9, 2), 9);
+    }
+
     #[test]
     fn a_stage_that_another_does_is_left_or_waited_for() {
         let dir = tempfile::tempdir().unwrap();
@@ -243,6 +292,7 @@ mod tests {
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| cache.stage("s", &key, IfBusy::Wait, |_| Ok(4u64)).unwrap());
             write_json(&cache.dir("s", &key).join(RESULT), &3u64).unwrap();
+            Manifest::write(&cache.dir("s", &key), &Sums::default()).unwrap();
             drop(held);
             assert_eq!(waiting.join().unwrap(), 3);
         });

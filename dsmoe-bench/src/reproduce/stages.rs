@@ -24,7 +24,7 @@ use super::profile::Role;
 use super::records::{BASE, Made, Milestone, Run, Timing, Trained};
 use super::training::{Training, remove_checkpoints, remove_weights, settled, training_speed};
 use super::work::{Stage, Work};
-use crate::files::{read_part, write_part};
+use crate::files::{done_or, read_part};
 
 /// A model as a method made it.
 struct Start {
@@ -195,21 +195,20 @@ impl Stages<'_> {
                 name: &id,
             };
             training.run(steps_left, ui, &mut |share, step, model| {
-                let path = file(share);
-                if path.is_file() {
-                    return Ok(());
-                }
-                let mut model = Inference::new_on(model, precision, device)?;
-                let mut found = Vec::new();
-                for &serves in &serves {
-                    if let Some(active) = serves {
-                        model.set_active(active)?;
+                let compute = || {
+                    let mut model = Inference::new_on(model, precision, device)?;
+                    let mut found = Vec::new();
+                    for &serves in &serves {
+                        if let Some(active) = serves {
+                            model.set_active(active)?;
+                        }
+                        let (text, _) = measure::text(&model, &text.held_out, costs.seq, inputs.windows())?;
+                        let tokens = step * config.tokens_per_step();
+                        found.push(Milestone { share, step, tokens, serves, means: text.means });
                     }
-                    let (text, _) = measure::text(&model, &text.held_out, costs.seq, inputs.windows())?;
-                    let tokens = step * config.tokens_per_step();
-                    found.push(Milestone { share, step, tokens, serves, means: text.means });
-                }
-                write_part(&path, &found)
+                    Ok(found)
+                };
+                done_or(&file(share), compute).map(drop)
             })?;
             let steps = config.clone().resolve()?.steps.unwrap_or(0);
             let milestones: Vec<Vec<Milestone>> =

@@ -299,6 +299,19 @@ impl Manifest {
         }
     }
 
+    /// Makes the manifest of `dir` one that does not have the file `name`: without it, or a new one without any file where there is
+    /// none, or none that can be read. Called before the file is written, it lets a file that no process entered be told from one of
+    /// a directory without a manifest.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn withhold(dir: &Path, name: &str) -> Result<()> {
+        match Manifest::read(dir).ok().flatten() {
+            Some(_) => Manifest::forget(dir, name),
+            None => Manifest { files: BTreeMap::new() }.replace(dir),
+        }
+    }
+
     /// Replaces the manifest of `dir`.
     fn replace(&self, dir: &Path) -> Result<()> {
         let path = dir.join(MANIFEST_FILE);
@@ -544,6 +557,25 @@ mod tests {
         assert!(!forgotten.contradicts("a.txt", b"changed") && forgotten.holds("empty", b""));
         Manifest::renew(dir.path(), "a.txt").unwrap();
         assert!(Manifest::read(dir.path()).unwrap().unwrap().holds("a.txt", b"changed"));
+    }
+
+    #[test]
+    fn a_file_that_is_withheld_is_told_from_one_of_before_there_was_a_manifest() {
+        let dir = filled();
+        for before in ["", "{"] {
+            fs::write(dir.path().join(MANIFEST_FILE), before).unwrap();
+            Manifest::withhold(dir.path(), "a.txt").unwrap();
+            let begun = Manifest::read(dir.path()).unwrap().unwrap();
+            assert!(begun.files.is_empty() && !begun.names("a.txt"));
+            fs::remove_file(dir.path().join(MANIFEST_FILE)).unwrap();
+            Manifest::withhold(dir.path(), "a.txt").unwrap();
+            assert_eq!(Manifest::read(dir.path()).unwrap(), Some(begun));
+        }
+        Manifest::enter(dir.path(), "a.txt").unwrap();
+        Manifest::enter(dir.path(), "empty").unwrap();
+        Manifest::withhold(dir.path(), "a.txt").unwrap();
+        let left = Manifest::read(dir.path()).unwrap().unwrap();
+        assert!(!left.names("a.txt") && left.holds("empty", b""));
     }
 
     #[test]
