@@ -14,9 +14,10 @@ use crate::reader::Packing;
 use crate::remedy::Remedy;
 use crate::selection::Selection;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,6 +25,9 @@ use std::time::SystemTime;
 
 /// Rows at the start of a file that may all lack the text column before it counts as misnamed.
 const PATIENCE: u64 = 1000;
+
+/// The largest number of files of a corpus. One that is named several times counts as often.
+pub const MOST_FILES: usize = 1 << 20;
 
 /// The customary text between two documents of a text file.
 pub const DOC_SEPARATOR: &str = "<|endoftext|>";
@@ -64,6 +68,7 @@ pub struct Document {
     pub source: usize,
 }
 
+#[derive(Clone)]
 struct CorpusFile {
     path: PathBuf,
     format: &'static dyn CorpusFormat,
@@ -86,10 +91,11 @@ impl Corpus {
     /// Opens a corpus: each of `paths` is a file or a directory. A directory is searched recursively, in
     /// the order of names, for `.txt`, `.text`, `.md`, `.tex`, `.jsonl` and `.json` files, also with `.gz`, `.zst`, `.bz2`
     /// or `.xz` appended, `.parquet` files, and those of formats that were added. Linked directories are searched too, each directory once. A file named by
-    /// itself may end otherwise and is read as text.
+    /// itself may end otherwise and is read as text. A path that is named several times is looked at once, and read as often.
     ///
     /// # Errors
-    /// A path that does not exist or is no regular file, a directory without such files, an empty separator.
+    /// A path that does not exist or is no regular file, a directory without such files, an empty separator, more than
+    /// [`MOST_FILES`] files.
     pub fn open(paths: &[PathBuf], options: CorpusOptions) -> Result<Corpus> {
         if options.doc_separator.as_deref() == Some("") {
             return Err(Error::setting_range(
@@ -98,8 +104,18 @@ impl Corpus {
                 "at least one character, or leave it out",
             ));
         }
-        let mut files = Vec::new();
+        let mut files: Vec<CorpusFile> = Vec::new();
+        let mut total_bytes = 0u64;
+        // The files of each path, and their bytes.
+        let mut known: HashMap<&Path, (Range<usize>, u64)> = HashMap::new();
         for path in paths {
+            if let Some((found, bytes)) = known.get(path.as_path()) {
+                check_count(path, files.len() + found.len())?;
+                files.extend_from_within(found.clone());
+                total_bytes = total_bytes.saturating_add(*bytes);
+                continue;
+            }
+            let first = files.len();
             let metadata = fs::metadata(path).map_err(|cause| match cause.kind() {
                 ErrorKind::NotFound => {
                     Error::file(path, "there is no such file or folder", "name the text that is to be read")
@@ -107,9 +123,8 @@ impl Corpus {
                 _ => Error::io(path)(cause),
             })?;
             if metadata.is_dir() {
-                let before = files.len();
                 search(path, &mut Searched::default(), &mut files)?;
-                if files.len() == before {
+                if files.len() == first {
                     return Err(Error::NoTextFiles { path: path.clone() });
                 }
             } else if metadata.is_file() {
@@ -118,10 +133,14 @@ impl Corpus {
             } else {
                 return Err(Error::NotAFile { path: path.clone() });
             }
-        }
-        let mut total_bytes = 0;
-        for file in &files {
-            total_bytes += fs::metadata(&file.path).map_err(Error::io(&file.path))?.len();
+            check_count(path, files.len())?;
+            let mut bytes = 0u64;
+            for file in &files[first..] {
+                let len = fs::metadata(&file.path).map_err(Error::io(&file.path))?.len();
+                bytes = bytes.saturating_add(len);
+            }
+            total_bytes = total_bytes.saturating_add(bytes);
+            known.insert(path, (first..files.len(), bytes));
         }
         Ok(Corpus { files, options, total_bytes, notes: Mutex::default() })
     }
@@ -167,10 +186,11 @@ impl Corpus {
     /// skipped.
     pub(crate) fn documents_from(&self, start: Position) -> Result<Documents<'_>> {
         let mut documents = self.documents();
-        for file in &self.files[..start.file.min(self.files.len())] {
-            let size = fs::metadata(&file.path).map_err(Error::io(&file.path))?.len();
-            documents.bytes_read.fetch_add(size, Ordering::Relaxed);
-        }
+        let before = &self.files[..start.file.min(self.files.len())];
+        let sizes =
+            of_files(before, |file| Ok(fs::metadata(&file.path).map_err(Error::io(&file.path))?.len()))?;
+        let bytes = sizes.iter().fold(0u64, |sum, size| sum.saturating_add(*size));
+        documents.bytes_read.fetch_add(bytes, Ordering::Relaxed);
         documents.next_file = start.file;
         documents.found = start != Position::default();
         for _ in 0..start.documents {
@@ -182,7 +202,7 @@ impl Corpus {
     /// Returns what identifies the content of each file whatever its name: its bytes and how they are read. `progress`
     /// receives the number of bytes done.
     pub(crate) fn content_hashes(&self, progress: &mut dyn FnMut(u64)) -> Result<Vec<String>> {
-        let mut done = 0;
+        let mut done = 0u64;
         let hash = |file: &CorpusFile| {
             let mut hashed = |bytes| {
                 done += bytes;
@@ -191,7 +211,10 @@ impl Corpus {
             let hash = sha256_of(&file.path, &mut hashed).map_err(Error::io(&file.path))?;
             Ok(format!("{} {:?} {hash}", file.format.name(), file.packing))
         };
-        self.files.iter().map(hash).collect()
+        let hashes = of_files(&self.files, hash)?;
+        // Of a file that is named several times only the first mention was read.
+        progress(self.total_bytes);
+        Ok(hashes)
     }
 
     /// Returns what a user should know about the files that were read to their ends: rows left out, separators that never
@@ -218,7 +241,7 @@ impl Corpus {
             let metadata = fs::metadata(&file.path).map_err(Error::io(&file.path))?;
             Ok((metadata.len(), metadata.modified().ok()))
         };
-        self.files.iter().map(stamp).collect()
+        of_files(&self.files, stamp)
     }
 
     /// Checks that the files are still as `stamps` says.
@@ -238,6 +261,11 @@ impl Corpus {
         Error::Memory { files: self.named(), ids }
     }
 
+    /// Makes the error for a document of file `file` of which there is no memory to encode `bytes` bytes.
+    pub(crate) fn too_long(&self, file: usize, bytes: usize, memory: u64) -> Error {
+        Error::Encoding { files: self.files[file].path.display().to_string(), bytes, memory }
+    }
+
     fn named(&self) -> String {
         match &self.files[..] {
             [] => "no file given".into(),
@@ -245,6 +273,33 @@ impl Corpus {
             [file, rest @ ..] => format!("{} and {} more", file.path.display(), rest.len()),
         }
     }
+}
+
+/// Refuses more files than [`MOST_FILES`], of which `path` names the last.
+fn check_count(path: &Path, count: usize) -> Result<()> {
+    if count <= MOST_FILES {
+        return Ok(());
+    }
+    let reason = format!("with it the text has more than {MOST_FILES} files");
+    Err(Error::file(path, reason, "join small files into larger ones, or name this path less often"))
+}
+
+/// Computes a value of every file, once for each path.
+fn of_files<T: Clone>(files: &[CorpusFile], mut of: impl FnMut(&CorpusFile) -> Result<T>) -> Result<Vec<T>> {
+    let mut known: HashMap<&Path, T> = HashMap::new();
+    let mut values = Vec::with_capacity(files.len());
+    for file in files {
+        let value = match known.get(file.path.as_path()) {
+            Some(value) => value.clone(),
+            None => {
+                let value = of(file)?;
+                known.insert(&file.path, value.clone());
+                value
+            }
+        };
+        values.push(value);
+    }
+    Ok(values)
 }
 
 /// Directories that were searched, and all directories above them.

@@ -34,6 +34,18 @@ const SPACE: char = '\u{2581}';
 const MAX_WORDS: usize = 1 << 17;
 const MAX_WORD: usize = 64;
 
+/// A text or word of so many bytes, more than the memory lets the crate encode.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} bytes are more than the memory lets be encoded at once")]
+pub(crate) struct TooLong(pub(crate) usize);
+
+impl TooLong {
+    /// Refuses a text of more than `most` bytes.
+    pub(crate) fn check(text: &str, most: usize) -> Result<(), TooLong> {
+        if text.len() > most { Err(TooLong(text.len())) } else { Ok(()) }
+    }
+}
+
 /// Encodes as one tokenizer does.
 pub(crate) struct Encoder {
     words: Words,
@@ -78,18 +90,26 @@ impl Encoder {
         Some(Encoder { words, added, tables: Mutex::default() })
     }
 
-    /// Appends the ids of `text`, without a BOS; false, with `ids` as it was, if the crate has to do it.
-    pub(crate) fn encode(&self, model: &BPE, text: &str, ids: &mut Vec<u32>) -> tokenizers::Result<bool> {
+    /// Appends the ids of `text`, without a BOS; false, with `ids` as it was, if the crate has to do it. A word of more than `most`
+    /// bytes that no table has is refused.
+    pub(crate) fn encode(
+        &self,
+        model: &BPE,
+        text: &str,
+        ids: &mut Vec<u32>,
+        most: usize,
+    ) -> tokenizers::Result<bool> {
         if self.added.as_ref().is_some_and(|added| added.is_match(text)) {
             return Ok(false);
         }
         let taken = self.tables.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut table = taken.unwrap_or_default();
         let done = match &self.words {
-            Words::Pattern(pattern) => pattern
-                .split(text, &mut |word| table.encode(word, ids, &|word| model.tokenize(&as_chars(word)))),
+            Words::Pattern(pattern) => pattern.split(text, &mut |word| {
+                table.encode(word, ids, most, &|word| model.tokenize(&as_chars(word)))
+            }),
             Words::Pairs(pairs) => {
-                pairs.split(text, &mut |word| table.encode(word, ids, &|word| model.tokenize(word)))
+                pairs.split(text, &mut |word| table.encode(word, ids, most, &|word| model.tokenize(word)))
             }
         };
         self.tables.lock().unwrap_or_else(PoisonError::into_inner).push(table);
@@ -373,6 +393,7 @@ impl Table {
         &mut self,
         word: &str,
         ids: &mut Vec<u32>,
+        most: usize,
         model: &dyn Fn(&str) -> tokenizers::Result<Vec<tokenizers::Token>>,
     ) -> tokenizers::Result<()> {
         // The ids of a long document may be more than the memory holds.
@@ -381,6 +402,7 @@ impl Table {
             ids.extend_from_slice(&self.ids[start as usize..end as usize]);
             return Ok(());
         }
+        TooLong::check(word, most)?;
         let tokens = model(word)?;
         ids.try_reserve(tokens.len())?;
         ids.extend(tokens.iter().map(|token| token.id));
@@ -538,7 +560,7 @@ mod tests {
         // The second time out of the table.
         for _ in 0..2 {
             ids.clear();
-            ours = encoder.encode(model, text, &mut ids).unwrap().then(|| ids.clone());
+            ours = encoder.encode(model, text, &mut ids, usize::MAX).unwrap().then(|| ids.clone());
         }
         (ours, crates.encode_fast(text, false).unwrap().get_ids().to_vec())
     }

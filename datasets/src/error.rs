@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use crate::remedy::Remedy;
 
-static SPLIT: Remedy = Remedy::fixed("split the file, or name where documents end with {doc_separator}");
+pub(crate) static SPLIT: Remedy =
+    Remedy::fixed("split the file, or name where documents end with {doc_separator}");
 static COLUMN: Remedy = Remedy::fixed("name the column of the text with {text_column}");
 static EMPTY: Remedy = Remedy::fixed("check the files and {doc_separator}");
 static MEMORY: Remedy = Remedy::fixed("keep them in a file of {cache}, or give shorter documents");
@@ -75,7 +76,7 @@ pub enum Error {
     TooLarge {
         /// The file.
         path: PathBuf,
-        /// `document`, `line` or `JSON array`.
+        /// `document`, `line` or `file`.
         what: &'static str,
         /// The largest size read, in bytes.
         limit: u64,
@@ -115,6 +116,19 @@ pub enum Error {
         files: String,
         /// The number of ids up to the document that is too much.
         ids: usize,
+    },
+    /// A document, or a word of it, is more than the memory lets a tokenizer encode at once.
+    #[error(
+        "{files}: to encode {bytes} bytes at once takes more than the {memory} bytes of memory; {}",
+        SPLIT
+    )]
+    Encoding {
+        /// The file of the document.
+        files: String,
+        /// Bytes of the document or word.
+        bytes: usize,
+        /// Bytes of memory.
+        memory: u64,
     },
     /// A model directory without a tokenizer.
     #[error("{}: no tokenizer.json; copy it from the model's original directory", dir.display())]
@@ -339,7 +353,7 @@ impl Error {
     /// Returns the remedy with which the message ends, where it names settings.
     pub fn help(&self) -> Option<&Remedy> {
         match self {
-            Error::TooLarge { .. } => Some(&SPLIT),
+            Error::TooLarge { .. } | Error::Encoding { .. } => Some(&SPLIT),
             Error::Column { .. } => Some(&COLUMN),
             Error::EmptyCorpus { .. } => Some(&EMPTY),
             Error::Memory { .. } => Some(&MEMORY),

@@ -243,21 +243,24 @@ fn encode(
     take: TakeIds<'_>,
 ) -> Result<()> {
     let mut documents = corpus.documents_from(start)?;
-    let (mut batch, mut batch_bytes) = (Vec::new(), 0);
+    let (mut batch, mut sources, mut batch_bytes) = (Vec::new(), Vec::new(), 0);
     loop {
         let document = documents.next().transpose()?;
         let last = document.is_none();
         if let Some(document) = document {
             batch_bytes += document.text.len();
             batch.push(document.text);
+            sources.push(document.source);
         }
         if batch_bytes >= BATCH_BYTES || (last && !batch.is_empty()) {
-            let ids = tokenizer.encode_all(&batch, bos).map_err(|cause| match cause {
+            let ids = tokenizer.encode_all(&batch, bos).map_err(|(at, cause)| match cause {
                 Error::Memory { ids, .. } => corpus.too_large(ids),
+                Error::Encoding { bytes, memory, .. } => corpus.too_long(sources[at], bytes, memory),
                 cause => cause,
             })?;
             take(&ids, documents.position(), documents.bytes_read())?;
             batch.clear();
+            sources.clear();
             batch_bytes = 0;
         }
         if last {

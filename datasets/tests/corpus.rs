@@ -322,6 +322,39 @@ fn a_directory_is_read_in_the_order_of_names() {
     assert_eq!(iter.bytes_read(), corpus.total_bytes());
 }
 
+#[test]
+fn a_path_that_is_named_again_is_read_again() {
+    let dir = TempDir::new().unwrap();
+    let [one, two] = ["a/one.txt", "two.txt"].map(|name| file(dir.path(), name, name));
+    file(dir.path(), "a/three.txt", "three");
+    let folder = dir.path().join("a");
+    let paths = [one.clone(), folder.clone(), one.clone(), two, folder];
+    let corpus = Corpus::open(&paths, CorpusOptions::default()).unwrap();
+    let read: Vec<String> = corpus.documents().map(|document| document.unwrap().text).collect();
+    assert_eq!(read, ["a/one.txt", "a/one.txt", "three", "a/one.txt", "two.txt", "a/one.txt", "three"]);
+    assert_eq!(corpus.total_bytes(), read.iter().map(|text| text.len() as u64).sum::<u64>());
+    let mut iter = corpus.documents();
+    assert_eq!((iter.by_ref().count(), iter.bytes_read()), (7, corpus.total_bytes()));
+    let files: Vec<&Path> = corpus.files().collect();
+    assert_eq!((files.len(), files[0], files[5]), (7, one.as_path(), one.as_path()));
+}
+
+#[test]
+fn the_number_of_files_is_bounded() {
+    let dir = TempDir::new().unwrap();
+    for i in 0..1025 {
+        file(dir.path(), &format!("{i}.txt"), "a");
+    }
+    let mut paths = vec![dir.path().to_path_buf(); 1023];
+    let corpus = Corpus::open(&paths, CorpusOptions::default()).unwrap();
+    assert_eq!((corpus.files().len(), corpus.total_bytes()), (1023 * 1025, 1023 * 1025));
+    paths.resize(1024, dir.path().to_path_buf());
+    let Err(error) = Corpus::open(&paths, CorpusOptions::default()) else { panic!("all are taken") };
+    let wanted =
+        format!("{}: with it the text has more than 1048576 files; join small", dir.path().display());
+    assert!(error.to_string().starts_with(&wanted), "{error}");
+}
+
 const ABSENT: &str =
     "line 2: no column \"text\" (columns: \"id\", \"body\"); name the column of the text with text_column";
 

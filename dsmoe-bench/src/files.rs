@@ -102,7 +102,7 @@ pub(crate) fn read_part<T: DeserializeOwned>(path: &Path) -> Result<T> {
     if let Some(manifest) = Manifest::read(folder_of(path))? {
         if !manifest.names(&name) {
             bail!(
-                "{place}: {MANIFEST_FILE} beside it does not have it; continue the run that was killed, with --resume"
+                "{place}: {MANIFEST_FILE} beside it does not have it: its command was killed; run that command again"
             );
         }
         if !manifest.holds(&name, text.as_bytes()) {

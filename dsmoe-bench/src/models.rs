@@ -36,7 +36,10 @@ pub(crate) fn tokenizer(dir: &Path, config: &Config, ui: &Ui) -> Result<Tokenize
 
 /// Makes the tokenizer of these files, and shows its notices.
 pub(crate) fn tokenizer_of(files: &TokenizerFiles, config: &Config, ui: &Ui) -> Result<Tokenizer> {
-    let tokenizer = Tokenizer::new(files, config.bos_token_id, config.vocab_size)?;
+    let mut tokenizer = Tokenizer::new(files, config.bos_token_id, config.vocab_size)?;
+    if let Some(total) = memory::total() {
+        tokenizer = tokenizer.with_memory(total);
+    }
     for notice in tokenizer.notices() {
         ui.note(format_args!("note: {notice}"));
     }

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
+use dsmoe_datasets::corpus::MOST_FILES;
 use dsmoe_datasets::mixture::{from_toml, from_words};
 use dsmoe_datasets::tokens::{Prepared, Stage, prepare};
 use dsmoe_datasets::{Bos, Corpus, CorpusOptions, SourceSpec, TokenSource, Tokenizer};
@@ -31,8 +32,16 @@ pub(crate) fn open(args: &DataArgs, defaults: &CorpusOptions) -> Result<Vec<Text
 
 /// Finds the files of sources.
 pub(crate) fn find(specs: Vec<SourceSpec>) -> Result<Vec<Text>> {
+    let mut found = 0;
     let open = |spec: SourceSpec| {
         let corpus = Corpus::open(&spec.paths, spec.options.clone())?;
+        found += corpus.files().len();
+        if found > MOST_FILES {
+            bail!(
+                "source {}: with it the text has more than {MOST_FILES} files; join small files into larger ones",
+                spec.name
+            );
+        }
         Ok(Text { spec, corpus })
     };
     specs.into_iter().map(open).collect()
@@ -50,7 +59,7 @@ pub(crate) fn options(args: &DataArgs) -> CorpusOptions {
 
 /// Returns the bytes of all files of all sources.
 pub(crate) fn total_bytes(texts: &[Text]) -> u64 {
-    texts.iter().map(|text| text.corpus.total_bytes()).sum()
+    texts.iter().fold(0, |sum, text| sum.saturating_add(text.corpus.total_bytes()))
 }
 
 /// Returns the name of a source for a message; empty if it is the only one.

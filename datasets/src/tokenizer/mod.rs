@@ -9,7 +9,7 @@ pub use files::TokenizerFiles;
 pub use stream::DecodeStream;
 
 use crate::bpe;
-use crate::encoder::{ByteLevelWords, Encoder, byte_char};
+use crate::encoder::{ByteLevelWords, Encoder, TooLong, byte_char};
 use crate::error::{Error, Result, shown};
 use crate::files::{hex, without_bom};
 use crate::token_texts::TokenTexts;
@@ -27,6 +27,9 @@ use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Decoder, DecoderWrapper, Model, ModelWrapper, Tokenizer as Inner};
+
+/// Bytes of memory that the crate takes to encode a byte of text or of a word: its offsets, masks and texts of tokens.
+const BYTES_OF_BYTE: u64 = 64;
 
 /// The rule by which a text gets the beginning-of-sequence token in front.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +75,8 @@ pub struct Tokenizer {
     byte_fallback: bool,
     vocab_size: usize,
     notices: Vec<String>,
+    /// The bytes of memory that there are.
+    memory: u64,
 }
 
 impl Tokenizer {
@@ -149,7 +154,16 @@ impl Tokenizer {
             special_verbatim: settings.writes_special_verbatim(),
             vocab_size,
             notices,
+            memory: u64::MAX,
         })
+    }
+
+    /// Sets the bytes of memory that there are: a document whose encoding takes more is refused, with [`Error::Encoding`]. Without
+    /// it none is.
+    #[must_use]
+    pub fn with_memory(mut self, bytes: u64) -> Tokenizer {
+        self.memory = bytes;
+        self
     }
 
     /// Sets whether special tokens written out in a text (`"</s>"`) become those tokens (the default) or plain text.
@@ -164,19 +178,23 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, bos: Bos) -> Result<Vec<u32>> {
         let prefix = self.bos_prefix(bos)?;
         let mut ids: Vec<u32> = prefix.into_iter().collect();
+        let most = usize::try_from(self.memory / BYTES_OF_BYTE).unwrap_or(usize::MAX);
         let encoded = guarded(|| {
             let quick = match (&self.encoder, self.inner.get_model()) {
-                (Some(encoder), ModelWrapper::BPE(model)) => encoder.encode(model, text, &mut ids)?,
+                (Some(encoder), ModelWrapper::BPE(model)) => encoder.encode(model, text, &mut ids, most)?,
                 _ => false,
             };
             if !quick {
+                TooLong::check(text, most)?;
                 ids.extend_from_slice(self.inner.encode_fast(text, false)?.get_ids());
             }
             Ok(())
         });
-        encoded.map_err(|cause| match cause.is::<TryReserveError>() {
-            true => Error::Memory { files: "a document".to_owned(), ids: ids.len() },
-            false => self.failed("encoding", cause),
+        let files = || "a document".to_owned();
+        encoded.map_err(|cause| match cause.downcast_ref::<TooLong>() {
+            Some(&TooLong(bytes)) => Error::Encoding { files: files(), bytes, memory: self.memory },
+            None if cause.is::<TryReserveError>() => Error::Memory { files: files(), ids: ids.len() },
+            None => self.failed("encoding", cause),
         })?;
         if prefix.is_some() && ids.get(1) == prefix.as_ref() {
             ids.remove(0);
@@ -184,9 +202,14 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Encodes each of `texts` as [`Tokenizer::encode`] does, on all threads.
-    pub(crate) fn encode_all(&self, texts: &[String], bos: Bos) -> Result<Vec<Vec<u32>>> {
-        texts.par_iter().map(|text| self.encode(text, bos)).collect()
+    /// Encodes each of `texts` as [`Tokenizer::encode`] does, on all threads. An error comes with the number of its text.
+    pub(crate) fn encode_all(
+        &self,
+        texts: &[String],
+        bos: Bos,
+    ) -> std::result::Result<Vec<Vec<u32>>, (usize, Error)> {
+        let encode = |(at, text): (usize, &String)| self.encode(text, bos).map_err(|cause| (at, cause));
+        texts.par_iter().enumerate().map(encode).collect()
     }
 
     /// Decodes `ids`, without special tokens if `skip_special`. Ids outside the vocabulary are left out.

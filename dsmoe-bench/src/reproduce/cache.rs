@@ -140,7 +140,7 @@ impl Cache {
         if path.exists() {
             match Manifest::read(&dir) {
                 // Its process was killed before it entered the result. The rest is that of an interrupted try.
-                Ok(manifest) if !manifest.is_some_and(|manifest| manifest.names(RESULT)) => {
+                Ok(manifest) if !manifest.as_ref().is_some_and(|manifest| manifest.names(RESULT)) => {
                     fs::remove_file(&path).with_context(|| path.display().to_string())?;
                 }
                 // It was done, and something in it is damaged.
