@@ -169,7 +169,11 @@ fn survey(
     let layers = stream.config().num_layers;
     let mut parts = Parts::of(job.partial, before);
     let mut finished = parts.finished(layers)?.into_iter();
-    let passed = parts.restore(&mut stream, finished.len())?;
+    let passed = match finished.len() == layers {
+        // No layer runs, and the states of a later survey stay.
+        true => layers,
+        false => parts.restore(&mut stream, finished.len())?,
+    };
     for layer in 0..layers {
         progress(Progress { stage: "experts", done: layer as u64, total: layers as u64 });
         let mut experts = stream.experts(layer)?;
