@@ -20,6 +20,8 @@ use crate::error::Result;
 const NUMBERS: &str = "part.json";
 /// Beginning of the names of parts.
 const PREFIX: &str = "part-";
+/// End of the name of a complete part whose earlier version is not removed yet.
+const NEXT: &str = ".next";
 /// The least time between two writes of a part that changes all the time.
 const EVERY: Duration = if cfg!(test) { Duration::ZERO } else { Duration::from_secs(20) };
 
@@ -45,6 +47,18 @@ pub struct Partial {
 struct Kept {
     dir: PathBuf,
     made_by: String,
+}
+
+impl Kept {
+    /// Returns the places of a part and of the one that replaces it, after it has completed a replacement that was begun.
+    fn places(&self, name: &str) -> Result<[PathBuf; 2]> {
+        let [part, next] = ["", NEXT].map(|end| self.dir.join(format!("{PREFIX}{name}{end}")));
+        if next.is_dir() {
+            remove(&part)?;
+            fs::rename(&next, &part).map_err(dsmoe_core::Error::io(&part))?;
+        }
+        Ok([part, next])
+    }
 }
 
 /// The contents of `part.json`.
@@ -127,10 +141,10 @@ impl Partial {
     /// Returns the part of that name; none if it was not kept, or is damaged.
     ///
     /// # Errors
-    /// The part is of other work.
+    /// The part is of other work, or the file system refuses.
     pub(crate) fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<Part<T>>> {
-        let Some(Kept { dir, made_by }) = &self.kept else { return Ok(None) };
-        let part = dir.join(format!("{PREFIX}{name}"));
+        let Some(kept) = &self.kept else { return Ok(None) };
+        let (Kept { dir, made_by }, [part, _]) = (kept, kept.places(name)?);
         let is_whole = |manifest: Manifest| matches!(manifest.damaged(&part, |_| true), Ok(None));
         if !Manifest::read(&part).ok().flatten().is_some_and(is_whole) {
             return Ok(None);
@@ -149,14 +163,14 @@ impl Partial {
         Ok(value.map(|Value { value }| Part { value, dir: part }))
     }
 
-    /// Keeps a part in place of an earlier one of that name.
+    /// Keeps a part in place of an earlier one of that name, which stays until the new one is complete.
     ///
     /// # Errors
     /// The file system refuses.
     pub(crate) fn keep(&self, name: &str, value: &impl Serialize, tensors: &[(&str, &[f32])]) -> Result<()> {
-        let Some(Kept { dir, made_by }) = &self.kept else { return Ok(()) };
-        self.forget(name)?;
-        let output = OutputDir::create(&dir.join(format!("{PREFIX}{name}")), false)?;
+        let Some(kept) = &self.kept else { return Ok(()) };
+        let [_, next] = kept.places(name)?;
+        let output = OutputDir::create(&next, false)?;
         if !tensors.is_empty() {
             let info = |(name, values): &(&str, &[f32])| TensorInfo {
                 name: (*name).to_owned(),
@@ -169,11 +183,13 @@ impl Partial {
             }
             writer.finish()?;
         }
-        let numbers = Numbers { made_by, value };
+        let numbers = Numbers { made_by: &kept.made_by, value };
         let bytes = serde_json::to_vec(&numbers).expect("numbers and strings are JSON");
         let path = output.path().join(NUMBERS);
         write_synced(&path, &bytes).map_err(dsmoe_core::Error::io(&path))?;
-        Ok(output.commit()?)
+        output.commit()?;
+        kept.places(name)?;
+        Ok(())
     }
 
     /// Removes a part that is no longer needed.
@@ -181,8 +197,9 @@ impl Partial {
     /// # Errors
     /// The file system refuses.
     pub(crate) fn forget(&self, name: &str) -> Result<()> {
-        let Some(Kept { dir, .. }) = &self.kept else { return Ok(()) };
-        remove(&dir.join(format!("{PREFIX}{name}")))
+        let Some(kept) = &self.kept else { return Ok(()) };
+        let [part, _] = kept.places(name)?;
+        remove(&part)
     }
 
     /// Removes all parts: the work is done.
@@ -270,6 +287,37 @@ mod tests {
         assert!(partial.read::<u64>("fit").unwrap().is_some());
         // Numbers of another form are those of another version.
         assert!(partial.read::<Vec<String>>("fit").unwrap().is_none());
+    }
+
+    /// Numbers of which no file is made: the process dies while it writes them.
+    struct Dies;
+
+    impl Serialize for Dies {
+        fn serialize<S: serde::Serializer>(&self, _: S) -> std::result::Result<S::Ok, S::Error> {
+            Err(serde::ser::Error::custom("the process dies"))
+        }
+    }
+
+    #[test]
+    fn an_interrupted_replacement_leaves_a_whole_part() {
+        let work = tempfile::tempdir().unwrap();
+        let partial = open(work.path(), "a", true);
+        partial.keep("fit", &1u64, &[]).unwrap();
+        let value = || partial.read::<u64>("fit").unwrap().map(|part| part.value);
+        let died = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| partial.keep("fit", &Dies, &[])));
+        assert!(died.is_err());
+        assert_eq!(value(), Some(1));
+        // It dies while it removes the earlier part.
+        let dir = work.path().join("out.partial");
+        let [part, next] = ["part-fit", "part-fit.next"].map(|name| dir.join(name));
+        fs::rename(&part, &next).unwrap();
+        fs::create_dir(&part).unwrap();
+        assert_eq!(value(), Some(1));
+        assert!(!next.exists());
+        partial.keep("fit", &2u64, &[]).unwrap();
+        assert_eq!(value(), Some(2));
+        partial.forget("fit").unwrap();
+        assert_eq!((value(), dir.read_dir().unwrap().count()), (None, 0));
     }
 
     #[test]
