@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use dsmoe_core::checkpoint::{Checkpoint, Dtype, Manifest, OutputDir, TensorInfo};
 use dsmoe_core::files::write_synced;
+use dsmoe_kernels::Isa;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -123,7 +124,7 @@ impl Partial {
     }
 
     /// Opens the parts of the work whose output is `out`; with `resume` those that are there, and otherwise none. `made_by` names
-    /// all that the result depends on.
+    /// all that the result depends on, but for the version of the program and the instruction set.
     ///
     /// # Errors
     /// The file system refuses.
@@ -135,6 +136,7 @@ impl Partial {
         if !resume {
             remove_parts(&dir)?;
         }
+        let made_by = format!("{made_by} {} {}", env!("CARGO_PKG_VERSION"), Isa::current().name());
         Ok(Partial { kept: Some(Kept { dir, made_by }) })
     }
 
@@ -152,7 +154,7 @@ impl Partial {
         let Ok(bytes) = fs::read(part.join(NUMBERS)) else { return Ok(None) };
         match serde_json::from_slice::<Identity>(&bytes) {
             Ok(found) if found.made_by != *made_by => {
-                let problem = "holds the parts of another model, text or settings";
+                let problem = "holds the parts of another model, text, settings, version or instruction set";
                 let help = "give the arguments of that work, or leave {resume} out to start over";
                 return Err(dsmoe_core::Error::path(dir, problem, help).into());
             }

@@ -197,7 +197,9 @@ fn survey(
         };
         see(Seen { layer, experts: &experts, stats: &stats })?;
         stream.join_experts(&weights, &experts);
-        parts.keep_states(layer, &stream)?;
+        if layer + 1 < layers {
+            parts.keep_states(layer, &stream)?;
+        }
     }
     progress(Progress { stage: "experts", done: layers as u64, total: layers as u64 });
     Ok(())

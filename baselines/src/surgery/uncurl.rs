@@ -26,7 +26,7 @@ use crate::settings::{Entry, SettingValues, Settings as _, settings};
 /// The method `uncurl`.
 pub(crate) static UNCURL: Entry<Settings> = Entry {
     name: "uncurl",
-    summary: "experts of a mixture merged by spectral clusters of their gates on a task's text; held parameters",
+    summary: "experts merged by spectral clusters of their gates on a task's text (router=mean: of any model with experts); held parameters",
     source: Source::Experts,
     counts: Counts::Held,
     ..Entry::new(configure)
