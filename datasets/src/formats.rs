@@ -1,17 +1,19 @@
 //! The formats that every program reads: text, JSON lines, JSON arrays, Parquet; and the list of all formats.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 
 use crate::error::{Error, Result};
-use crate::format::{CorpusFormat, Row, Rows, SourceFile};
+use crate::format::{CorpusFormat, MAX_DOCUMENT, Row, Rows, SourceFile};
+use crate::json_array::{Extent, Place};
 use crate::json_row::{Columns, Scanner, Wrong};
 use crate::parquet_rows::ParquetRows;
 use crate::reader::{Packing, Records};
 use crate::row_text::RowText;
 
-/// The largest JSON array, in bytes; its text is held whole.
-const MAX_JSON: u64 = 1 << 30;
+/// Bytes before the end of an object that is too large in which its being cut there may be what is wrong with it.
+const MARGIN: usize = 1 << 16;
 
 /// Formats in the order in which they were added.
 #[derive(Default)]
@@ -144,7 +146,7 @@ impl Rows for Lines {
             if text.trim().is_empty() {
                 continue;
             }
-            let mut scanner = Scanner::new(&text, 0);
+            let mut scanner = Scanner::new(&text);
             let row = scanner.only_row(&self.columns);
             self.surrogates += scanner.surrogates;
             let (line, at) = (self.line, scanner.position());
@@ -161,14 +163,23 @@ impl Rows for Lines {
 /// One array of objects, or JSON lines under another name.
 struct Json;
 
-/// An array, whose text is read from byte `at` on, in line `line`.
+/// An array, of which one object is held.
 struct Array {
     path: PathBuf,
-    text: String,
+    records: Records,
     columns: Columns,
-    at: usize,
-    line: u64,
+    part: Part,
+    /// The place of the byte that is read next.
+    place: Place,
     surrogates: u64,
+}
+
+/// The part of a file with an array that is read next.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Start,
+    Objects,
+    Nothing,
 }
 
 impl CorpusFormat for Json {
@@ -185,25 +196,127 @@ impl CorpusFormat for Json {
         if records.peek()? != Some(b'[') {
             return Ok(Box::new(Lines::new(file, records)));
         }
-        records.set_delimiter("", ("JSON array", MAX_JSON));
-        let text = records.next()?.unwrap_or_default();
         let (path, columns) = (file.path.to_path_buf(), Columns::new(file.text_column));
-        Ok(Box::new(Array { path, text, columns, at: 0, line: 1, surrogates: 0 }))
+        let (part, place) = (Part::Start, Place::START);
+        Ok(Box::new(Array { path, records, columns, part, place, surrogates: 0 }))
+    }
+}
+
+impl Array {
+    /// Skips whitespace and returns the byte behind it; none at the end of the content.
+    fn peek(&mut self) -> Result<Option<u8>> {
+        loop {
+            self.records.hold(0)?;
+            let held = self.records.held();
+            let is_space = |byte: &&u8| matches!(byte, b' ' | b'\t' | b'\n' | b'\r');
+            let spaces = held.iter().take_while(is_space).count();
+            let (next, is_end) = (held.get(spaces).copied(), held.is_empty());
+            self.skip(spaces);
+            if next.is_some() || is_end {
+                return Ok(next);
+            }
+        }
+    }
+
+    /// Takes bytes that are held.
+    fn skip(&mut self, count: usize) {
+        self.place.pass(&self.records.held()[..count]);
+        self.records.skip(count);
+    }
+
+    /// Moves to the next object; false behind the end of the array.
+    fn move_to_object(&mut self) -> Result<bool> {
+        const MARK: &[u8] = "\u{FEFF}".as_bytes();
+        if self.part == Part::Nothing {
+            return Ok(false);
+        }
+        if self.part == Part::Start {
+            self.records.hold(MARK.len())?;
+            if self.records.held().starts_with(MARK) {
+                self.records.skip(MARK.len());
+            }
+        }
+        match (self.peek()?, self.part) {
+            (Some(b'['), Part::Start) => {
+                self.skip(1);
+                self.part = Part::Objects;
+                if self.peek()? != Some(b']') {
+                    return Ok(true);
+                }
+            }
+            (Some(b','), Part::Objects) => {
+                self.skip(1);
+                self.peek()?;
+                return Ok(true);
+            }
+            (Some(b']'), Part::Objects) => {}
+            (None, _) => return Err(self.wrong("the array does not end")),
+            _ => return Err(self.wrong("expected `,` or `]`")),
+        }
+        self.skip(1);
+        self.part = Part::Nothing;
+        match self.peek()? {
+            None => Ok(false),
+            Some(_) => Err(self.wrong("more text after the end")),
+        }
+    }
+
+    /// Returns how many bytes the object ahead has, which are held then. One that does not end has those up to the end of the
+    /// content, or some more than a document may have.
+    fn length(&mut self) -> Result<usize> {
+        let (mut extent, mut seen) = (Extent::default(), 0);
+        while seen as u64 <= MAX_DOCUMENT {
+            self.records.hold(seen)?;
+            let ahead = &self.records.held()[seen..];
+            if let Some(length) = extent.end_in(ahead) {
+                return Ok(seen + length);
+            }
+            if ahead.is_empty() {
+                break;
+            }
+            seen += ahead.len();
+        }
+        Ok(seen)
+    }
+
+    /// Reads the object of that many bytes.
+    fn read(&mut self, length: usize) -> Result<RowText> {
+        let bytes = &self.records.held()[..length];
+        let is_too_large = length as u64 > MAX_DOCUMENT;
+        let text = if is_too_large {
+            // A character may be cut.
+            String::from_utf8_lossy(bytes)
+        } else {
+            Cow::Borrowed(str::from_utf8(bytes).map_err(|cause| self.records.not_utf8(cause))?)
+        };
+        let mut scanner = Scanner::new(&text);
+        let row = scanner.only_row(&self.columns);
+        let at = scanner.position();
+        self.surrogates += scanner.surrogates;
+        // A quotation mark that is missing lets an object go on without an end.
+        let is_wrong = matches!(row, Err(Wrong::Syntax(_))) && at + MARGIN < text.len();
+        if is_too_large && !is_wrong {
+            let path = self.path.clone();
+            return Err(Error::TooLarge { path, what: "document", limit: MAX_DOCUMENT });
+        }
+        self.place.pass(&text.as_bytes()[..at]);
+        row.map_err(|cause| wrong(&self.path, self.place, cause))
+    }
+
+    fn wrong(&self, reason: &str) -> Error {
+        wrong(&self.path, self.place, Wrong::Syntax(reason.to_owned()))
     }
 }
 
 impl Rows for Array {
     fn next(&mut self) -> Result<Option<Row>> {
-        let mut scanner = Scanner::new(&self.text, self.at);
-        let row = scanner.row_of_array(&self.columns);
-        let end = scanner.position();
-        self.surrogates += scanner.surrogates;
-        let bytes = self.text.as_bytes();
-        self.line += bytes[self.at..end].iter().filter(|&&byte| byte == b'\n').count() as u64;
-        self.at = end;
-        let column = end - bytes[..end].iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
-        let row = row.map_err(|cause| wrong(&self.path, self.line, column, cause))?;
-        Ok(row.map(|text| Row { line: self.line, text }))
+        if !self.move_to_object()? {
+            return Ok(None);
+        }
+        let length = self.length()?;
+        let text = self.read(length)?;
+        self.records.skip(length);
+        Ok(Some(Row { line: self.place.line, text }))
     }
 
     fn surrogates(&self) -> u64 {
@@ -239,8 +352,8 @@ impl Rows for ParquetRows {
     }
 }
 
-/// Makes the error of a row that cannot be read; `column` counts from 0.
-fn wrong(path: &Path, line: u64, column: usize, cause: Wrong) -> Error {
+/// Makes the error of a row that cannot be read.
+fn wrong(path: &Path, Place { line, column }: Place, cause: Wrong) -> Error {
     let path = path.to_path_buf();
     match cause {
         Wrong::Syntax(reason) => {
@@ -268,7 +381,7 @@ fn wrong_line(path: &Path, line: u64, text: &str, column: usize, cause: Wrong) -
             let help = "write each object in a line of its own (jq -c . OLD > NEW), or fetch the file again if its end is missing";
             json("the object does not end in this line", help)
         }
-        cause => wrong(path, line, column, cause),
+        cause => wrong(path, Place { line, column }, cause),
     }
 }
 

@@ -55,9 +55,9 @@ pub(crate) struct Scanner<'a> {
 }
 
 impl<'a> Scanner<'a> {
-    /// Starts at byte `at` of `text`.
-    pub(crate) fn new(text: &'a str, at: usize) -> Scanner<'a> {
-        Scanner { text, at, surrogates: 0 }
+    /// Starts at the start of `text`.
+    pub(crate) fn new(text: &'a str) -> Scanner<'a> {
+        Scanner { text, at: 0, surrogates: 0 }
     }
 
     /// Returns the byte that is read next.
@@ -70,26 +70,6 @@ impl<'a> Scanner<'a> {
         let row = self.row(columns)?;
         self.end()?;
         Ok(row)
-    }
-
-    /// Reads the next object of an array, whose `[` comes first; none at its end.
-    pub(crate) fn row_of_array(&mut self, columns: &Columns) -> Result<Option<RowText>> {
-        let first = self.at == 0;
-        self.space();
-        match self.take() {
-            Some(b'[') if first => {
-                self.space();
-                if self.peek() == Some(b']') {
-                    self.at += 1;
-                    return self.end().map(|()| None);
-                }
-            }
-            Some(b',') if !first => {}
-            Some(b']') if !first => return self.end().map(|()| None),
-            None => return syntax("the array does not end"),
-            _ => return syntax("expected `,` or `]`"),
-        }
-        self.row(columns).map(Some)
     }
 
     fn row(&mut self, columns: &Columns) -> Result<RowText> {
@@ -406,7 +386,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn row(json: &str, columns: &str) -> (Result<RowText>, u64) {
-        let mut scanner = Scanner::new(json, 0);
+        let mut scanner = Scanner::new(json);
         (scanner.only_row(&Columns::new(columns)), scanner.surrogates)
     }
 
@@ -478,28 +458,6 @@ mod tests {
         ] {
             let wanted = Wrong::Column(format!("column \"text\" holds {kind}, not text"));
             assert_eq!(row(&format!("{{\"text\": {value}}}"), "text").0, Err(wanted));
-        }
-    }
-
-    #[test]
-    fn rows_of_an_array_come_one_by_one() {
-        let json = " [ {\"text\": \"a\"} ,\n{\"text\": null}, {}] ";
-        let (mut at, mut rows) = (0, Vec::new());
-        loop {
-            let mut scanner = Scanner::new(json, at);
-            match scanner.row_of_array(&Columns::new("text")).unwrap() {
-                Some(row) => rows.push(row),
-                None => break,
-            }
-            at = scanner.position();
-        }
-        assert_eq!(rows[..2], [RowText::Text("a".into()), RowText::Null]);
-        assert!(matches!(rows[2], RowText::Missing(_)) && rows.len() == 3);
-        assert_eq!(Scanner::new("[]", 0).row_of_array(&Columns::new("text")), Ok(None));
-        for json in ["[", "[1]", "[}", "[{}", "x", "[]]"] {
-            let mut scanner = Scanner::new(json, 0);
-            let first = scanner.row_of_array(&Columns::new("text"));
-            assert!(first.is_err() || scanner.row_of_array(&Columns::new("text")).is_err(), "{json}");
         }
     }
 

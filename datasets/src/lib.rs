@@ -9,6 +9,7 @@ mod error;
 pub mod files;
 mod format;
 mod formats;
+mod json_array;
 mod json_row;
 pub mod manifest;
 pub mod mixture;

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
+use std::str::Utf8Error;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -179,11 +180,6 @@ impl Records {
         })
     }
 
-    /// Sets the delimiter and limit of the records still to come.
-    pub(crate) fn set_delimiter(&mut self, delimiter: &str, (what, limit): (&'static str, u64)) {
-        (self.delimiter, self.what, self.limit) = (delimiter.as_bytes().to_vec(), what, limit);
-    }
-
     /// Returns how many records were handed out.
     pub fn count(&self) -> u64 {
         self.count
@@ -199,6 +195,30 @@ impl Records {
     pub(crate) fn peek(&mut self) -> Result<Option<u8>> {
         self.fill()?;
         Ok(self.buffer.iter().copied().find(|byte| byte.is_ascii() && !byte.is_ascii_whitespace()))
+    }
+
+    /// Reads on until more than `count` bytes are held, or the content ends.
+    pub(crate) fn hold(&mut self, count: usize) -> Result<()> {
+        while self.held().len() <= count && !self.at_end {
+            self.fill()?;
+        }
+        Ok(())
+    }
+
+    /// Returns the bytes that were read and not taken.
+    pub(crate) fn held(&self) -> &[u8] {
+        &self.buffer[self.begin..]
+    }
+
+    /// Takes the first `count` of the bytes that are held.
+    pub(crate) fn skip(&mut self, count: usize) {
+        self.begin += count;
+        self.offset += count as u64;
+    }
+
+    /// Makes the error for bytes that are held and not UTF-8.
+    pub(crate) fn not_utf8(&self, cause: Utf8Error) -> Error {
+        Error::NotUtf8 { path: self.path.clone(), offset: self.offset + cause.valid_up_to() as u64 }
     }
 
     /// Reads the next record as text, without its delimiter and without a byte-order mark, which joined files have in their
@@ -234,15 +254,9 @@ impl Records {
         if self.at_end && ahead.is_empty() {
             return Ok(None);
         }
-        let mut text = str::from_utf8(&ahead[..length])
-            .map_err(|cause| Error::NotUtf8 {
-                path: self.path.clone(),
-                offset: self.offset + cause.valid_up_to() as u64,
-            })?
-            .to_string();
+        let mut text = str::from_utf8(&ahead[..length]).map_err(|cause| self.not_utf8(cause))?.to_string();
         let taken = (length + self.delimiter.len()).min(ahead.len());
-        self.begin += taken;
-        self.offset += taken as u64;
+        self.skip(taken);
         self.count += 1;
         if text.starts_with('\u{FEFF}') {
             text.remove(0);

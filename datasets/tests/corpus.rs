@@ -91,6 +91,66 @@ fn json_lines_and_arrays() {
 }
 
 #[test]
+fn an_array_is_read_object_by_object() {
+    let dir = TempDir::new().unwrap();
+    let texts: Vec<String> =
+        (0..3000).map(|i| format!("{i} \"é🦊\\ ]}}, {{\n{}.", "x".repeat(i % 700))).collect();
+    let row = |text: &String| serde_json::json!({"id": [1, {"a": "}"}], "text": text}).to_string();
+    let rows: Vec<String> = texts.iter().map(row).collect();
+    let array = format!("\u{FEFF} [{}\n]\n", rows.join(" ,\n"));
+    let path = file(dir.path(), "a.json", &array);
+    let corpus = Corpus::open(std::slice::from_ref(&path), CorpusOptions::default()).unwrap();
+    let mut documents = corpus.documents();
+    assert_eq!(documents.next().unwrap().unwrap().text, texts[0]);
+    let first = documents.bytes_read();
+    assert!(first < corpus.total_bytes() / 4, "{first} bytes were read for the first row");
+    let rest: Vec<String> = documents.by_ref().map(|document| document.unwrap().text).collect();
+    assert!(rest == texts[1..]);
+    assert_eq!(documents.bytes_read(), corpus.total_bytes());
+    assert!(read("a.json.gz", gzip(array.as_bytes())).unwrap() == texts);
+
+    assert_eq!(read_all("[]"), [""; 0]);
+    assert_eq!(read_all(" [ {\"text\": \"a\"} ,\n{\"text\": null}, {}] "), ["a"]);
+    for (end, wanted) in [
+        (
+            ",\n1]",
+            "line 3001: expected an object at column 1; expected one JSON object per line, or one array",
+        ),
+        (",\n {\"text\": 1}]", "line 3001: column \"text\" holds a number, not text; "),
+        (",\n{\"text\": one}]", "line 3001: expected a value at column 10; "),
+        ("\n] x", "line 3001: more text after the end at column 3; "),
+        ("\n {}]", "line 3001: expected `,` or `]` at column 2; "),
+        ("\n", "line 3001: the array does not end at column 1; "),
+        (",\n", "line 3001: expected an object at column 1; "),
+        (",\n{\"text\": \"b", "line 3001: a text is never closed at column "),
+        (",\n{\"text\": {\"b\": 1}", "line 3001: the object does not end at column "),
+    ] {
+        let text = message("a.json", format!("[{}{end}", rows.join(",\n")));
+        assert!(text.starts_with(wanted), "{end}: {text}");
+    }
+    let bytes = [b"[{\"text\": \"a\"}, {\"text\": \"".to_vec(), vec![0xff], b"\"}]".to_vec()].concat();
+    assert!(message("a.json", bytes).starts_with("not UTF-8 at byte 26 "));
+}
+
+/// The documents of an array; none if it has none.
+fn read_all(array: &str) -> Vec<String> {
+    match read("a.json", array) {
+        Err(Error::EmptyCorpus { .. }) => Vec::new(),
+        documents => documents.unwrap(),
+    }
+}
+
+#[test]
+fn an_object_without_an_end_is_told_from_one_that_is_too_large() {
+    let open =
+        format!("[{{\"text\": \"a\"}},\n{{\"text\": \"b}},\n{}", "{\"text\": \"c\"},\n".repeat(5 << 20));
+    let text = message("a.json", open);
+    assert!(text.starts_with("line 3: expected `,` or `}` at column"), "{text}");
+    let closed = format!("[{{\"x\": [{}1], \"text\": \"c\"}}]", "1, ".repeat(23 << 20));
+    assert!(message("a.json", closed).starts_with("a document of more than 67108864 bytes; split the file"));
+}
+
+#[test]
 fn json_in_another_form_is_named_with_what_helps() {
     let array = message("a.jsonl", "[{\"text\": \"one\"},\n {\"text\": \"two\"}]");
     assert_eq!(

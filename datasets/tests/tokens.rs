@@ -93,6 +93,41 @@ fn special_tokens_in_text_can_be_plain_text() {
 }
 
 #[test]
+fn a_text_that_the_memory_cannot_encode_is_refused() {
+    // Words and texts with special tokens of 40 bytes at the most.
+    let tokenizer = load(TOKENIZER.0.path()).with_memory(40 * 64);
+    let many = "A day in the woods. ".repeat(50);
+    let never = |tokenizer: &Tokenizer, text: &str| tokenizer.encode(text, Bos::Never);
+    assert_eq!(never(&tokenizer, &many).unwrap(), never(&TOKENIZER.1, &many).unwrap());
+    let (long, special) = (format!("A {} day", "long".repeat(10)), format!("{many}</s>"));
+    for (text, refused) in [(&long, 41), (&special, 1004)] {
+        let wanted = never(&TOKENIZER.1, text);
+        assert!(wanted.is_ok());
+        match never(&tokenizer, text) {
+            Err(Error::Encoding { bytes, memory: 2560, .. }) => assert_eq!(bytes, refused),
+            other => panic!("{text}: {other:?}"),
+        }
+    }
+
+    let dir = TempDir::new().unwrap();
+    let rows = format!("{{\"text\": \"{many}\"}}\n{{\"text\": \"{long}\"}}\n");
+    fs::write(dir.path().join("a.txt"), &many).unwrap();
+    fs::write(dir.path().join("b.jsonl"), rows).unwrap();
+    let corpus = Corpus::open(&[dir.path().to_path_buf()], CorpusOptions::default()).unwrap();
+    assert!(tokenize(&corpus, &TOKENIZER.1, Bos::Never, None, &mut |_| {}).is_ok());
+    let error = tokenize(&corpus, &tokenizer, Bos::Never, None, &mut |_| {}).unwrap_err();
+    let wanted = format!(
+        "{}: to encode 41 bytes at once takes more than the 2560 bytes of memory; split the file, or name where documents end with doc_separator",
+        dir.path().join("b.jsonl").display()
+    );
+    assert_eq!(error.to_string(), wanted);
+    assert_eq!(
+        error.help().map(ToString::to_string).as_deref(),
+        wanted.split_once("; ").map(|(_, help)| help)
+    );
+}
+
+#[test]
 fn auto_bos_follows_template_then_config() {
     let dir = trained();
     let starts = |bos_id| {

@@ -136,6 +136,15 @@ pub(crate) fn limited(blocks: u32, line: &str) -> Command {
     command
 }
 
+/// The command with that many KiB of address space.
+#[cfg(target_os = "linux")]
+pub(crate) fn in_memory(kilobytes: u32, line: &str) -> Command {
+    let script = format!("ulimit -v {kilobytes}; exec \"$0\" \"$@\"");
+    let mut command = command_in(folder(), "sh", "");
+    command.args(["-c", &script, PROGRAM]).args(words(line));
+    command
+}
+
 /// The command as `nohup` starts it, or as a terminal does.
 pub(crate) fn with_hangup(is_ignored: bool, line: &str) -> Command {
     let trap = if is_ignored { "trap '' HUP" } else { "trap - HUP" };

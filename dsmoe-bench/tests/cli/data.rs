@@ -1,6 +1,7 @@
 //! Mixtures and `dsmoe data`, as a user runs them.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -146,6 +147,26 @@ fn a_killed_prepare_goes_on() {
     assert!(number(&rest["sources"][0]["resumed_tokens"]) > 0.0, "{rest}");
     let file = |report: &Value| fs::read(path(report["sources"][0]["path"].as_str().unwrap())).unwrap();
     assert!(file(&whole) == file(&rest), "the caches differ");
+}
+
+#[test]
+fn a_folder_that_is_named_often_is_looked_at_once() {
+    for i in 0..5 {
+        write(&format!("often/words/{i}.txt"), "A few words.");
+    }
+    let often = vec!["\"words\""; 100_000].join(",");
+    write("often/mixture.toml", format!("[[source]]\nname = \"often\"\ndata = [{often}]\n"));
+    let line = "train dense --mixture often/mixture.toml --steps 1 --seq 16 --out often/out --dry-run";
+    let started = Instant::now();
+    let plan = json_of(line);
+    agrees(&plan, &json!({ "data_files": 500_000, "data_bytes": 6_000_000 }));
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+    let source = |i: u32| format!("[[source]]\nname = \"s{i}\"\ndata = [{often}]\n");
+    write("often/mixture.toml", (0..3).map(source).collect::<String>());
+    fails(
+        line,
+        &["source s2: with it the text has more than 1048576 files; join small files into larger ones"],
+    );
 }
 
 #[test]

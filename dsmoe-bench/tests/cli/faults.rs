@@ -131,3 +131,27 @@ fn a_full_disk_leaves_no_new_directory() {
         assert_eq!(fs::read_dir(path(&name)).unwrap().count(), 0, "{line}: something is left");
     }
 }
+
+/// A word is encoded as a whole, which takes many times its bytes.
+#[cfg(target_os = "linux")]
+#[test]
+fn text_beyond_the_memory_is_named_with_the_fix() {
+    use crate::common::{in_memory, write};
+
+    write("beyond/word.txt", "x".repeat(40_000_000));
+    write("beyond/words.txt", "x ".repeat(2_000_000));
+    let prepare = |name: &str| {
+        format!(
+            "data prepare --data beyond/{name}.txt --model dense --cache beyond/cache --threads 2 --quiet"
+        )
+    };
+    let line = prepare("word");
+    let parts = [
+        "word.txt: to encode 40000000 bytes at once takes more than the ",
+        "; split the file, or ",
+        "--doc-separator",
+    ];
+    check_failure(&finish(in_memory(2_000_000, &line)), &line, &parts);
+    let run = finish(in_memory(2_000_000, &prepare("words")));
+    assert_eq!(run.code, 0, "{}", run.stderr);
+}
