@@ -15,6 +15,9 @@ use crate::stops::Stops;
 /// Most events of a job that wait for a slow client, who is then taken to be gone.
 const EVENTS: usize = 8192;
 
+/// The largest [`Limits::batch`] and [`Limits::queue`]: room for them is made at the start.
+const MOST: usize = 1 << 16;
+
 /// Limits of the work that the server accepts.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -86,8 +89,11 @@ impl Engine {
 /// Starts the thread that owns the model. It ends when the last [`Engine`] is gone.
 ///
 /// # Errors
-/// The system refuses a thread.
+/// A batch or queue of none or of more than 65,536; the system refuses a thread.
 pub fn start(model: Inference, tokenizer: Tokenizer, limits: Limits) -> Result<Engine> {
+    for (name, value) in [("--batch", limits.batch), ("--queue", limits.queue)] {
+        ensure!((1..=MOST).contains(&value), "{name} is {value}; use 1 to {MOST}");
+    }
     let (queue, jobs) = sync_channel(limits.queue);
     let eos = model.config().eos_token_ids.clone();
     std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
@@ -197,7 +203,7 @@ impl<'t> Batch<'t> {
         let config = self.model.config();
         let ids = self.tokenizer.encode(&job.prompt, Bos::Auto)?;
         let most = self.limits.positions.min(config.max_position);
-        let positions = ids.len() + job.options.max_tokens;
+        let positions = ids.len().saturating_add(job.options.max_tokens);
         ensure!(!ids.is_empty(), "the prompt is empty, and the tokenizer adds no token to start from");
         ensure!(job.options.max_tokens > 0, "max_tokens is 0");
         ensure!(

@@ -20,6 +20,10 @@ use crate::engine::{Engine, Event, Job, Refusal};
 /// Largest request.
 const BODY: usize = 1 << 20;
 
+/// Most stop texts of a request, and bytes of one: each is looked for after every token.
+const STOPS: usize = 16;
+const STOP: usize = 1024;
+
 /// The fields of a request that are served; others are refused, since ignoring them would give another answer than was asked for.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -106,6 +110,10 @@ async fn complete(State(server): State<Arc<Server>>, body: String) -> Response {
     };
     if stop.iter().any(String::is_empty) {
         return failure(StatusCode::BAD_REQUEST, "a stop text is empty");
+    }
+    if stop.len() > STOPS || stop.iter().any(|stop| stop.len() > STOP) {
+        let message = format!("stop: use at most {STOPS} texts of {STOP} bytes");
+        return failure(StatusCode::BAD_REQUEST, &message);
     }
     let options = GenerateOptions {
         max_tokens: asked.max_tokens,

@@ -43,7 +43,7 @@ fn args(mut words: impl Iterator<Item = String>) -> Result<Args> {
             _ => bail!("unexpected {word}; {USAGE}"),
         }
     }
-    if args.model.as_os_str().is_empty() || args.limits.batch == 0 || args.limits.queue == 0 {
+    if args.model.as_os_str().is_empty() {
         bail!("{USAGE}");
     }
     Ok(args)

@@ -222,7 +222,13 @@ fn wrong_requests_are_answered_and_a_full_queue_refuses() {
     let dir = tempfile::tempdir().unwrap();
     make_model(dir.path());
     let address = serve(dir.path(), Limits { batch: 1, queue: 1, positions: 64 }, Precision::F32);
+    let many = json!({"prompt": "x", "stop": vec!["y"; 17]}).to_string();
+    let long = json!({"prompt": "x", "stop": ["y".repeat(1025)]}).to_string();
+    let endless = json!({"prompt": "x", "max_tokens": u64::MAX}).to_string();
     for (body, part) in [
+        (&many[..], "at most 16 texts"),
+        (&long, "of 1024 bytes"),
+        (&endless, "positions"),
         ("", "EOF"),
         ("{\"prompt\": 5}", "string"),
         ("{\"prompt\": \"x\", \"best_of\": 2}", "best_of"),
@@ -242,4 +248,18 @@ fn wrong_requests_are_answered_and_a_full_queue_refuses() {
     let statuses: Vec<u16> = flood.into_iter().map(|thread| thread.join().unwrap()).collect();
     assert!(statuses.iter().all(|status| [200, 503].contains(status)), "{statuses:?}");
     assert!(statuses.contains(&200));
+}
+
+#[test]
+fn room_that_no_machine_has_is_not_made() {
+    let dir = tempfile::tempdir().unwrap();
+    make_model(dir.path());
+    for (limits, name) in [
+        (Limits { queue: usize::MAX, ..Limits::default() }, "--queue"),
+        (Limits { batch: 0, ..Limits::default() }, "--batch"),
+    ] {
+        let (model, tokenizer) = load(dir.path(), Precision::F32);
+        let error = start(model, tokenizer, limits).unwrap_err().to_string();
+        assert!(error.starts_with(name) && error.ends_with("; use 1 to 65536"), "{error}");
+    }
 }
