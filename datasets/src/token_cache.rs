@@ -19,7 +19,7 @@
 
 use crate::corpus::Position;
 use crate::error::{Error, Result};
-use crate::files::{lock_dir, replace, sync_dir};
+use crate::files::{lock_dir, read_at_most, replace, sync_dir};
 use crate::stream::TokenStream;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -39,6 +39,8 @@ const CHUNK: usize = 1 << 18;
 const IDS_FILE: &str = "ids";
 const STARTS_FILE: &str = "starts";
 const CURSOR_FILE: &str = "cursor.json";
+/// The largest cursor, in bytes.
+const MAX_CURSOR: u64 = 1 << 16;
 
 /// A complete token cache.
 #[derive(Debug)]
@@ -268,11 +270,11 @@ impl Writer {
             file.map_err(Error::io(&path))
         };
         let (ids, starts) = (file(IDS_FILE)?, file(STARTS_FILE)?);
-        let cursor = fs::read(dir.join(CURSOR_FILE)).ok();
+        let cursor = read_at_most(&dir.join(CURSOR_FILE), MAX_CURSOR).ok();
         let cursor: Cursor = cursor.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
         let length = |file: &File| file.metadata().map(|metadata| metadata.len());
-        let (ids_end, starts_end) =
-            (HEADER as u64 + cursor.ids.saturating_mul(width), cursor.documents.saturating_mul(8));
+        let ids_end = cursor.ids.saturating_mul(width).saturating_add(HEADER as u64);
+        let starts_end = cursor.documents.saturating_mul(8);
         let whole = length(&ids).map_err(Error::io(dir))? >= ids_end
             && length(&starts).map_err(Error::io(dir))? >= starts_end;
         let cursor = if whole { cursor } else { Cursor::default() };
@@ -457,10 +459,18 @@ mod tests {
         assert_eq!(TokenFile::open(&path).unwrap().into_stream().unwrap(), expected);
 
         // A cursor that promises more than there is, or is no cursor, starts over.
-        for cursor in ["{\"position\":{\"file\":1,\"documents\":1},\"ids\":999,\"documents\":1}", "{", ""] {
+        let cursor = |ids: u64, documents: u64| {
+            let position = Position { file: 1, documents: 1 };
+            serde_json::to_string(&Cursor { position, ids, documents }).unwrap()
+        };
+        let long = cursor(0, 0) + &" ".repeat(MAX_CURSOR as usize);
+        for cursor in
+            [cursor(999, 1), cursor(u64::MAX, 0), cursor(0, u64::MAX), long, "{".to_owned(), String::new()]
+        {
             fs::create_dir_all(&part).unwrap();
-            fs::write(part.join(CURSOR_FILE), cursor).unwrap();
-            assert_eq!(Writer::open(&part, 100).unwrap().position(), Position::default(), "{cursor}");
+            fs::write(part.join(CURSOR_FILE), &cursor).unwrap();
+            let writer = Writer::open(&part, 100).unwrap();
+            assert_eq!((writer.position(), writer.len()), (Position::default(), 0), "{cursor:.99}");
         }
     }
 

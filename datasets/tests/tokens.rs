@@ -61,6 +61,25 @@ fn equal_texts_train_equal_files() {
 }
 
 #[test]
+fn a_tokenizer_takes_the_place_of_an_old_one_as_whole_files() {
+    let dir = trained();
+    let names = ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"];
+    let old = TempDir::new().unwrap();
+    for name in names {
+        fs::hard_link(dir.path().join(name), old.path().join(name)).unwrap();
+        fs::write(dir.path().join(name), format!("old {name}")).unwrap();
+    }
+    assert_eq!(train_bpe(std::iter::empty(), 300, dir.path()).unwrap(), 258);
+    for name in names {
+        assert_eq!(fs::read_to_string(old.path().join(name)).unwrap(), format!("old {name}"));
+    }
+    let mut found: Vec<_> =
+        fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    found.sort();
+    assert_eq!(found, names);
+}
+
+#[test]
 fn training_shortens_text() {
     let text = text_of(2, 5000);
     let ids = TOKENIZER.1.encode(&text, Bos::Never).unwrap();

@@ -393,7 +393,7 @@ impl Builder {
         }
         // One more is drawn where the document itself may be among them; then it is left out.
         let spare = self.own_examples || (shots > 0 && !self.old() && self.task.spare_shot);
-        let drawn = if shots > 0 { shots + usize::from(spare) } else { 0 };
+        let drawn = if shots > 0 { shots.saturating_add(usize::from(spare)) } else { 0 };
         if self.examples.len() < drawn {
             return Err(wrong(
                 format!("{} rows to draw {drawn} examples from", self.examples.len()),

@@ -11,7 +11,7 @@ pub use stream::DecodeStream;
 use crate::bpe;
 use crate::encoder::{ByteLevelWords, Encoder, TooLong, byte_char};
 use crate::error::{Error, Result, shown};
-use crate::files::{hex, without_bom};
+use crate::files::{hex, replace, without_bom};
 use crate::token_texts::TokenTexts;
 use files::Settings;
 use rayon::prelude::*;
@@ -398,7 +398,7 @@ pub fn train_bpe(texts: impl Iterator<Item = String>, vocab_size: usize, out_dir
         ("special_tokens_map.json", format!("{special:#}\n")),
     ] {
         let path = out_dir.join(name);
-        fs::write(&path, text).map_err(Error::io(&path))?;
+        replace(&path, |file| file.write_all(text.as_bytes())).map_err(Error::io(&path))?;
     }
     Ok(size)
 }

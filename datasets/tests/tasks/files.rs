@@ -169,6 +169,10 @@ fn a_limit_takes_the_first_documents_and_the_same_examples() {
     let dir = folder(&[("nq_open/dev.jsonl", jsonl(&rows[..3]).as_bytes())]);
     let error = load(dir.path(), "nq_open").map(drop).unwrap_err();
     assert!(error.contains("3 rows to draw 6 examples from; name a training file"), "{error}");
+    let most = Options { shots: Some(usize::MAX), ..Options::default() };
+    let task = Task::named("nq_open").unwrap();
+    let error = Loaded::load(task, &TaskFiles::folder(dir.path()), &most).unwrap_err().to_string();
+    assert!(error.contains(&format!("3 rows to draw {} examples from; ", usize::MAX)), "{error}");
 }
 
 #[test]

@@ -10,7 +10,8 @@ use dsmoe_core::config::Config;
 use dsmoe_datasets::{CorpusOptions, SourceSpec};
 use dsmoe_train::TrainConfig;
 use dsmoe_train::continual::{
-    self, ContinualOptions, ContinualReport, Method, TRAIN_KEYS, Task, TaskReport, learn, step_memory,
+    self, ContinualOptions, ContinualReport, MOST_TASKS, Method, TRAIN_KEYS, Task, TaskReport, learn,
+    step_memory,
 };
 use serde::{Deserialize, Serialize};
 
@@ -174,13 +175,16 @@ fn read(path: &Path) -> Result<Wanted> {
     if file.task.is_empty() {
         bail!("{place}: there is no task; add [[task]] tables with name, data and steps");
     }
+    if file.task.len() > MOST_TASKS {
+        bail!("{place}: {} tasks are more than {MOST_TASKS}; use fewer", file.task.len());
+    }
     let mut train = TrainConfig::default();
     if let Some(key) = file.train.keys().find(|key| !TRAIN_KEYS.contains(&&key[..])) {
         bail!("{place}: [train] has {key}; use {}", TRAIN_KEYS.join(", "));
     }
     train.apply(&file.train)?;
     let names_seq = file.train.contains_key("seq");
-    let mut wanted = Wanted { train, method: file.method, texts: Vec::new(), steps: Vec::new(), names_seq };
+    let (mut specs, mut steps) = (Vec::new(), Vec::new());
     for (i, task) in file.task.into_iter().enumerate() {
         let missing = |key: &str, mend: &str| anyhow::anyhow!("{place}: task {} has no {key}; {mend}", i + 1);
         let name = task.name.ok_or_else(|| missing("name", "add name = \"..\""))?;
@@ -189,11 +193,9 @@ fn read(path: &Path) -> Result<Wanted> {
             Some(Data::Many(paths)) if !paths.is_empty() => paths,
             _ => return Err(missing("data", "add data = \"FILE\" with its text")),
         };
-        wanted
-            .steps
-            .push(task.steps.ok_or_else(|| missing("steps", "add steps = N; 0 to measure it alone"))?);
+        steps.push(task.steps.ok_or_else(|| missing("steps", "add steps = N; 0 to measure it alone"))?);
         let defaults = CorpusOptions::default();
-        let spec = SourceSpec {
+        specs.push(SourceSpec {
             name,
             paths: paths.iter().map(|data| folder_of(path).join(data)).collect(),
             weight: 1.0,
@@ -202,10 +204,9 @@ fn read(path: &Path) -> Result<Wanted> {
                 text_column: task.text_column.unwrap_or(defaults.text_column),
                 selection: defaults.selection,
             },
-        };
-        wanted.texts.extend(find(vec![spec])?);
+        });
     }
-    Ok(wanted)
+    Ok(Wanted { train, method: file.method, texts: find(specs)?, steps, names_seq })
 }
 
 /// Reads the file of the tasks and checks it for a small model.

@@ -14,7 +14,7 @@ use hf_hub::{Cache, Repo, RepoType};
 use sha2::{Digest, Sha256};
 
 use super::listing::{File, Listing, is_hash};
-use super::settings::Settings;
+use super::settings::{Settings, short_text};
 use super::watch::{Lost, watched};
 use crate::format;
 use crate::progress::{Progress, Unit};
@@ -81,7 +81,7 @@ impl Place {
 
     /// Returns what the cache has of the revision.
     fn cached(&self, name: &HubName) -> Option<PathBuf> {
-        let reference = fs::read_to_string(self.folder.join("refs").join(&name.revision)).ok();
+        let reference = short_text(&self.folder.join("refs").join(&name.revision));
         let commit = reference.as_deref().map_or(name.revision.as_str(), str::trim);
         let snapshot = self.snapshots().join(commit);
         let file = name.file.as_deref();

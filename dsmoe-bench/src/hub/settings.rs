@@ -1,14 +1,17 @@
 //! The settings of the Hub's own tools, from the environment.
 
 use std::env::{home_dir, var_os};
-use std::fs;
 use std::path::{Path, PathBuf, absolute};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use dsmoe_datasets::files::read_at_most;
 
 /// The seconds without a byte after which a download has failed, unless `HF_HUB_DOWNLOAD_TIMEOUT` says otherwise.
 const PATIENCE: f64 = 60.0;
+
+/// The largest file of one line, in bytes.
+const LONGEST_LINE: u64 = 1 << 16;
 
 /// Where models come from and where they go.
 #[derive(Clone, Debug)]
@@ -66,8 +69,12 @@ impl Settings {
 
 /// Returns what `hf auth login` stored.
 fn token_of(file: &Path) -> Option<String> {
-    let text = fs::read_to_string(file).ok()?;
-    (!text.trim().is_empty()).then_some(text)
+    short_text(file).filter(|text| !text.trim().is_empty())
+}
+
+/// Returns the text of a file of the Hub's tools that has one line; none of a longer one.
+pub(super) fn short_text(file: &Path) -> Option<String> {
+    String::from_utf8(read_at_most(file, LONGEST_LINE).ok()?).ok()
 }
 
 fn is_yes(value: &str) -> bool {
@@ -96,6 +103,18 @@ mod tests {
         ] {
             assert_eq!(settings(variables).unwrap().cache, Path::new(wanted), "{variables:?}");
         }
+    }
+
+    #[test]
+    fn a_file_of_one_line_is_short() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let of = |text: String| {
+            std::fs::write(file.path(), text).unwrap();
+            (short_text(file.path()), token_of(file.path()))
+        };
+        assert_eq!(of("abc\n".to_owned()), (Some("abc\n".to_owned()), Some("abc\n".to_owned())));
+        assert_eq!(of(" \n".to_owned()), (Some(" \n".to_owned()), None));
+        assert_eq!(of("a".repeat(1 << 17)), (None, None));
     }
 
     #[test]

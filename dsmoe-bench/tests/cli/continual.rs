@@ -128,6 +128,7 @@ fn wrong_task_files_are_said() {
         ("key", TASKS.replace("lr = ", "log_every = "), &["[train] has log_every", "batch, seq"]),
         ("long", TASKS.replace("seq = 32", "seq = 4000"), &["seq is 4000", "at most"]),
         ("toml", "[[task".to_owned(), &["line 1"]),
+        ("many", "[[task]]\n".repeat(1001), &["many.toml: 1001 tasks are more than 1000; use fewer"]),
     ] {
         let file = format!("continual/{name}.toml");
         write(&file, text);

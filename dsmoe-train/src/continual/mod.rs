@@ -54,6 +54,9 @@ const TASKS: &str = "tasks";
 /// Windows of a task whose gradients say how firmly its weights are held.
 const ANCHOR_WINDOWS: usize = 32;
 
+/// The largest number of tasks.
+pub const MOST_TASKS: usize = 1000;
+
 /// A text to learn.
 ///
 /// ```
@@ -253,6 +256,9 @@ pub fn check(
     method: &Method,
 ) -> Result<(Vec<TrainConfig>, Method)> {
     let method = method.clone().resolve()?;
+    if tasks.len() > MOST_TASKS {
+        return Err(Error::field("the number of tasks", tasks.len(), format!("at most {MOST_TASKS}")));
+    }
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     for (i, (name, _)) in tasks.iter().enumerate() {
         if name.is_empty() || name.len() > 64 || !name.chars().all(is_plain) || name.starts_with('.') {

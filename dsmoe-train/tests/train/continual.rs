@@ -369,10 +369,12 @@ fn what_cannot_be_learnt_is_said() {
     };
     let twice = [task("one", 3, &walk(1)), task("one", 3, &walk(2))];
     let big = TokenStream { ids: vec![VOCAB as u32; 400], doc_starts: vec![0] };
+    let many = vec![twice[0].clone(); 1001];
     for (error, wanted) in [
         (with("{}", &[], train()), "steps is 0 in every task"),
         (with("{}", &three(0), train()), "steps is 0 in every task"),
         (with("{}", &twice, train()), "the name of a task is \"one\" twice"),
+        (with("{}", &many, train()), "the number of tasks is 1001; use at most 1000"),
         (with("{}", &[task("../x", 3, &walk(1))], train()), "the name of a task is \"../x\""),
         (with(r#"{"density": 0.5}"#, &three(3), train()), "density is set; use it with prune"),
         (with("{}", &[task("big", 3, &big)], train()), "a token id of the text is 48"),

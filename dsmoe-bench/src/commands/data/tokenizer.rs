@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use dsmoe_datasets::files::TemporaryDir;
+use dsmoe_datasets::files::{TemporaryDir, sync_dir};
 use dsmoe_datasets::train_bpe;
 use serde_json::json;
 
@@ -60,6 +60,7 @@ pub(crate) fn run(args: &TrainTokenizer, ui: &mut Ui) -> Result<()> {
             std::fs::rename(temporary.path().join(name), &to).with_context(|| format!("{}", to.display()))?;
         }
     }
+    sync_dir(folder).with_context(|| folder.display().to_string())?;
     let (out, seconds) = (args.out.display().to_string(), started.elapsed().as_secs_f64());
     if vocab < args.vocab {
         ui.note(format_args!("no pair of tokens repeats any more after {vocab} tokens"));

@@ -35,6 +35,9 @@ const DECODED: usize = 32;
 /// Fewest tokens of a prompt.
 const LEAST_PROMPT: usize = 2;
 
+/// The largest number of budgets, and of sources: a mixture has no more.
+const MOST: usize = 1000;
+
 /// A profile: a row per request, and a column per budget.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -77,6 +80,13 @@ impl Profile {
         }
         let profile: Profile = read_part(&path)?;
         let budgets = profile.shares.len();
+        for (what, count) in [("budgets", budgets), ("sources", profile.sources.len())] {
+            ensure!(
+                count <= MOST,
+                "{}: {count} {what} are more than {MOST}; profile the model again",
+                path.display()
+            );
+        }
         let width = profile.requests.first().map_or(0, |request| request.features.len());
         let is_sound = |request: &Profiled| {
             let numbers = request.features.iter().chain(&request.active).chain(&request.losses);
@@ -241,6 +251,9 @@ fn shares(args: &PlanProfile, config: &Config) -> Result<Vec<f64>> {
     if shares.len() < 2 {
         bail!("--active: one budget leaves no choice; give two or more");
     }
+    if shares.len() > MOST {
+        bail!("--active: {} budgets are more than {MOST}; give fewer", shares.len());
+    }
     Ok(shares)
 }
 
@@ -310,4 +323,37 @@ fn show(summary: &Summary<'_>) -> String {
         ]);
     }
     format!("{} requests\n\n{}", format::count(summary.requests as u64), table.show())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_profile_of_too_many_budgets_or_sources_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let profile = |budgets: usize, sources: usize| Profile {
+            model: PathBuf::from("model"),
+            model_sha256: String::new(),
+            dtype: "f32".to_owned(),
+            prompt: 8,
+            continuation: 8,
+            shares: (1..=budgets).map(|i| i as f64 / budgets as f64).collect(),
+            active: vec![0.5; budgets],
+            sources: vec![String::new(); sources],
+            requests: vec![Profiled { source: 0, features: vec![1.0], losses: vec![2.0; budgets] }],
+            speeds: None,
+        };
+        let read = |profile: &Profile| {
+            write_json(&dir.path().join(PROFILE), profile).unwrap();
+            Profile::read(dir.path())
+        };
+        let most = read(&profile(MOST, MOST)).unwrap();
+        assert_eq!((most.shares.len(), most.sources.len()), (MOST, MOST));
+        for (profile, what) in [(profile(MOST + 1, 1), "budgets"), (profile(2, MOST + 1), "sources")] {
+            let error = read(&profile).unwrap_err().to_string();
+            let wanted = format!("{PROFILE}: 1001 {what} are more than 1000; profile the model again");
+            assert!(error.ends_with(&wanted), "{error}");
+        }
+    }
 }
