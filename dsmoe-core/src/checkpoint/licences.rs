@@ -63,7 +63,7 @@ pub(crate) fn has_licences(dir: &Path) -> bool {
 }
 
 /// Copies a file and waits until it is on the disk; anything else of that name is left out.
-pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn copy_file(from: &Path, to: &Path) -> Result<()> {
     if !from.is_file() {
         return Ok(());
     }

@@ -16,7 +16,7 @@ pub use dtype::{Dtype, transpose};
 pub(crate) use dtype::{check_finite, decode, encode, is_too_large, too_large};
 pub use header::{Header, HeaderEntry};
 pub use licences::{CARD_FILE, SOURCE_CARD_FILE};
-pub(crate) use licences::{GENERATED, has_licences, is_generated, read_card};
+pub(crate) use licences::{GENERATED, copy_file, has_licences, is_generated, read_card};
 pub(crate) use llama::read_partitions;
 pub use llama::{
     LlamaTensors, check_llama_tensors, in_stored_order, model_writer, norm_names, open_model, tensor_names,
@@ -70,7 +70,7 @@ pub fn copy_companions(from: &std::path::Path, to: &std::path::Path) -> crate::R
         return Ok(());
     }
     for name in COMPANIONS {
-        licences::copy_file(&from.join(name), &to.join(name))?;
+        copy_file(&from.join(name), &to.join(name))?;
     }
     licences::copy(from, to)
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::{DenseForm, ExportAs, Measured};
 use crate::accounting::Accounting;
 use crate::checkpoint::{
-    CARD_FILE, GENERATED, Manifest, SOURCE_CARD_FILE, has_licences, is_generated, read_card,
+    CARD_FILE, GENERATED, Manifest, SOURCE_CARD_FILE, copy_file, has_licences, is_generated, read_card,
 };
 use crate::config::{Config, MoeConfig};
 use crate::error::{Error, Result};
@@ -35,7 +35,7 @@ pub(super) struct Card<'a> {
 pub(super) fn write(card: &Card<'_>, dir: &Path, target: &Path) -> Result<bool> {
     let (path, old) = (dir.join(CARD_FILE), target.join(CARD_FILE));
     if old.is_file() && !is_generated(&old)? {
-        std::fs::copy(&old, &path).map_err(Error::io(&path))?;
+        copy_file(&old, &path)?;
         return Ok(false);
     }
     let source = dir.join(SOURCE_CARD_FILE);
