@@ -293,6 +293,17 @@ fn an_interrupt_stops_and_the_rest_is_the_same() {
 }
 
 #[test]
+fn a_stop_is_heard_before_the_first_answer() {
+    let setup = Setup::new();
+    let documents = setup.documents();
+    let slices: Vec<&[Request]> = documents.iter().map(Vec::as_slice).collect();
+    let (stop, mut shown) = (AtomicBool::new(true), 0);
+    let responder = setup.responder().stop_at(&stop);
+    let found = responder.answer(&slices, None, &mut |_, _| shown += 1).unwrap();
+    assert!(found.is_none() && shown == 0, "{shown}");
+}
+
+#[test]
 fn a_model_is_known_by_its_files() {
     let setup = Setup::new();
     let dir = setup.dir.path();
