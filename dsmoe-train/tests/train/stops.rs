@@ -50,7 +50,7 @@ fn a_stop_behind_a_step_is_made_up_for() {
         ("target", &["active_target=0.4", "hold=threshold", "eval_every=8", "save_every=4"]),
         ("range", &["active_range=[0.5, 1.0]"]),
     ] {
-        let more = [&["valid_fraction=0.5", "steps=16"], more].concat();
+        let more = [&["valid_fraction=0.5", "steps=16"][..], more].concat();
         let [whole, out] = ["whole", "parts"].map(|name| format!("{kind} {name}"));
         let all = bed.whole(&whole, &more);
         let (mut at, mut evals, mut steps, mut behind) = (1, Vec::new(), Vec::new(), 0);
