@@ -64,6 +64,9 @@ pub(crate) fn run(args: &Grow, ui: &mut Ui) -> Result<()> {
             let mut stages = Stages::new(ui);
             // Layers that are copied are not looked at otherwise.
             Checkpoint::open(&args.model)?.check_finite()?;
+            // A call that is refused leaves the parts of an earlier one as they are.
+            plan_growth(&args.model, &options)?;
+            check_output(&args.model, out, args.force)?;
             let partial = partial(args, out, &options)?;
             let grown = grow_from(&args.model, out, &options, &partial, &mut |at| {
                 stages.set(at.stage, at.done, at.total);
