@@ -1,7 +1,7 @@
 //! Budgets by request beside one budget for all, on requests that were not learnt.
 //!
 //! All ways keep to one mean share of the experts: what the requests that are asked open at one budget for all. Ways reckon with
-//! the budgets' shares, and what is measured holds their price.
+//! the budgets' shares, and what is measured holds their price. Budgets dealt out by chance come near that share, and may exceed it.
 
 use anyhow::Result;
 use dsmoe_baselines::plan::{Curves, Fit, Policy, at_mean_share, least_at_mean_share, mean_at};

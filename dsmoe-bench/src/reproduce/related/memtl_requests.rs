@@ -52,8 +52,9 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
               count, heads predict what each budget adds to the loss of the continuation. They learn from the requests of all sources \
               but one, and choose budgets for those of that one; numbers of ways are means over the sources that were left out. All \
               ways keep to the mean share of the experts that these requests open at one budget of 0.5, which predicts the means of what \
-              was learnt. Random budgets are those of the heads' mean and deviation, dealt out by chance. The oracle knows the losses \
-              and may mix budgets: a bound.",
+              was learnt. Random budgets are those of the heads' mean and deviation, dealt out by chance; their share is only near \
+              that one, since a budget opens more experts for some requests than for others. The oracle knows the losses and may mix \
+              budgets: a bound.",
     numbers: "loss of the continuation over that at the largest budget, mean, and its standard deviation over all requests and over \
               those of a source, thousandths of a nat; share of the experts that requests open; and mean squared error of what was \
               predicted, squared thousandths of a nat",
