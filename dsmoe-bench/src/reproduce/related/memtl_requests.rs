@@ -3,7 +3,7 @@
 
 use std::sync::atomic::Ordering;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use dsmoe_baselines::plan::Fit;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_train::TrainConfig;
@@ -158,7 +158,8 @@ fn profiled(lab: &mut Lab<'_, '_>, model: &Model) -> Result<(Vec<Profiled>, Key)
     let inputs = lab.inputs();
     let (most, prompt) = requests_of(inputs.costs);
     let len = 2 * prompt;
-    let requests = cut(&inputs.text.held_out_sources(most * len)?, most, len)?;
+    let sources = inputs.text.held_out_sources(most * len)?;
+    let requests = cut(&sources, most, len).context("experiment memtl-requests: held-out text")?;
     let settings = json!([model.key, hash(&requests), BUDGETS, prompt, inputs.precision().name()]);
     lab.stage("profiled", &settings, profiling_cost(inputs.costs), |dir| {
         let folder = dir.join("points");
