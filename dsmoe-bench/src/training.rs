@@ -109,7 +109,8 @@ pub(crate) fn drive(trainer: &mut Trainer, what: &str, out: &Path, ui: &Ui) -> R
     let mut progress = Progress::new(ui, what, Unit::Steps, steps);
     progress.line_every(config.log_every);
     progress.polled();
-    let mut view = View { progress, steps, call: ui.call.clone(), last: None, eval: None, saved: None };
+    let mut view =
+        View { progress, first, steps, call: ui.call.clone(), last: None, eval: None, saved: None };
     let outcome = trainer.run(&mut view, stop_of(ui));
     let View { progress, last, eval, saved, .. } = view;
     progress.finish();
@@ -243,6 +244,8 @@ pub(crate) fn show_summary(summary: &TrainSummary) -> String {
 /// Shows a run, and keeps its last records.
 struct View {
     progress: Progress,
+    /// Steps that were done before.
+    first: u64,
     steps: u64,
     call: Option<Arc<Call>>,
     last: Option<StepRecord>,
@@ -254,7 +257,7 @@ impl View {
     /// Shows the part that is done of the work behind a step.
     fn show_after(&mut self, what: &str, done: usize, all: usize) {
         let share = format::percent(done as f64 / all as f64);
-        let step = self.last.as_ref().map_or(0, |record| record.step);
+        let step = self.last.as_ref().map_or(self.first, |record| record.step);
         self.progress.set(step, self.steps, &format!("{what}: {share}"));
     }
 }

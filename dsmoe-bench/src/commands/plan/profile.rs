@@ -341,7 +341,12 @@ mod tests {
             shares: (1..=budgets).map(|i| i as f64 / budgets as f64).collect(),
             active: vec![0.5; budgets],
             sources: vec![String::new(); sources],
-            requests: vec![Profiled { source: 0, features: vec![1.0], losses: vec![2.0; budgets] }],
+            requests: vec![Profiled {
+                source: 0,
+                features: vec![1.0],
+                losses: vec![2.0; budgets],
+                active: vec![0.5; budgets],
+            }],
             speeds: None,
         };
         let read = |profile: &Profile| {
