@@ -75,27 +75,35 @@ fn add_columns<S: Product, const BF16: bool, const N: usize>(
     values: [f32; N],
     next: Option<[&[f32]; N]>,
 ) {
-    let (values, words) = (values.map(|value| s.splat(value)), columns[0].len());
-    let columns = columns.map(|column| &column[..words]);
-    for line in (0..words).step_by(LINE) {
+    let values = values.map(|value| s.splat(value));
+    // Lines of a fixed length, so that no load in the loop is checked.
+    let lines = columns[0].len() / LINE;
+    let columns = columns.map(|column| &column.as_chunks::<LINE>().0[..lines]);
+    let ask = |line: usize| {
         if let Some(next) = next {
-            next.iter().for_each(|next| s.prefetch(next, line));
+            next.iter().for_each(|next| s.prefetch(next, line * LINE));
         }
-        for word in (line..line + LINE).step_by(S::LANES) {
-            if BF16 {
-                let first = word / WORDS * GROUP + word % WORDS;
-                let second = first + WORDS;
-                let (mut low, mut high) = (s.load(&sums[first..]), s.load(&sums[second..]));
+    };
+    if BF16 {
+        for (line, sums) in sums.as_chunks_mut::<GROUP>().0[..lines].iter_mut().enumerate() {
+            ask(line);
+            for word in (0..LINE).step_by(S::LANES) {
+                let (mut low, mut high) = (s.load(&sums[word..]), s.load(&sums[WORDS + word..]));
                 for (column, &value) in columns.iter().zip(&values) {
-                    let (a, b) = s.widen(bytemuck::cast_slice(&column[word..]));
+                    let (a, b) = s.widen(bytemuck::cast_slice(&column[line][word..]));
                     (low, high) = (s.fma(value, a, low), s.fma(value, b, high));
                 }
-                s.store(&mut sums[first..], low);
-                s.store(&mut sums[second..], high);
-            } else {
+                s.store(&mut sums[word..], low);
+                s.store(&mut sums[WORDS + word..], high);
+            }
+        }
+    } else {
+        for (line, sums) in sums.as_chunks_mut::<LINE>().0[..lines].iter_mut().enumerate() {
+            ask(line);
+            for word in (0..LINE).step_by(S::LANES) {
                 let mut sum = s.load(&sums[word..]);
                 for (column, &value) in columns.iter().zip(&values) {
-                    sum = s.fma(value, s.load(&column[word..]), sum);
+                    sum = s.fma(value, s.load(&column[line][word..]), sum);
                 }
                 s.store(&mut sums[word..], sum);
             }
