@@ -86,6 +86,13 @@ fn settle(dir: &Path) {
     decide_gates(dir);
     let mut model = Model::load(dir).unwrap();
     let hidden = model.config().hidden;
+    let gates = model.layout().entries().iter().filter(|entry| entry.spec.name.ends_with("mlp.gate.weight"));
+    let gates: Vec<_> = gates.map(|entry| entry.range.clone()).collect();
+    for gate in gates {
+        // What is left of the random weights decides no choice, whatever the precision.
+        let small = model.params_mut()[gate].iter_mut().filter(|w| w.abs() < 0.1);
+        small.for_each(|w| *w *= 0.05);
+    }
     let head = model.layout().get("lm_head.weight").unwrap().range.clone();
     for row in model.params_mut()[head].chunks_exact_mut(hidden) {
         row.iter_mut().take(3).for_each(|w| *w *= 0.05);
