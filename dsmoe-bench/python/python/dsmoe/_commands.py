@@ -146,9 +146,13 @@ def prune(
     seq: int | None = None,
     seed: int | None = None,
     dry_run: bool = False,
+    resume: bool = False,
     force: bool = False,
 ) -> Report:
-    """Make a model with fewer activated parameters by one of the methods that `methods` lists."""
+    """Make a model with fewer activated parameters by one of the methods that `methods` lists.
+
+    With `resume=True` an interrupted work of a method that keeps its parts continues.
+    """
     return _command("prune", locals(), model)
 
 
