@@ -28,7 +28,7 @@ pub(crate) fn merge(parts: &[PathBuf], out: &Path, force: bool, ui: &mut Ui) -> 
         let of_seeds = (0..setup.profile.seeds).map(|seed| find(parts, experiment.name, seed));
         let of_seeds = of_seeds.collect::<Result<Vec<Run>>>()?;
         let values: Vec<_> = of_seeds.iter().map(|run| run.values.clone()).collect();
-        experiments.push(Found::new(experiment, &values)?);
+        experiments.push(Found::recorded(experiment, &values)?);
         runs.extend(of_seeds);
     }
     make_folder(out, force, "choose another --out, or pass --force")?;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::super::shipped::compare_experiments;
-use super::experiment::{Experiment, Numbers, Value, Verdict, mean, shown};
+use super::experiment::{Claim, Experiment, Numbers, Value, Verdict, mean, shown};
 use crate::format::{self, Table};
 use crate::report::{Block, Cell, Chapter, Report, Tabular, markdown};
 
@@ -77,7 +77,28 @@ pub(crate) struct Decided {
 
 impl Found {
     /// Combines the numbers of all seeds.
+    ///
+    /// # Errors
+    /// A claim is about a number that a seed does not have.
     pub(crate) fn new(experiment: &Experiment, seeds: &[Vec<Value>]) -> Result<Found> {
+        Found::by(experiment, seeds, experiment.claims.iter())
+    }
+
+    /// Combines numbers that were recorded, maybe by an earlier version: claims about rows that were added since are left out.
+    ///
+    /// # Errors
+    /// A claim is about a number that a seed does not have in a row that there is.
+    pub(crate) fn recorded(experiment: &Experiment, seeds: &[Vec<Value>]) -> Result<Found> {
+        let has = |row: &str| seeds.iter().flatten().any(|value| value.row == row);
+        let known = |claim: &&Claim| has(claim.row) && claim.controls.iter().all(|row| has(row));
+        Found::by(experiment, seeds, experiment.claims.iter().filter(known))
+    }
+
+    fn by<'a>(
+        experiment: &Experiment,
+        seeds: &[Vec<Value>],
+        claims: impl Iterator<Item = &'a Claim>,
+    ) -> Result<Found> {
         let numbers = Numbers(seeds);
         let mut rows: Vec<Row> = Vec::new();
         for value in seeds.first().into_iter().flatten() {
@@ -94,7 +115,7 @@ impl Found {
                 None => rows.push(Row { name: value.row.clone(), cells: vec![measured] }),
             }
         }
-        let decide = |claim: &super::experiment::Claim| {
+        let decide = |claim: &Claim| {
             let (agrees, ours) = claim.decide(&numbers).context(experiment.name)?;
             let owned = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
             Ok(Decided {
@@ -114,7 +135,7 @@ impl Found {
             setting: experiment.setting.to_owned(),
             numbers: experiment.numbers.to_owned(),
             rows,
-            claims: experiment.claims.iter().map(decide).collect::<Result<_>>()?,
+            claims: claims.map(decide).collect::<Result<_>>()?,
         })
     }
 
@@ -249,4 +270,31 @@ impl Outcome {
 fn capital(text: &str) -> String {
     let mut letters = text.chars();
     letters.next().map_or(String::new(), |first| first.to_uppercase().chain(letters).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ALL;
+    use super::*;
+
+    #[test]
+    fn claims_about_rows_that_a_record_lacks_are_left_out() {
+        for experiment in ALL {
+            let of_claim = |claim: &Claim| {
+                let rows = [claim.row].into_iter().chain(claim.controls.iter().copied());
+                rows.flat_map(|row| claim.columns.iter().map(move |column| Value::new(row, column, 1.0)))
+                    .collect::<Vec<_>>()
+            };
+            let all: Vec<Value> = experiment.claims.iter().flat_map(of_claim).collect();
+            let whole = Found::new(experiment, std::slice::from_ref(&all)).unwrap();
+            assert_eq!(Found::recorded(experiment, std::slice::from_ref(&all)).unwrap(), whole);
+            let gone = experiment.claims[0].row;
+            let earlier: Vec<Value> = all.into_iter().filter(|value| value.row != gone).collect();
+            assert!(Found::new(experiment, std::slice::from_ref(&earlier)).is_err(), "{}", experiment.name);
+            let found = Found::recorded(experiment, &[earlier]).unwrap();
+            let known = |claim: &&Claim| claim.row != gone && !claim.controls.contains(&gone);
+            let known: Vec<&str> = experiment.claims.iter().filter(known).map(|claim| claim.paper).collect();
+            assert_eq!(found.claims.iter().map(|claim| &*claim.paper).collect::<Vec<_>>(), known);
+        }
+    }
 }
