@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn claims_about_rows_that_a_record_lacks_are_left_out() {
-        for experiment in ALL {
+        for experiment in &ALL {
             let of_claim = |claim: &Claim| {
                 let rows = [claim.row].into_iter().chain(claim.controls.iter().copied());
                 rows.flat_map(|row| claim.columns.iter().map(move |column| Value::new(row, column, 1.0)))
