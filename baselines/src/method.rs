@@ -220,8 +220,8 @@ pub struct Job<'a> {
     /// The processes that do the job together; each is given the same one. They divide the calibration text, and the first one
     /// writes. [`alone`](dsmoe_kernels::comm::alone) for a single process.
     pub comm: &'a Arc<dyn Communicator>,
-    /// What an interrupted job left, and where this one leaves what it finishes, if the method continues ([`Configured::continues`]).
-    /// For a single process; [`Partial::none`] otherwise.
+    /// The parts that an interrupted job left. A method that continues ([`Configured::continues`]) reads them, and keeps its own
+    /// there. Several processes have [`Partial::none`].
     pub partial: &'a Partial,
 }
 

@@ -65,7 +65,7 @@ impl Param {
     }
 }
 
-/// What sees the network and the losses of all epochs so far, after each epoch.
+/// A callback, called after each epoch with the network and the losses of all epochs so far.
 type EachEpoch<'a, E> = &'a mut dyn FnMut(&Regressor, &[f64]) -> Result<(), E>;
 
 impl Regressor {

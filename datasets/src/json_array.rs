@@ -1,4 +1,4 @@
-//! Where the objects of a JSON array end, and where a reader of one is.
+//! This module finds the ends of the objects in a JSON array, and tracks the position of its reader.
 
 /// A place in a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +35,8 @@ pub(crate) struct Extent {
 }
 
 impl Extent {
-    /// Returns how many of `bytes`, the next piece, belong to the object; none if it goes on behind them.
+    /// Reads the next piece of the text. Returns the number of its bytes up to the end of the object, or none if the object does
+    /// not end in this piece.
     pub(crate) fn end_in(&mut self, bytes: &[u8]) -> Option<usize> {
         for (at, &byte) in bytes.iter().enumerate() {
             match byte {

@@ -84,7 +84,7 @@ pub(crate) struct State {
     /// Controller of the thresholds, where they hold the share.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) thresholds: Option<ThresholdController>,
-    /// What a stop left of the last step; none if all of it was done.
+    /// The work behind the last step that a stop prevented; none if all of it was done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) left: Option<Left>,
     /// Hash of the model the run started from.

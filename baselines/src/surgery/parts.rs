@@ -14,7 +14,7 @@ const STATES: &str = "states";
 #[derive(Serialize, Deserialize)]
 struct KeptStats {
     tokens: usize,
-    /// Of each expert its numbers, squares, outputs, routed outputs and tokens above the thresholds of budgets.
+    /// Each expert has its scalar sums, squares, outputs, routed outputs, and counts of tokens above the thresholds of budgets.
     experts: Vec<[Vec<u64>; 5]>,
     gram: Vec<u64>,
     both: Vec<u64>,

@@ -1,4 +1,4 @@
-//! What requests open and lose at every budget of a model, and the features of their prompts.
+//! Measures requests at every budget of a model: the share of experts that each opens, its loss, and the features of its prompt.
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! The experts of an FFN that have gates, told apart from what all tokens run.
+//! Describes which blocks of an FFN are experts with gates, and which of them all tokens run.
 
 use std::ops::Range;
 

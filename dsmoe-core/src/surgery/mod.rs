@@ -15,8 +15,7 @@
 //! router that its gates have in common: the first matrix of a router of low rank, and the first of a gate of two matrices. Biases
 //! of gate and up are of neurons and follow them; the bias of down is of no expert.
 //!
-//! Of a sigmoid gate, `Rows` keeps row, bias and threshold, so that a gate that is left opens for the same tokens with the same
-//! value, and dropping experts that never open changes no logit (but with the rescaling of eq. 8, whose n is that of the experts
+//! `Rows` keeps the row, bias and threshold of a sigmoid gate. A gate that is left opens for the same tokens with the same value, and dropping experts that never open changes no logit (but with the rescaling of eq. 8, whose n is that of the experts
 //! that are left). Budgets keep their thresholds, and their shares are of the experts that are left ([`Surgery::shares`]). `Mean`
 //! has a logit that is the mean of its parts' logits for every token, since logits are linear in rows and biases, and the threshold
 //! of a layer is one for all of its gates: the merged gate opens where its parts open on average, and equal parts have equal

@@ -347,11 +347,11 @@ fn logits_are_those_of_transformers() {
 #[derive(PartialEq)]
 struct Found {
     losses: Vec<f32>,
-    /// By a cache, in pieces of many tokens, a few and single ones.
+    /// The model computes these with a cache, from pieces of many tokens, of a few, and of one.
     logits: Vec<f32>,
-    /// Of segments, some of which continue others.
+    /// These belong to segments, some of which continue others.
     likelihoods: Vec<f32>,
-    /// Of three sequences that are decoded side by side.
+    /// These belong to three sequences that are decoded side by side.
     each: Vec<f32>,
     /// Loads, numbers of active experts, and those of single tokens.
     stats: Option<RoutingStats>,

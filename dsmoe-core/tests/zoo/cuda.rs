@@ -22,7 +22,7 @@ struct Found {
     losses: Vec<f32>,
     /// By a cache: pieces of several tokens and single ones.
     logits: Vec<f32>,
-    /// Of segments, some of which continue others.
+    /// These belong to segments, some of which continue others.
     likelihoods: Vec<f32>,
     stats: Option<RoutingStats>,
 }
