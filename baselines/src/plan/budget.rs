@@ -296,6 +296,14 @@ mod tests {
 
     use super::*;
 
+    /// The least mean cost of all ways to give five requests one of three budgets.
+    fn optimum(shared: &Shared<'_>) -> f64 {
+        let all = (0..3usize.pow(5))
+            .map(|code| -> Vec<usize> { (0..5).map(|place| code / 3usize.pow(place) % 3).collect() });
+        let fitting = all.filter(|chosen| shared.fits(chosen)).map(|chosen| shared.mean_cost(&chosen));
+        fitting.fold(f64::INFINITY, f64::min)
+    }
+
     #[test]
     fn curves_fall_to_zero_at_the_largest_budget() {
         let q = curve(&[0.0, -1.0, 2.0]);
@@ -375,10 +383,7 @@ mod tests {
             let costs: Vec<Vec<f64>> = (0..5).map(of).collect();
             let used: Vec<Vec<f64>> = costs.iter().map(|_| shares.to_vec()).collect();
             let shared = Shared { costs: &costs, priced: &used, used: &used, target };
-            let all = (0..3usize.pow(5))
-                .map(|code| -> Vec<usize> { (0..5).map(|place| code / 3usize.pow(place) % 3).collect() });
-            let fitting = all.filter(|chosen| shared.fits(chosen)).map(|chosen| shared.mean_cost(&chosen));
-            let optimum = fitting.fold(f64::INFINITY, f64::min);
+            let optimum = optimum(&shared);
             let chosen = at_mean_share(&costs, &shares, &used, target);
             let found = shared.mean_cost(&chosen);
             assert!(shared.fits(&chosen) && found >= optimum - 1e-12, "{case}: {found} against {optimum}");
@@ -422,10 +427,7 @@ mod tests {
             };
             let used: Vec<Vec<f64>> = (0..5).map(of).collect();
             let shared = Shared { costs: &costs, priced: &used, used: &used, target };
-            let all = (0..3usize.pow(5))
-                .map(|code| -> Vec<usize> { (0..5).map(|place| code / 3usize.pow(place) % 3).collect() });
-            let fitting = all.filter(|chosen| shared.fits(chosen)).map(|chosen| shared.mean_cost(&chosen));
-            let optimum = fitting.fold(f64::INFINITY, f64::min);
+            let optimum = optimum(&shared);
             let chosen = at_mean_share(&costs, &shares, &used, target);
             let found = shared.mean_cost(&chosen);
             assert!(shared.fits(&chosen) && found >= optimum - 1e-12, "{case}: {found} against {optimum}");

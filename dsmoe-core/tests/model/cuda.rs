@@ -261,15 +261,23 @@ pub(crate) fn compare_step(name: &str, path: &Path) -> Vec<String> {
     wrong
 }
 
-#[test]
-fn a_training_step_is_that_of_the_processor() {
-    if !has_gpu("a_training_step_is_that_of_the_processor") {
+/// Compares all models on a GPU, if there is one, and fails with everything that is wrong.
+pub(crate) fn compare_all(
+    test: &str,
+    models: fn(&Path) -> Vec<(String, PathBuf)>,
+    compare: fn(&str, &Path) -> Vec<String>,
+) {
+    if !has_gpu(test) {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let models = models(dir.path());
-    let wrong: Vec<String> = models.iter().flat_map(|(name, path)| compare_step(name, path)).collect();
+    let wrong: Vec<String> = models(dir.path()).iter().flat_map(|(name, path)| compare(name, path)).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_training_step_is_that_of_the_processor() {
+    compare_all("a_training_step_is_that_of_the_processor", models, compare_step);
 }
 
 #[test]
@@ -421,13 +429,7 @@ pub(crate) fn compare_inference(name: &str, path: &Path) -> Vec<String> {
 
 #[test]
 fn inference_is_that_of_the_processor() {
-    if !has_gpu("inference_is_that_of_the_processor") {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let models = models(dir.path());
-    let wrong: Vec<String> = models.iter().flat_map(|(name, path)| compare_inference(name, path)).collect();
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    compare_all("inference_is_that_of_the_processor", models, compare_inference);
 }
 
 #[test]

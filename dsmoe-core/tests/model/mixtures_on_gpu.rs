@@ -17,7 +17,7 @@ use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::testing::has_gpu;
 use serde_json::json;
 
-use crate::cuda::{compare_inference, compare_step, decide_gates};
+use crate::cuda::{compare_all, compare_inference, compare_step, decide_gates};
 use crate::{losses, write_dense};
 
 const VOCAB: usize = 75;
@@ -138,24 +138,12 @@ fn mixtures_route_alike_in_both_precisions() {
 
 #[test]
 fn a_training_step_is_that_of_the_processor() {
-    if !has_gpu("a_training_step_is_that_of_the_processor") {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let models = models(dir.path());
-    let wrong: Vec<String> = models.iter().flat_map(|(name, path)| compare_step(name, path)).collect();
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    compare_all("a_training_step_is_that_of_the_processor", models, compare_step);
 }
 
 #[test]
 fn inference_is_that_of_the_processor() {
-    if !has_gpu("inference_is_that_of_the_processor") {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let models = models(dir.path());
-    let wrong: Vec<String> = models.iter().flat_map(|(name, path)| compare_inference(name, path)).collect();
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    compare_all("inference_is_that_of_the_processor", models, compare_inference);
 }
 
 #[test]
