@@ -5,7 +5,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::common::{
-    SEPARATOR, check_failure, config, copy_of_dense, fails, on_text, path, read, run, succeeds, write,
+    SEPARATOR, check_failure, config, copy, fails, on_text, path, read, run, succeeds, write,
 };
 
 /// Replaces the header of a safetensors file; the data stays.
@@ -27,7 +27,7 @@ const UP: &str = "model.layers.1.mlp.up_proj.weight";
 
 #[test]
 fn truncated_and_lying_headers() {
-    copy_of_dense("truncated");
+    copy("dense", "truncated");
     let bytes = fs::read(path("truncated/model.safetensors")).unwrap();
     let check = |bytes: &[u8], parts: &[&str]| {
         write("truncated/model.safetensors", bytes);
@@ -76,13 +76,13 @@ fn configurations() {
         ("zero", "num_hidden_layers", json!(0), &["config.json", "num_hidden_layers", "; "]),
         ("gelu", "hidden_act", json!("gelu"), &["config.json", "hidden_act", "gelu", "silu"]),
     ] {
-        copy_of_dense(name);
+        copy("dense", name);
         let mut config = config();
         config[key] = value;
         write(&format!("{name}/config.json"), config.to_string());
         inspect_fails(name, parts);
     }
-    copy_of_dense("no-json");
+    copy("dense", "no-json");
     write("no-json/config.json", "{\n\"vocab_size\": ,");
     inspect_fails("no-json", &["config.json", "line 2", "; "]);
     inspect_fails("nowhere", &["nowhere", "no such directory"]);
@@ -122,7 +122,7 @@ fn an_index_with_a_missing_shard() {
 
 #[test]
 fn tokenizers_and_texts() {
-    copy_of_dense("tokenizer");
+    copy("dense", "tokenizer");
     let text = read("text.txt");
     dsmoe_datasets::train_bpe(text.split(SEPARATOR).map(str::to_owned), 400, &path("tokenizer")).unwrap();
     fails(
@@ -159,14 +159,14 @@ fn tokenizers_and_texts() {
 #[cfg(unix)]
 #[test]
 fn files_without_an_end_and_pipes_without_a_writer() {
-    copy_of_dense("endless");
+    copy("dense", "endless");
     std::os::unix::fs::symlink("/dev/zero", path("endless.toml")).unwrap();
     for line in [
         "eval dense --mixture endless.toml",
-        "train dense --data text.txt --out no-run --steps 1 --config endless.toml",
+        "train dense --data text.txt --out endless-out --steps 1 --config endless.toml",
         "generate dense --prompt-file endless.toml",
         "generate dense --chat --messages endless.toml",
-        "convert dense --experts 4 --partition endless.toml --out no-run",
+        "convert dense --experts 4 --partition endless.toml --out endless-out",
     ] {
         fails(line, &["endless.toml"]);
     }
@@ -197,11 +197,7 @@ fn paths_that_are_not_utf8() {
         path("").join(OsString::from_vec(bytes))
     };
     let (model, text) = (odd("model", ""), odd("text", ".txt"));
-    fs::create_dir(&model).unwrap();
-    for entry in fs::read_dir(path("dense")).unwrap() {
-        let file = entry.unwrap().path();
-        fs::copy(&file, model.join(file.file_name().unwrap())).unwrap();
-    }
+    copy("dense", &model);
     fs::copy(path("text.txt"), &text).unwrap();
     for (words, last) in [
         ("inspect", None),

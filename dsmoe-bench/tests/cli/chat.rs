@@ -2,14 +2,14 @@
 
 use serde_json::{Value, json};
 
-use crate::common::{copy_of_dense, fails, json_of, list, read_json, run, shows, write};
+use crate::common::{copy, fails, json_of, list, read_json, run, shows, write};
 
 const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}\
     {% if add_generation_prompt %}<assistant>{% endif %}{% if note is defined %}{{ note }}{% endif %}";
 
 /// Copies the dense model and gives it a chat template.
 fn model(name: &str) {
-    copy_of_dense(name);
+    copy("dense", name);
     write(&format!("{name}/chat_template.jinja"), TEMPLATE);
     let config = json!({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true});
     write(&format!("{name}/tokenizer_config.json"), config.to_string());

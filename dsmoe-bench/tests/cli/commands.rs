@@ -78,14 +78,14 @@ fn shells_and_manuals_know_every_command() {
         shows(&script, &["reproduce", "active-target"]);
     }
     shows(&succeeds("man"), &[".TH dsmoe", "dsmoe\\-train"]);
-    let pages = json_of("man --out pages");
+    let pages = json_of("man --out manual");
     let names: Vec<&str> = list(&pages["pages"]).iter().map(|page| page.as_str().unwrap()).collect();
     for name in ["dsmoe.1", "dsmoe-train.1", "dsmoe-bench-record.1"] {
         assert!(names.iter().any(|page| page.ends_with(name)), "{name}: {names:?}");
     }
-    shows(&std::fs::read_to_string(path("pages/dsmoe-train.1")).unwrap(), &["active\\-target", "Examples"]);
-    fails("man --out pages", &["pages/dsmoe", "exists", "--force"]);
-    succeeds("man --out pages --force");
+    shows(&std::fs::read_to_string(path("manual/dsmoe-train.1")).unwrap(), &["active\\-target", "Examples"]);
+    fails("man --out manual", &["manual/dsmoe", "exists", "--force"]);
+    succeeds("man --out manual --force");
 }
 
 /// A fault that would appear at the end appears before the work.
@@ -340,7 +340,7 @@ fn settings_come_from_file_flags_and_set() {
 fn a_plan_says_which_inactive_pairs_the_routers_learn_from() {
     let line = |model: &str, rule: &str| {
         let more = format!("--tokens 1k --active-target 0.5 --set router_gradient={rule} --dry-run");
-        training(model, "planned", &more)
+        training(model, "planned-gradient", &more)
     };
     let [full, some] = ["full", "sample:12.5%"].map(|rule| json_of(&line("moe", rule)));
     assert_eq!(some["config"]["router_gradient"], "sample:0.125");

@@ -30,7 +30,7 @@ pub(crate) fn text_of(seed: u64, bytes: u64) -> String {
     documents.collect::<Vec<_>>().join(SEPARATOR)
 }
 
-/// The folder that all commands run in, made once per test binary. It holds
+/// The folder that all commands run in, made once per test binary. No test changes what is made here:
 /// - `text.txt`, `config.json` and `tokenizer.json`,
 /// - `dense`: two layers, hidden 32, intermediate 64, vocabulary 320, 128 positions,
 /// - `moe`: `dense` with four experts.
@@ -92,11 +92,19 @@ pub(crate) fn large_model(name: &str) -> &str {
     name
 }
 
-/// Copies the dense model for a test to spoil.
-pub(crate) fn copy_of_dense(name: &str) {
-    for entry in fs::read_dir(path("dense")).unwrap() {
-        let file = entry.unwrap().path();
-        write(&format!("{name}/{}", file.file_name().unwrap().display()), fs::read(&file).unwrap());
+/// Copies a folder and all in it. The tests of this program run at the same time, so a test that changes what others read changes
+/// a copy of its own.
+pub(crate) fn copy(from: impl AsRef<Path>, to: impl AsRef<Path>) {
+    let (from, to) = (folder().join(from), folder().join(to));
+    fs::create_dir_all(&to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        if source.is_dir() {
+            copy(source, target);
+        } else {
+            fs::copy(source, target).unwrap();
+        }
     }
 }
 

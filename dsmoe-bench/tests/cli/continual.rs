@@ -33,10 +33,6 @@ data = [\"second.txt\"]
 steps = 4
 ";
 
-fn texts() {
-    texts_in("continual");
-}
-
 /// Writes the tasks and their texts into a folder.
 fn texts_in(folder: &str) {
     let text = read("text.txt");
@@ -48,7 +44,7 @@ fn texts_in(folder: &str) {
 
 #[test]
 fn tasks_are_learnt_and_resumed() {
-    texts();
+    texts_in("continual");
     let line = "continual continual/tasks.toml --model dense";
     let plan = json_of(&format!("{line} --dry-run"));
     assert_eq!((list(&plan["tasks"]).len(), plan["tokens_per_step"].as_u64()), (2, Some(128)));
@@ -116,7 +112,7 @@ fn a_signal_is_heard_while_held_out_text_is_evaluated() {
 
 #[test]
 fn wrong_task_files_are_said() {
-    texts();
+    texts_in("continual-wrong");
     for (name, text, wanted) in [
         ("none", "[train]\nseq = 32\n".to_owned(), &["there is no task", "[[task]]"][..]),
         ("nameless", TASKS.replace("name = \"second\"\n", ""), &["task 2 has no name", "add name"]),
@@ -130,11 +126,14 @@ fn wrong_task_files_are_said() {
         ("toml", "[[task".to_owned(), &["line 1"]),
         ("many", "[[task]]\n".repeat(1001), &["many.toml: 1001 tasks are more than 1000; use fewer"]),
     ] {
-        let file = format!("continual/{name}.toml");
+        let file = format!("continual-wrong/{name}.toml");
         write(&file, text);
-        fails(&format!("continual {file} --model dense --out continual/refused"), wanted);
-        assert!(!path("continual/refused").exists(), "{name}");
+        fails(&format!("continual {file} --model dense --out continual-wrong/refused"), wanted);
+        assert!(!path("continual-wrong/refused").exists(), "{name}");
     }
-    fails("continual continual/nowhere.toml --model dense --out continual/refused", &["nowhere.toml"]);
-    fails("continual continual/tasks.toml --model nowhere --out continual/refused", &["nowhere"]);
+    fails(
+        "continual continual-wrong/nowhere.toml --model dense --out continual-wrong/refused",
+        &["nowhere.toml"],
+    );
+    fails("continual continual-wrong/tasks.toml --model nowhere --out continual-wrong/refused", &["nowhere"]);
 }

@@ -9,7 +9,7 @@ use dsmoe_core::checkpoint::Checkpoint;
 use dsmoe_core::family;
 use serde_json::{Map, Value, json};
 
-use crate::common::{json_of, path, run, succeeds};
+use crate::common::{copy, json_of, path, run, succeeds};
 
 /// A model of the zoo, copied to a directory below the folder of the tests.
 struct Case {
@@ -245,10 +245,7 @@ fn check_exports(model: &Exported<'_>, nll: &dyn Fn(&str) -> f64) {
 
     // In the zoo windows are in other layers, and scales of attention are others, than llama.cpp has in its graph.
     let plain = format!("{dir}-plain");
-    fs::create_dir_all(path(&plain)).unwrap();
-    for entry in fs::read_dir(path(dir)).unwrap().flatten() {
-        fs::copy(entry.path(), path(&plain).join(entry.file_name())).unwrap();
-    }
+    copy(dir, &plain);
     let mut config: Map<String, Value> =
         serde_json::from_slice(&fs::read(path(dir).join("config.json")).unwrap()).unwrap();
     config.remove("layer_types");

@@ -84,11 +84,14 @@ fn experts_are_merged_and_dropped_and_the_model_serves_on() {
         assert!(text.contains("parameters held") && text.contains("held before"), "{text}");
     }
     fails(
-        &format!("prune many --method seer-moe --budget 10% {calib} --out no"),
+        &format!("prune many --method seer-moe --budget 10% {calib} --out many-none"),
         &["budget 0.1", "fewest experts of a layer", "held or more"],
     );
-    fails("prune many --method uncurl --budget 70% --out no", &["--method uncurl reads calibration text"]);
-    assert!(!path("no").exists());
+    fails(
+        "prune many --method uncurl --budget 70% --out many-none",
+        &["--method uncurl reads calibration text"],
+    );
+    assert!(!path("many-none").exists());
 }
 
 #[test]

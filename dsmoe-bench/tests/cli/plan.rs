@@ -1,11 +1,11 @@
 //! `dsmoe plan`, and `dsmoe generate --plan`.
 
 use crate::common::{
-    fails, is_wrong_usage, json_of, kills_change_no_byte, list, number, path, read, read_json, shows,
+    copy, fails, is_wrong_usage, json_of, kills_change_no_byte, list, number, path, read, read_json, shows,
     succeeds, write,
 };
 
-/// A model with thresholds by budget, and a profile of it.
+/// A model with thresholds by budget, and a profile of it, which no test changes.
 fn profiled() -> &'static str {
     static MADE: std::sync::OnceLock<()> = std::sync::OnceLock::new();
     MADE.get_or_init(|| {
@@ -24,8 +24,9 @@ const PROFILE: &str = "plan profile plan/model --data a=plan/a.txt b=plan/b.txt 
 
 #[test]
 fn a_plan_is_profiled_trained_and_chooses() {
-    let plan = profiled();
-    let profile = read_json("plan/made/profile.json");
+    let plan = "plan/own";
+    copy(profiled(), plan);
+    let profile = read_json("plan/own/profile.json");
     let shares = list(&profile["shares"]);
     assert!(shares.len() > 1 && list(&profile["requests"]).len() == 24);
     // Shares of single requests make the shares of all.
@@ -35,11 +36,11 @@ fn a_plan_is_profiled_trained_and_chooses() {
     }
     // The profile has the losses of `dsmoe eval`: the whole windows of a source at one budget.
     fails(&format!("{PROFILE} --out {plan}"), &["is not empty", "--resume"]);
-    let before = read("plan/made/points/features.json");
-    std::fs::remove_file(path("plan/made/points/features.json")).unwrap();
+    let before = read("plan/own/points/features.json");
+    std::fs::remove_file(path("plan/own/points/features.json")).unwrap();
     succeeds(&format!("{PROFILE} --out {plan} --resume"));
-    assert_eq!(read("plan/made/points/features.json"), before);
-    assert_eq!(read_json("plan/made/profile.json")["requests"], profile["requests"]);
+    assert_eq!(read("plan/own/points/features.json"), before);
+    assert_eq!(read_json("plan/own/profile.json")["requests"], profile["requests"]);
     let shorter = PROFILE.replace("--continuation 16", "--continuation 8");
     fails(&format!("{shorter} --out {plan} --resume"), &["another model, text or setting"]);
     let dry = json_of(&format!("{PROFILE} --dry-run"));
@@ -50,16 +51,16 @@ fn a_plan_is_profiled_trained_and_chooses() {
     let planned = dry("");
     assert_eq!((number(&planned["requests"]), number(&planned["passes"])), (24.0, 80.0));
     assert_eq!(planned["replaces"], false);
-    assert!(!path("plan/made/heads.json").exists());
+    assert!(!path("plan/own/heads.json").exists());
     let trained = json_of(&format!("plan train {plan} --heads 3 --epochs 20"));
     assert_eq!((number(&trained["heads"]), number(&trained["requests"])), (3.0, 24.0));
-    let heads = read("plan/made/heads.json");
+    let heads = read("plan/own/heads.json");
     succeeds(&format!("plan train {plan} --heads 3 --epochs 20"));
-    assert_eq!(read("plan/made/heads.json"), heads);
+    assert_eq!(read("plan/own/heads.json"), heads);
     assert_eq!(dry("--seed 7")["replaces"], true);
-    assert_eq!(read("plan/made/heads.json"), heads);
+    assert_eq!(read("plan/own/heads.json"), heads);
     let shown = succeeds(&format!("plan train {plan} --dry-run"));
-    shows(&shown, &["passes over requests", "replaces the one in plan/made/heads.json"]);
+    shows(&shown, &["passes over requests", "replaces the one in plan/own/heads.json"]);
 
     let prompt = "the-little-town-lies-on-a-river";
     let choose = |more: &str| json_of(&format!("plan choose {plan} --prompt {prompt} --max-tokens 8 {more}"));

@@ -8,8 +8,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::common::{
-    check_report, fails, json_of, killed_four_times, list, number, path, read, read_json, run, shows, spawn,
-    succeeds, texts, write,
+    check_report, copy, fails, json_of, killed_four_times, list, number, path, read, read_json, run, shows,
+    spawn, succeeds, texts, write,
 };
 
 const PROFILE: &str = r#"
@@ -153,10 +153,7 @@ fn budgets_by_request_keep_to_the_share_of_one_budget_for_all() {
 fn another_program_finds_the_numbers_and_documents_show_them() {
     whole();
     write("related/spoiled/setup.json", read("related/whole/setup.json"));
-    for entry in fs::read_dir(path("related/whole/runs")).unwrap() {
-        let name = entry.unwrap().file_name().into_string().unwrap();
-        write(&format!("related/spoiled/runs/{name}"), read(&format!("related/whole/runs/{name}")));
-    }
+    copy("related/whole/runs", "related/spoiled/runs");
     write("related/spoiled/results.json", results("whole").replacen("\"mean\": ", "\"mean\": 1", 1));
     if let (Some((agrees, text)), Some((spoiled, found))) =
         (check_report(&path("related/whole")), check_report(&path("related/spoiled")))

@@ -9,8 +9,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::common::{
-    agrees, check_report, command, fails, is_wrong_usage, json_of, killed_four_times, list, number, path,
-    read, read_json, run, shows, succeeds, texts, write,
+    agrees, check_report, command, copy, fails, is_wrong_usage, json_of, killed_four_times, list, number,
+    path, read, read_json, run, shows, succeeds, texts, write,
 };
 
 const PROFILE: &str = r#"
@@ -161,15 +161,8 @@ fn an_independent_program_finds_the_same_numbers() {
     assert!(agrees, "{text}");
     shows(&text, &["numbers agree"]);
     // It reports a changed number.
-    for folder in ["runs/", ""] {
-        for entry in fs::read_dir(path("reproduce/whole").join(folder)).unwrap() {
-            let file = entry.unwrap().path();
-            if file.extension().is_some_and(|ext| ext == "json") {
-                let name = file.file_name().unwrap().display();
-                write(&format!("reproduce/spoiled/{folder}{name}"), fs::read(&file).unwrap());
-            }
-        }
-    }
+    copy("reproduce/whole/runs", "reproduce/spoiled/runs");
+    write("reproduce/spoiled/setup.json", read("reproduce/whole/setup.json"));
     let mut found = found(whole());
     let ppl = number(&found["methods"][3]["ppl"]["mean"]);
     found["methods"][3]["ppl"]["mean"] = (ppl * 1.001).into();
@@ -254,7 +247,7 @@ fn parts_put_together_are_the_whole() {
 #[test]
 fn a_table_grows_by_the_runs_of_other_methods() {
     let part = |out: &str, methods: &str| {
-        let rest = format!("--methods {methods} --only table1 --stages reproduce/stages --quiet");
+        let rest = format!("--methods {methods} --only table1 --stages reproduce/row-stages --quiet");
         succeeds(&reproduce(out, &rest));
     };
     part("rows-all", "dense,dsmoe");
@@ -626,7 +619,7 @@ fn one_profile_has_several_budgets() {
             "reproduce --profile reproduce/budgets.toml --model dense --data . --out reproduce/{out} --quiet"
         )
     };
-    let plan = json_of(&format!("{} --dry-run", line("never")));
+    let plan = json_of(&format!("{} --dry-run", line("budgets")));
     let rows = list(&plan["rows"]);
     assert_eq!(rows.len(), 8, "{plan}");
     // An elastic model is trained once.
@@ -712,11 +705,11 @@ fn budgets_and_methods_are_chosen_by_name() {
     assert_eq!(plan("--methods dsmoe,elastic-75 --budgets 0.75"), ["dsmoe-75-s0", "elastic-75-s0"]);
     let asked = "reproduce --profile reproduce/chosen.toml --model dense";
     fails(
-        &format!("{asked} --data . --budgets 0.6 --out reproduce/never"),
+        &format!("{asked} --data . --budgets 0.6 --out reproduce/none"),
         &["--budgets 60.0 %", "no such budget; it has 50.0 %, 75.0 %"],
     );
-    fails(&format!("{asked} --out reproduce/never"), &["needs text"]);
-    fails(&format!("{asked} --data a b --out reproduce/never"), &["[[source]]", "--data"]);
+    fails(&format!("{asked} --out reproduce/none"), &["needs text"]);
+    fails(&format!("{asked} --data a b --out reproduce/none"), &["[[source]]", "--data"]);
     for (from, to, says) in [
         ("active = 0.5\nbudgets", "active = 0.6\nbudgets", "must be one of them"),
         ("\"final\", weight", "\"last\", weight", "last"),
@@ -727,7 +720,7 @@ fn budgets_and_methods_are_chosen_by_name() {
         assert_eq!(BUDGETS.matches(from).count(), 1, "{from}");
         write("reproduce/wrong-budgets.toml", BUDGETS.replace(from, to));
         let line =
-            "reproduce --profile reproduce/wrong-budgets.toml --model dense --data . --out reproduce/never";
+            "reproduce --profile reproduce/wrong-budgets.toml --model dense --data . --out reproduce/none";
         fails(line, &[says]);
     }
 }

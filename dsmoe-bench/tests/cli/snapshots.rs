@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::common::{Run, config, copy_of_dense, path, read, run, succeeds, weights, write};
+use crate::common::{Run, config, copy, path, read, run, succeeds, weights, write};
 
 /// Command lines that fail, run in the folder of the models `dense` and `moe` and the text `text.txt`.
 const WRONG: [&str; 102] = [
@@ -137,7 +137,7 @@ fn write_wrong() {
     write("wrong/array.jsonl", "[{\"text\": \"a\"}]");
     write("wrong/pretty.json", "{\n \"text\": \"a\"\n}");
     for name in ["pointer", "panic", "list", "number", "empty", "infinite", "large"] {
-        copy_of_dense(&format!("wrong/{name}"));
+        copy("dense", format!("wrong/{name}"));
     }
     write("wrong/pointer/tokenizer.json", pointer);
     let mut tokenizer: Value = serde_json::from_str(&read("tokenizer.json")).unwrap();

@@ -8,20 +8,9 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::common::{
-    SEPARATOR, command, ends_soon, fails, finish, json_of, large_model, list, on_text, path, read, run,
+    SEPARATOR, command, copy, ends_soon, fails, finish, json_of, large_model, list, on_text, path, read, run,
     shows, spawn, succeeds, texts, wait_for_handler, wait_until, write,
 };
-
-/// Copies a folder of files.
-fn copy(from: &str, to: &str) {
-    fs::create_dir_all(path(to)).unwrap();
-    for entry in fs::read_dir(path(from)).unwrap() {
-        let entry = entry.unwrap();
-        if entry.path().is_file() {
-            fs::copy(entry.path(), path(to).join(entry.file_name())).unwrap();
-        }
-    }
-}
 
 fn files_of(dir: &Path) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -55,6 +44,7 @@ fn with_flipped_bit<T>(file: &Path, random: &mut Random, work: impl FnOnce(usize
 #[test]
 fn every_flipped_bit_of_a_stored_artefact_is_found() {
     let flips = std::env::var("DSMOE_FLIPS").ok().and_then(|n| n.parse().ok()).unwrap_or(2);
+    copy("moe", "flips-moe");
     succeeds("prune dense --method magnitude --budget 0.85 --out flips-masked");
     let text = on_text();
     succeeds(&format!(
@@ -62,7 +52,7 @@ fn every_flipped_bit_of_a_stored_artefact_is_found() {
          --teacher-cache flips-teacher {text}"
     ));
     succeeds(&format!("data prepare --model dense --cache flips-tokens {text}"));
-    let folders = ["moe", "flips-masked", "flips-run", "flips-teacher", "flips-tokens"];
+    let folders = ["flips-moe", "flips-masked", "flips-run", "flips-teacher", "flips-tokens"];
     let kept = json_of(&format!("verify {}", folders.join(" ")));
     assert_eq!(kept["holds"], true, "{kept}");
     assert_eq!(list(&kept["unchecked"]).len(), 0, "{kept}");
