@@ -102,7 +102,8 @@ pub(crate) fn read_part<T: DeserializeOwned>(path: &Path) -> Result<T> {
     if let Some(manifest) = Manifest::read(folder_of(path))? {
         if !manifest.names(&name) {
             bail!(
-                "{place}: {MANIFEST_FILE} beside it does not have it: its command was killed; run that command again"
+                "{place}: {MANIFEST_FILE} beside it does not have it: its command still runs or was killed; \
+                 wait for its end, or run it again"
             );
         }
         if !manifest.holds(&name, text.as_bytes()) {
@@ -230,7 +231,9 @@ mod tests {
         write_part(&path, &std::collections::BTreeMap::from([((1, 2), 3)])).unwrap_err();
         write_json(&path, &4).unwrap();
         let message = read_part::<u8>(&path).unwrap_err().to_string();
-        assert!(message.contains("a.json: checksums.json beside it does not have it"), "{message}");
+        let wanted =
+            "a.json: checksums.json beside it does not have it: its command still runs or was killed; wait";
+        assert!(message.contains(wanted), "{message}");
         // The process was killed while it wrote the manifest. No process has the largest number.
         let left = work.path().join("runs/.checksums.json.tmp-4294967295");
         fs::write(&left, "{").unwrap();
