@@ -195,7 +195,7 @@ pub(crate) fn metrics(out: &Path) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// The bytes of the weights/// The bytes of the weights/// The bytes of the weights in `dir`.
+/// The bytes of the weights in `dir`.
 pub(crate) fn weights(dir: &Path) -> Vec<u8> {
     std::fs::read(dir.join("model.safetensors")).unwrap()
 }
