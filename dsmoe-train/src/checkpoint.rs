@@ -7,6 +7,7 @@
 //!                           state.json                       step, controller, identities, fixed settings
 //!                           checksums.json                   sizes and hashes of these files
 //! checkpoints/.step-00000020.tmp/                            the same while it is written
+//! checkpoints/.step-00000020.old/                            an earlier one of that step while it is replaced
 //! ```
 //! Several processes write the files of a single one, byte for byte: the first process the model and the state, the last one the
 //! moments, which their owners share piece by piece.
@@ -43,6 +44,8 @@ use crate::teacher::TeacherId;
 pub(crate) const FORMAT_VERSION: u32 = 1;
 const STATE_FILE: &str = "state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+/// The end of the name of a checkpoint that is being replaced.
+const OLD: &str = ".old";
 /// The largest file of a state, in bytes.
 const LARGEST_STATE: u64 = 64 << 20;
 /// Values of each tensor that the identity of a model covers.
@@ -239,17 +242,54 @@ fn dir_name(step: u64) -> String {
     format!("step-{step:08}")
 }
 
-/// Lists the checkpoints in `dir`, newest first, complete or not.
+/// Returns the place of the checkpoint of step `step` in `dir` while another one of that step replaces it.
+fn old_of(dir: &Path, step: u64) -> PathBuf {
+    dir.join(format!(".{}{OLD}", dir_name(step)))
+}
+
+/// Lists the checkpoints in `dir`, newest first, complete or not. One whose replacement was cut short, so that nothing has its
+/// place, is among them.
 pub(crate) fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let parse = |name: &str| -> Option<u64> {
-        let step = name.strip_prefix("step-")?.parse().ok()?;
-        (dir_name(step) == name).then_some(step)
+        let whole = name.strip_prefix('.').and_then(|name| name.strip_suffix(OLD)).unwrap_or(name);
+        let step = whole.strip_prefix("step-")?.parse().ok()?;
+        (dir_name(step) == whole).then_some(step)
     };
-    let names = files::names(dir)?;
+    // Backwards: of one step the checkpoint comes before the one that it replaces, whose name begins with a dot.
+    let names = files::names(dir)?.into_iter().rev();
     let mut found: Vec<(u64, PathBuf)> =
-        names.iter().filter_map(|name| parse(name).map(|step| (step, dir.join(name)))).collect();
-    found.sort_unstable_by_key(|(step, _)| std::cmp::Reverse(*step));
+        names.filter_map(|name| parse(&name).map(|step| (step, dir.join(name)))).collect();
+    found.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
+    found.dedup_by_key(|(step, _)| *step);
     Ok(found)
+}
+
+/// Gives the checkpoints in `dir` whose replacement was cut short their places again.
+pub(crate) fn put_back(dir: &Path) -> Result<()> {
+    for (step, path) in list(dir)? {
+        let place = path_of(dir, step);
+        if path != place {
+            fs::rename(&path, &place).map_err(Error::io(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives the complete checkpoint `temporary` its place in `dir`. Of one that has the place there is always a whole: the old one
+/// is moved away, not removed, before the new one comes.
+fn replace(dir: &Path, temporary: &Path, step: u64) -> Result<()> {
+    let (path, old) = (path_of(dir, step), old_of(dir, step));
+    files::remove_dir(&old)?;
+    if let Err(cause) = fs::rename(&path, &old)
+        && cause.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(Error::io(&path)(cause));
+    }
+    // The error that matters is the first one; what cannot be put back here is put back by the next resume.
+    let moved = fs::rename(temporary, &path).inspect_err(|_| drop(fs::rename(&old, &path)));
+    moved.map_err(Error::io(&path))?;
+    files::sync_dir(dir)?;
+    files::remove_dir(&old)
 }
 
 /// Writes the checkpoint of `state.step` to `dir`. Then removes all but the newest ones to keep, those of later steps (of a
@@ -433,10 +473,7 @@ fn finish(dir: &Path, temporary: &Path, state: &State, sums: &Sums) -> Result<()
     write_synced(&file, text.as_bytes()).map_err(Error::io(&file))?;
     Manifest::write(temporary, sums)?;
     files::sync_dir(temporary)?;
-    let path = path_of(dir, state.step);
-    files::remove_dir(&path)?;
-    fs::rename(temporary, &path).map_err(Error::io(&path))?;
-    files::sync_dir(dir)?;
+    replace(dir, temporary, state.step)?;
     tidy(dir, state.step, state.config.keep)
 }
 
@@ -451,7 +488,7 @@ pub(crate) fn tidy(dir: &Path, step: u64, keep: usize) -> Result<()> {
         }
     }
     for name in files::names(dir)? {
-        if name.starts_with(".step-") && name.ends_with(".tmp") {
+        if name.starts_with(".step-") && (name.ends_with(".tmp") || name.ends_with(OLD)) {
             files::remove_dir(&dir.join(name))?;
         }
     }
@@ -654,6 +691,38 @@ mod tests {
         let steps: Vec<u64> = list(dir.path()).unwrap().into_iter().map(|(step, _)| step).collect();
         assert_eq!(steps, [123_456_789, 10]);
         assert!(list(&dir.path().join("none")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_checkpoint_whose_replacement_was_cut_short_is_put_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let write = |name: &str, content: &str| {
+            std::fs::create_dir_all(dir.join(name)).unwrap();
+            std::fs::write(dir.join(name).join("config.json"), content).unwrap();
+        };
+        let content = |name: &str| std::fs::read_to_string(dir.join(name).join("config.json")).unwrap();
+        // The process was killed between the two renames.
+        write(".step-00000004.old", "old");
+        write(".step-00000004.tmp", "new");
+        write("step-00000002", "before");
+        let listed = [(4, old_of(dir, 4)), (2, path_of(dir, 2))];
+        assert_eq!(list(dir).unwrap(), listed);
+        put_back(dir).unwrap();
+        assert_eq!(content("step-00000004"), "old");
+        // It was killed behind them.
+        write(".step-00000004.old", "older");
+        assert_eq!(list(dir).unwrap(), [(4, path_of(dir, 4)), (2, path_of(dir, 2))]);
+        put_back(dir).unwrap();
+        replace(dir, &dir.join(".step-00000004.tmp"), 4).unwrap();
+        assert_eq!(content("step-00000004"), "new");
+        assert_eq!(files::names(dir).unwrap(), ["step-00000002", "step-00000004"]);
+        // Where there is no new one the old one stays.
+        replace(dir, &dir.join(".step-00000004.tmp"), 4).unwrap_err();
+        assert_eq!(content("step-00000004"), "new");
+        write(".step-00000002.old", "older");
+        tidy(dir, 4, 2).unwrap();
+        assert_eq!(files::names(dir).unwrap(), ["step-00000002", "step-00000004"]);
     }
 
     #[test]

@@ -306,7 +306,14 @@ impl Trainer {
             observer.note(&note);
         }
         let total = self.state.config.steps.unwrap_or(0);
-        if !self.finish_step(observer, stop)? {
+        let left = self.state.left;
+        let is_whole = self.finish_step(observer, stop)?;
+        if self.state.left != left && self.is_saved_at(self.state.step) {
+            // An undisturbed run has this checkpoint too, of which nothing is left. Without it every resume does the work again.
+            self.saved = None;
+            self.save(observer)?;
+        }
+        if !is_whole {
             return self.interrupted();
         }
         if self.state.step >= total {
@@ -352,6 +359,12 @@ impl Trainer {
         }
         self.write_final()?;
         Ok(Outcome::Finished)
+    }
+
+    /// Returns whether a run that nobody stops saves a checkpoint of this step.
+    fn is_saved_at(&self, step: u64) -> bool {
+        let TrainConfig { steps, save_every, .. } = &self.state.config;
+        step >= steps.unwrap_or(0) || save_every.is_some_and(|every| step.is_multiple_of(every))
     }
 
     fn interrupted(&self) -> Result<Outcome> {

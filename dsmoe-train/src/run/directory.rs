@@ -178,10 +178,12 @@ pub(super) fn load_newest(
     }
 }
 
-/// Lists the checkpoints that the first process sees in `dir`, newest first: what others see may be older.
+/// Lists the checkpoints that the first process sees in `dir`, newest first: what others see may be older. One whose replacement
+/// was cut short has its place again.
 pub(super) fn checkpoints_of_first(comm: &dyn Communicator, dir: &Path) -> Result<Vec<PathBuf>> {
     let of = What::of("the list of checkpoints");
-    let listed = by_first(comm, of, || checkpoint::list(dir))?.unwrap_or_default();
+    let listed = by_first(comm, of, || checkpoint::put_back(dir).and_then(|()| checkpoint::list(dir)));
+    let listed = listed?.unwrap_or_default();
     let steps: Vec<String> = listed.iter().map(|(step, _)| step.to_string()).collect();
     let steps = from_first(comm, of, &steps.join(" "))?;
     let steps = steps.split_whitespace().filter_map(|step| step.parse().ok());

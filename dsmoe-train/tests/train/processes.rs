@@ -153,7 +153,7 @@ fn history(out: &Path) -> Vec<Value> {
 }
 
 #[track_caller]
-fn assert_same(one: &Path, other: &Path) {
+pub(crate) fn assert_same(one: &Path, other: &Path) {
     let (one_files, other_files) = (files(one), files(other));
     let names = |files: &BTreeMap<PathBuf, Vec<u8>>| files.keys().cloned().collect::<Vec<_>>();
     assert_eq!(names(&one_files), names(&other_files));
@@ -587,6 +587,12 @@ fn all_stop_in_an_evaluation_if_one_is_to_and_make_it_up() {
             lines.iter().map(|line| line["eval_nll"].clone()).filter(|nll| !nll.is_null()).collect()
         };
         assert_eq!(evals(&out), evals(&all), "{zero:?}");
+        // The checkpoint of the stop became that of a run that nobody stopped, and a finished run has nothing to do.
+        assert_same(&out, &all);
+        let before = std::fs::read(out.join("metrics.jsonl")).unwrap();
+        Shared { resume: true, ..run }.run(&more);
+        assert!(std::fs::read(out.join("metrics.jsonl")).unwrap() == before, "{zero:?}: it evaluates again");
+        assert_same(&out, &all);
     }
 }
 

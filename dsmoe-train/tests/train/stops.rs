@@ -7,6 +7,7 @@ use dsmoe_train::{EvalReport, Observer, Outcome, StepRecord, Trainer};
 
 use crate::common::*;
 use crate::held::switched;
+use crate::processes::assert_same;
 
 /// Raises the flag when it hears of the work behind steps for the `at`-th time.
 struct StopBehind<'s> {
@@ -90,4 +91,97 @@ fn a_stop_behind_a_step_is_made_up_for() {
         };
         assert_eq!(recorded(&out), recorded(&whole), "{kind}");
     }
+}
+
+/// Raises the flag in the evaluation behind the last step.
+struct StopInTheLastEvaluation<'s> {
+    stop: &'s AtomicBool,
+    last: u64,
+    step: u64,
+}
+
+impl Observer for StopInTheLastEvaluation<'_> {
+    fn step(&mut self, record: &StepRecord) {
+        self.step = record.step;
+    }
+    fn evaluating(&mut self, _: usize, _: usize) {
+        if self.step == self.last {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The same files as those of a run that nobody stopped, after the first resume and after every other one.
+#[test]
+fn a_resume_of_a_run_that_a_resume_finished_evaluates_nothing() {
+    let bed = switched();
+    for (kind, more) in [
+        ("plain", &["keep=1"][..]),
+        ("target", &["active_target=0.4", "hold=threshold", "save_every=4", "keep=1"]),
+        ("range", &["active_range=[0.5, 1.0]"]),
+    ] {
+        let more = [&["valid_fraction=0.5", "steps=8"][..], more].concat();
+        let [whole, out] = ["whole", "stopped"].map(|name| format!("{kind} {name}"));
+        bed.whole(&whole, &more);
+        let stop = AtomicBool::new(false);
+        let mut observer = StopInTheLastEvaluation { stop: &stop, last: 8, step: 0 };
+        let model = Model::load(&bed.source).unwrap();
+        let mut trainer = Trainer::new(model, &text(1), settings(&more), bed.options(&out)).unwrap();
+        assert_eq!(trainer.run(&mut observer, &stop).unwrap(), Outcome::Interrupted { step: 8 });
+        drop(trainer);
+        let state = bed.path(&out).join("checkpoints/step-00000008/state.json");
+        let saved = std::fs::read_to_string(&state).unwrap();
+        assert!(saved.contains("\"left\": \"evaluation\""), "{kind}: {saved}");
+
+        let heard = bed.rest(&out, &more);
+        assert_eq!((heard.evals.len(), &heard.saved[..]), (1, &[8][..]), "{kind}");
+        let [whole, stopped] = [&whole, &out].map(|name| bed.path(name));
+        assert_same(&stopped, &whole);
+        for _ in 0..2 {
+            let heard = bed.rest(&out, &more);
+            assert_eq!((heard.evals.len(), heard.saved.len()), (0, 0), "{kind}");
+            assert_same(&stopped, &whole);
+        }
+    }
+}
+
+/// The thresholds that were fitted before the stop are not fitted again.
+#[test]
+fn a_stop_behind_fitted_thresholds_keeps_them() {
+    /// Hears of the fit of thresholds, and stops in the evaluation behind it.
+    struct Fitting<'s>(&'s AtomicBool, usize);
+
+    impl Observer for Fitting<'_> {
+        fn fitting(&mut self, _: usize, _: usize) {
+            self.1 += 1;
+        }
+        fn evaluating(&mut self, _: usize, _: usize) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    let bed = switched();
+    let more = ["active_target=0.4", "hold=threshold", "valid_fraction=0.5", "steps=4"];
+    bed.whole("whole", &more);
+    // Stopped in the fit, then in the evaluation, then not at all.
+    let stop = AtomicBool::new(false);
+    let mut observer = StopBehind { stop: &stop, at: 1, calls: 0, heard: Heard::default() };
+    let run = |observer: &mut dyn Observer, stop: &AtomicBool| {
+        let model = Model::load(&bed.source).unwrap();
+        let mut trainer = Trainer::new(model, &text(1), settings(&more), bed.resumed("out")).unwrap();
+        trainer.run(observer, stop).unwrap()
+    };
+    let state = bed.path("out").join("checkpoints/step-00000004/state.json");
+    let left = || std::fs::read_to_string(&state).unwrap();
+    assert_eq!(run(&mut observer, &stop), Outcome::Interrupted { step: 4 });
+    assert!(left().contains("\"left\": \"thresholds\""), "{}", left());
+    let stop = AtomicBool::new(false);
+    let mut observer = Fitting(&stop, 0);
+    assert_eq!(run(&mut observer, &stop), Outcome::Interrupted { step: 4 });
+    assert!(observer.1 > 0 && left().contains("\"left\": \"evaluation\""), "{}", left());
+    // This run does not listen to the flag that the observer raises.
+    let mut observer = Fitting(&stop, 0);
+    assert_eq!(run(&mut observer, &AtomicBool::new(false)), Outcome::Finished);
+    assert_eq!(observer.1, 0);
+    assert_same(&bed.path("out"), &bed.path("whole"));
 }
