@@ -113,16 +113,19 @@ pub(crate) fn read_part<T: DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_str(&text).with_context(|| path.display().to_string())
 }
 
-/// Returns a part that is done, or computes and keeps it. One that the manifest of its folder does not have as it is is computed
-/// again: it was changed, a process was killed before it entered it, or there were no manifests yet.
+/// Returns a part that is done. One that the manifest of its folder does not have as it is is not: it was changed, a process was
+/// killed before it entered it, or there were no manifests yet.
+pub(crate) fn done<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    let manifest = Manifest::read(folder_of(path)).ok().flatten()?;
+    if manifest.names(&name_of(path)) { read_part(path).ok() } else { None }
+}
+
+/// Returns a part that is [`done`], or computes and keeps it.
 pub(crate) fn done_or<T: Serialize + DeserializeOwned>(
     path: &Path,
     compute: impl FnOnce() -> Result<T>,
 ) -> Result<T> {
-    let is_entered = Manifest::read(folder_of(path)).ok().flatten();
-    if is_entered.is_some_and(|manifest| manifest.names(&name_of(path)))
-        && let Ok(done) = read_part(path)
-    {
+    if let Some(done) = done(path) {
         return Ok(done);
     }
     let made = compute()?;

@@ -24,7 +24,7 @@ use super::profile::Role;
 use super::records::{BASE, Made, Milestone, Run, Timing, Trained};
 use super::training::{Training, remove_checkpoints, remove_weights, settled, training_speed};
 use super::work::{Stage, Work};
-use crate::files::{done_or, read_part};
+use crate::files::{done, done_or, read_part};
 
 /// A model as a method made it.
 struct Start {
@@ -70,6 +70,7 @@ impl Stages<'_> {
                 out: &dir.join("run"),
                 config: config.clone(),
                 milestones: &[],
+                missing: &[],
                 data: text.train_data(),
                 teacher: None,
                 device: options.device,
@@ -184,11 +185,14 @@ impl Stages<'_> {
         let steps_left = &mut self.steps_left;
         let mut trained: Trained = self.work.stage(stage, |dir| {
             let file = |share: f64| dir.join(format!("at-{share}.json"));
+            let is_missing = |share: &&f64| done::<Vec<Milestone>>(&file(**share)).is_none();
+            let missing: Vec<f64> = milestones.iter().filter(is_missing).copied().collect();
             let training = Training {
                 source: &start.model,
                 out: &dir.join("run"),
                 config: config.clone(),
                 milestones: &milestones,
+                missing: &missing,
                 data: text.train_data(),
                 teacher: config.teacher_weight.map(|_| (base.dir.clone(), lessons.clone())),
                 device,

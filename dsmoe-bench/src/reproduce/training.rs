@@ -12,6 +12,7 @@ use dsmoe_train::run::{Observer, Outcome, RunOptions, TrainData, Trainer};
 use serde_json::Value;
 
 use super::cache::Interrupted;
+use crate::files::discard;
 use crate::interrupts::{STOP, polled};
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
@@ -23,6 +24,8 @@ pub(crate) struct Training<'a> {
     pub(crate) config: TrainConfig,
     /// Shares of the steps at which the model is measured, ascending.
     pub(crate) milestones: &'a [f64],
+    /// Those of them that were not measured yet.
+    pub(crate) missing: &'a [f64],
     pub(crate) data: TrainData,
     /// The model whose distribution is learnt, and the directory that keeps its likeliest tokens for other trainings.
     pub(crate) teacher: Option<(PathBuf, Option<PathBuf>)>,
@@ -33,24 +36,27 @@ pub(crate) struct Training<'a> {
 
 impl Training<'_> {
     /// Trains, from the newest checkpoint if there is one. `at` receives the share, the step and the model at every
-    /// milestone. `steps_left` is the number of steps that may still be taken.
+    /// milestone. `steps_left` is the number of steps that may still be taken. A training that went past a milestone that was not
+    /// measured starts over, with a line that says so: the model of that step is gone.
     pub(crate) fn run(
         self,
         steps_left: &mut Option<u64>,
         ui: &Ui,
         at: &mut dyn FnMut(f64, u64, &Model) -> Result<()>,
     ) -> Result<()> {
-        let (teacher, teacher_cache) = self.teacher.unzip();
-        let options = RunOptions {
-            resume: true,
-            device: self.device,
-            teacher,
-            teacher_cache: teacher_cache.flatten(),
-            ..RunOptions::new(self.source, self.out)
-        };
-        let mut trainer = Trainer::new(Model::load(self.source)?, self.data, self.config, options)?;
+        let mut trainer = self.trainer()?;
         let steps = trainer.config().steps.unwrap_or(0);
         let step_of = |share: f64| ((share * steps as f64).ceil() as u64).min(steps);
+        if let Some(&passed) = self.missing.iter().find(|&&share| step_of(share) < trainer.step()) {
+            ui.note(format_args!(
+                "training {}: the milestone {passed} was passed and its measurement is missing; it starts over",
+                self.name
+            ));
+            // It holds the lock of its directory.
+            drop(trainer);
+            discard(self.out)?;
+            trainer = self.trainer()?;
+        }
         let due = self.milestones.iter().map(|&share| (step_of(share), share));
         let due: Vec<(u64, f64)> = due.filter(|(step, _)| *step >= trainer.step()).collect();
         let mut due = due.into_iter().peekable();
@@ -77,6 +83,19 @@ impl Training<'_> {
                 return Err(Interrupted.into());
             }
         }
+    }
+
+    /// Makes the run or opens it at its newest checkpoint.
+    fn trainer(&self) -> Result<Trainer> {
+        let (teacher, teacher_cache) = self.teacher.clone().unzip();
+        let options = RunOptions {
+            resume: true,
+            device: self.device,
+            teacher,
+            teacher_cache: teacher_cache.flatten(),
+            ..RunOptions::new(self.source, self.out)
+        };
+        Ok(Trainer::new(Model::load(self.source)?, self.data.clone(), self.config.clone(), options)?)
     }
 }
 

@@ -182,6 +182,26 @@ fn a_killed_run_ends_as_a_whole_one() {
     is_whole("killed");
 }
 
+/// An earlier version trained past a milestone, and no manifest has what it measured there.
+#[test]
+fn a_training_past_a_milestone_that_was_not_measured_starts_over() {
+    let line = reproduce("passed", "--resume");
+    // The dense model takes 30 steps, and the first training has 12.
+    succeeds(&format!("{line} --quiet --stop-after 37"));
+    let stages = fs::read_dir(path("reproduce/passed/cache")).unwrap().map(|entry| entry.unwrap().path());
+    let is_begun =
+        |stage: &PathBuf| stage.join("at-0.1.json").is_file() && !stage.join("result.json").exists();
+    let begun: Vec<PathBuf> = stages.filter(is_begun).collect();
+    assert_eq!(begun.len(), 1, "{begun:?}");
+    assert!(begun[0].join("run/checkpoints/step-00000007").is_dir());
+    fs::remove_file(begun[0].join("checksums.json")).unwrap();
+    let again = run(&line);
+    assert_eq!(again.code, 0, "{}", again.stderr);
+    shows(&again.stderr, &["the milestone 0 was passed and its measurement is missing; it starts over"]);
+    assert_eq!(again.stderr.matches("starts over").count(), 1, "{}", again.stderr);
+    is_whole("passed");
+}
+
 #[test]
 fn parts_put_together_are_the_whole() {
     let part = |number: u32| {

@@ -193,6 +193,7 @@ impl<'b> Lab<'_, 'b> {
                 out: &dir.join("run"),
                 config,
                 milestones: &[],
+                missing: &[],
                 data: text.train_data(),
                 teacher: None,
                 device: options.device,
