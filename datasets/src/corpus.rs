@@ -403,7 +403,7 @@ impl Documents<'_> {
     fn next_text(&mut self, path: &Path) -> Result<Option<String>> {
         while let Some(Row { line, text }) = self.next_row()? {
             match text {
-                // A Parquet cell or a row of an array may be longer than a line may.
+                // Cells of a Parquet file that are joined may be longer than each of them may.
                 RowText::Text(text) if text.len() as u64 > MAX_DOCUMENT => {
                     let path = path.to_path_buf();
                     return Err(Error::TooLarge { path, what: "document", limit: MAX_DOCUMENT });

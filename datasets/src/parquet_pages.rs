@@ -17,13 +17,31 @@ use parquet::file::serialized_reader::SerializedPageReader;
 use parquet::record::reader::RowIter;
 use parquet::schema::types::Type;
 
+use crate::format::MAX_DOCUMENT;
 use crate::reader::ZstdReader;
 
 /// The largest page, in bytes of its content; a length in the format is no larger.
 const MAX_PAGE: u64 = i32::MAX as u64;
 
+/// The most bytes of a page besides its values: their lengths and levels.
+const BESIDE_VALUES: u64 = 1 << 20;
+
 /// How far LZ4 can compress.
 const LZ4_RATIO: usize = 255;
+
+/// A cell has more bytes than a document may have.
+#[derive(Debug, thiserror::Error)]
+#[error("column {column:?} has a cell of more than {} bytes", MAX_DOCUMENT)]
+pub(crate) struct LargeCell {
+    pub(crate) column: String,
+}
+
+/// A page has more bytes than it may have.
+#[derive(Debug, thiserror::Error)]
+#[error("a {format} page is larger than the file states")]
+struct LargePage {
+    format: &'static str,
+}
 
 /// A row group whose pages are decompressed here where the crate cannot.
 pub(crate) struct Group {
@@ -56,7 +74,8 @@ impl RowGroupReader for Group {
         }
         let plain = column.clone().into_builder().set_compression(Compression::UNCOMPRESSED).build()?;
         let limit = u64::try_from(column.uncompressed_size())?.min(MAX_PAGE);
-        Ok(Box::new(Pages { packed: open(&plain)?, codec, limit }))
+        let unpacker = Unpacker { codec, limit, column: column.column_path().string() };
+        Ok(Box::new(Pages { packed: open(&plain)?, unpacker }))
     }
 
     fn get_column_bloom_filter(&self, _: usize) -> Option<&Sbbf> {
@@ -71,34 +90,53 @@ impl RowGroupReader for Group {
 /// The pages of one column.
 struct Pages {
     packed: SerializedPageReader<File>,
+    unpacker: Unpacker,
+}
+
+/// Decompresses the pages of one column.
+struct Unpacker {
     codec: Compression,
     /// The bytes of all pages together, as the file states them.
     limit: u64,
+    /// Its name.
+    column: String,
 }
 
-impl Pages {
+impl Unpacker {
     fn unpack(&self, mut page: Page) -> Result<Page> {
+        let values = u64::from(page.num_values());
         match &mut page {
             Page::DictionaryPage { buf, .. } | Page::DataPage { buf, .. } => {
-                *buf = decompress(self.codec, buf, self.limit)?.into();
+                *buf = self.decompressed(buf, values)?.into();
             }
             Page::DataPageV2 { is_compressed: false, .. } => {}
             Page::DataPageV2 { buf, def_levels_byte_len, rep_levels_byte_len, .. } => {
                 let levels = u64::from(*def_levels_byte_len) + u64::from(*rep_levels_byte_len);
-                *buf = self.behind_levels(buf, usize::try_from(levels)?)?;
+                *buf = self.behind_levels(buf, usize::try_from(levels)?, values)?;
             }
         }
         Ok(page)
     }
 
+    /// Decompresses a page of so many values. One with more bytes than values within the limit can have has a larger cell.
+    fn decompressed(&self, packed: &[u8], values: u64) -> Result<Vec<u8>> {
+        let most = values.saturating_mul(MAX_DOCUMENT).saturating_add(BESIDE_VALUES);
+        decompress(self.codec, packed, self.limit.min(most)).map_err(|cause| match cause {
+            ParquetError::External(own) if most < self.limit && own.is::<LargePage>() => {
+                ParquetError::External(Box::new(LargeCell { column: self.column.clone() }))
+            }
+            cause => cause,
+        })
+    }
+
     /// Decompresses what follows the levels of a page, which are never compressed.
-    fn behind_levels(&self, buf: &Bytes, levels: usize) -> Result<Bytes> {
-        let Some((levels, values)) = buf.split_at_checked(levels) else {
+    fn behind_levels(&self, buf: &Bytes, levels: usize, values: u64) -> Result<Bytes> {
+        let Some((levels, packed)) = buf.split_at_checked(levels) else {
             return Err(ParquetError::General("the levels are longer than the page".into()));
         };
         let mut unpacked = levels.to_vec();
-        if !values.is_empty() {
-            unpacked.extend(decompress(self.codec, values, self.limit)?);
+        if !packed.is_empty() {
+            unpacked.extend(self.decompressed(packed, values)?);
         }
         Ok(unpacked.into())
     }
@@ -114,7 +152,7 @@ impl Iterator for Pages {
 
 impl PageReader for Pages {
     fn get_next_page(&mut self) -> Result<Option<Page>> {
-        self.packed.get_next_page()?.map(|page| self.unpack(page)).transpose()
+        self.packed.get_next_page()?.map(|page| self.unpacker.unpack(page)).transpose()
     }
 
     fn peek_next_page(&mut self) -> Result<Option<PageMetadata>> {
@@ -144,13 +182,13 @@ fn decompress(codec: Compression, packed: &[u8], limit: u64) -> Result<Vec<u8>> 
     }
 }
 
-fn all(decoder: impl Read, name: &str, limit: u64) -> Result<Vec<u8>> {
+fn all(decoder: impl Read, format: &'static str, limit: u64) -> Result<Vec<u8>> {
     let mut unpacked = Vec::new();
     let read = decoder.take(limit + 1).read_to_end(&mut unpacked);
     match read {
         Ok(read) if read as u64 <= limit => Ok(unpacked),
-        Ok(_) => Err(ParquetError::General(format!("a {name} page is larger than the file states"))),
-        Err(cause) => Err(damaged(name, &cause)),
+        Ok(_) => Err(ParquetError::External(Box::new(LargePage { format }))),
+        Err(cause) => Err(damaged(format, &cause)),
     }
 }
 
@@ -211,6 +249,28 @@ mod tests {
             framed.extend(&block);
         }
         assert_eq!(decompress(Compression::LZ4, &framed, 1 << 20).unwrap(), text.repeat(2));
+    }
+
+    #[test]
+    fn a_page_is_no_larger_than_cells_within_the_limit_make_it() {
+        use std::io::Write;
+
+        let content = vec![0u8; usize::try_from(MAX_DOCUMENT + BESIDE_VALUES + 1).unwrap()];
+        let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        packed.write_all(&content).unwrap();
+        let packed = packed.finish().unwrap();
+        let codec = Compression::GZIP(Default::default());
+        let unpacker = |limit| Unpacker { codec, limit, column: "meta.text".to_owned() };
+        // Two values may have as much, and one may not, whatever the file states.
+        assert_eq!(unpacker(MAX_PAGE).decompressed(&packed, 2).unwrap().len(), content.len());
+        let error = unpacker(MAX_PAGE).decompressed(&packed, 1).unwrap_err().to_string();
+        assert!(error.contains("column \"meta.text\" has a cell of more than 67108864 bytes"), "{error}");
+        let error = unpacker(1 << 20).decompressed(&packed, 1).unwrap_err().to_string();
+        assert!(error.contains("a gzip page is larger than the file states"), "{error}");
+        // The values of a page of the second version follow its levels.
+        let page = Bytes::from([&b"level"[..], &packed].concat());
+        assert!(unpacker(MAX_PAGE).behind_levels(&page, 5, 1).is_err());
+        assert_eq!(unpacker(MAX_PAGE).behind_levels(&page, 5, 2).unwrap().len(), 5 + content.len());
     }
 
     #[test]

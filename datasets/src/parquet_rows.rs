@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parquet::basic::Type as PhysicalType;
+use parquet::errors::ParquetError;
+use parquet::file::metadata::RowGroupMetaData;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::{ReaderIter, TreeBuilder};
 use parquet::record::{Field, Row};
@@ -14,14 +16,15 @@ use parquet::schema::types::{SchemaDescPtr, SchemaDescriptor, Type};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, shown};
+use crate::format::MAX_DOCUMENT;
 use crate::panics::caught;
-use crate::parquet_pages::Group;
+use crate::parquet_pages::{Group, LargeCell};
 use crate::reader::check_start;
 use crate::remedy::Remedy;
 use crate::row_text::{Joined, RowText};
 
-/// Rows decoded at a time.
-const ROWS: usize = 64;
+/// The most rows decoded at a time.
+const ROWS: u64 = 64;
 
 /// Reads the rows of a Parquet file.
 pub(crate) struct ParquetRows {
@@ -51,8 +54,7 @@ impl ParquetRows {
         (&file).take(64).read_to_end(&mut start).map_err(Error::io(path))?;
         check_start(path, &start, ".parquet")?;
         let again = file.try_clone().map_err(Error::io(path))?;
-        let reader =
-            guarded(|| SerializedFileReader::new(again)).map_err(|reason| broken(path, 1, reason))?;
+        let reader = guarded(|| SerializedFileReader::new(again)).map_err(|defect| defect.at(path, 1))?;
         let schema = reader.metadata().file_metadata().schema_descr_ptr();
         let (path, texts) = (path.to_path_buf(), Vec::new());
         let (file, group, next_group, row) = (Arc::new(file), None, 0, 0);
@@ -87,7 +89,7 @@ impl ParquetRows {
         let root = self.schema.root_schema();
         let fields = roots.iter().map(|&at| Arc::clone(&root.get_fields()[at])).collect();
         let selected = Type::group_type_builder(root.name()).with_fields(fields).build();
-        let selected = selected.map_err(|cause| broken(&self.path, 1, shown(&cause.to_string())))?;
+        let selected = selected.map_err(|cause| Defect::of(cause).at(&self.path, 1))?;
         self.schema = Arc::new(SchemaDescriptor::new(Arc::new(selected)));
         Ok(self)
     }
@@ -123,7 +125,13 @@ impl ParquetRows {
         loop {
             if let Some(group) = &mut self.group {
                 let row = guarded(|| group.next().transpose());
-                if let Some(row) = row.map_err(|reason| broken(&self.path, number, reason))? {
+                if let Some(row) = row.map_err(|defect| defect.at(&self.path, number))? {
+                    let is_large = |(_, field): &(&String, &Field)| bytes_of(field) > MAX_DOCUMENT;
+                    if let Some((column, _)) = row.get_column_iter().find(is_large) {
+                        return Err(
+                            Defect::large(&LargeCell { column: column.clone() }).at(&self.path, number)
+                        );
+                    }
                     self.row = number;
                     return Ok(Some(row));
                 }
@@ -138,12 +146,34 @@ impl ParquetRows {
             self.bytes_read.fetch_add(size, Ordering::Relaxed);
             let opened = guarded(|| {
                 let metadata = self.reader.metadata().row_group(self.next_group).clone();
+                let rows = rows_at_once(&metadata);
                 let group = Group::new(Arc::clone(&self.file), metadata);
-                TreeBuilder::new().with_batch_size(ROWS).as_iter(Arc::clone(&self.schema), &group)
+                TreeBuilder::new().with_batch_size(rows).as_iter(Arc::clone(&self.schema), &group)
             });
-            self.group = Some(opened.map_err(|reason| broken(&self.path, number, reason))?);
+            self.group = Some(opened.map_err(|defect| defect.at(&self.path, number))?);
             self.next_group += 1;
         }
+    }
+}
+
+/// Returns how many rows of a group are decoded at a time: the pages that their values lie in stay in memory.
+fn rows_at_once(group: &RowGroupMetaData) -> usize {
+    let [bytes, rows] = [group.total_byte_size(), group.num_rows()].map(|n| u64::try_from(n).unwrap_or(0));
+    let of_a_row = (bytes / rows.max(1)).max(1);
+    usize::try_from((MAX_DOCUMENT / of_a_row).clamp(1, ROWS)).unwrap_or(1)
+}
+
+/// Returns the bytes of all texts in a field.
+fn bytes_of(field: &Field) -> u64 {
+    match field {
+        Field::Str(text) => text.len() as u64,
+        Field::Bytes(bytes) => bytes.len() as u64,
+        Field::ListInternal(list) => list.elements().iter().map(bytes_of).sum(),
+        Field::MapInternal(map) => {
+            map.entries().iter().map(|(key, value)| bytes_of(key) + bytes_of(value)).sum()
+        }
+        Field::Group(group) => group.get_column_iter().map(|(_, field)| bytes_of(field)).sum(),
+        _ => 0,
     }
 }
 
@@ -183,25 +213,75 @@ fn value(field: &Field) -> Value {
     }
 }
 
-fn broken(path: &Path, row: u64, reason: String) -> Error {
-    Error::Row {
-        path: path.to_path_buf(),
-        row,
-        reason: format!("unreadable Parquet data ({reason})"),
-        help: Remedy::fixed(
-            "fetch the file again; supported are columns that are plain or compressed by Snappy, gzip, Brotli, LZ4 or Zstandard",
-        ),
+/// Why data cannot be read, and what helps.
+struct Defect {
+    reason: String,
+    help: Remedy,
+}
+
+impl Defect {
+    fn unreadable(reason: &str) -> Defect {
+        Defect {
+            reason: format!("unreadable Parquet data ({reason})"),
+            help: Remedy::fixed(
+                "fetch the file again; supported are columns that are plain or compressed by Snappy, gzip, Brotli, LZ4 or Zstandard",
+            ),
+        }
+    }
+
+    fn large(cell: &LargeCell) -> Defect {
+        Defect { reason: shown(&cell.to_string()), help: Remedy::fixed("write the cell as several rows") }
+    }
+
+    fn of(cause: ParquetError) -> Defect {
+        if let ParquetError::External(own) = &cause
+            && let Some(cell) = own.downcast_ref::<LargeCell>()
+        {
+            return Defect::large(cell);
+        }
+        let message = cause.to_string();
+        // Some messages repeat the bytes of the text.
+        Defect::unreadable(&shown(message.split(" Bytes: ").next().unwrap_or_default()))
+    }
+
+    /// Makes the error of a row.
+    fn at(self, path: &Path, row: u64) -> Error {
+        Error::row(path, row, self.reason, self.help)
     }
 }
 
 /// Runs `read` and turns panics into errors: the library panics on some damaged files.
-fn guarded<T>(read: impl FnOnce() -> parquet::errors::Result<T>) -> std::result::Result<T, String> {
+fn guarded<T>(read: impl FnOnce() -> parquet::errors::Result<T>) -> std::result::Result<T, Defect> {
     match caught(read) {
-        // Some messages repeat the bytes of the text.
-        Some(read) => read.map_err(|cause| {
-            let message = cause.to_string();
-            shown(message.split(" Bytes: ").next().unwrap_or_default())
-        }),
-        None => Err("its pages contradict its footer".into()),
+        Some(read) => read.map_err(Defect::of),
+        None => Err(Defect::unreadable("its pages contradict its footer")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use parquet::file::metadata::ColumnChunkMetaData;
+    use parquet::schema::parser::parse_message_type;
+
+    use super::*;
+
+    #[test]
+    fn fewer_rows_are_decoded_at_once_the_larger_they_are() {
+        let schema = parse_message_type("message m { REQUIRED INT64 id; }").unwrap();
+        let schema = Arc::new(SchemaDescriptor::new(Arc::new(schema)));
+        let column = ColumnChunkMetaData::builder(schema.column(0)).build().unwrap();
+        for (bytes, rows, wanted) in [
+            (1_000, 1_000, 64),
+            (0, 0, 64),
+            (-1, -1, 64),
+            (1 << 30, 1 << 6, 4),
+            (1 << 30, 1, 1),
+            (i64::MAX, 1, 1),
+        ] {
+            let group =
+                RowGroupMetaData::builder(Arc::clone(&schema)).set_num_rows(rows).set_total_byte_size(bytes);
+            let group = group.set_column_metadata(vec![column.clone()]).build().unwrap();
+            assert_eq!(rows_at_once(&group), wanted, "{bytes} bytes of {rows} rows");
+        }
     }
 }

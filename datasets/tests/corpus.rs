@@ -494,8 +494,21 @@ fn a_document_is_bounded_in_every_format() {
     );
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("a.parquet");
-    parquet(&path, &[(Some(&text), None)]);
-    assert!(matches!(documents(&path), Err(Error::TooLarge { what: "document", .. })));
+    // A cell is named, in a text column and below it.
+    for (rows, column, wanted) in [
+        ([(Some("a"), None), (Some(&text[..]), None)], "text", "row 2: column \"text\" has"),
+        ([(Some("a"), Some(&text[..])), (Some("b"), None)], "meta.answer", "row 1: column \"meta\" has"),
+    ] {
+        parquet(&path, &rows);
+        let message = columns(&path, column).unwrap_err().to_string();
+        let wanted = format!("a.parquet: {wanted} a cell of more than 67108864 bytes; write the cell as");
+        assert!(message.contains(&wanted) && !message.contains('\n'), "{message}");
+    }
+    // Cells within the limit may join into more.
+    let half = &text[..text.len() / 2 + 1];
+    parquet(&path, &[(Some(half), Some(half))]);
+    let joined = columns(&path, "text,meta.answer");
+    assert!(matches!(joined, Err(Error::TooLarge { what: "document", .. })));
 }
 
 #[test]
