@@ -1,12 +1,14 @@
-//! CSV with a header line.
+//! CSV with a header line, of which one record is in memory at a time.
 
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::LazyLock;
 
 use csv::{ReaderBuilder, StringRecord};
 use regex::Regex;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
+use super::read::Take;
 use crate::error::{Error, Result, shown};
 
 /// A record whose quotes are closed at the ends of fields. The reader accepts any other as well.
@@ -15,22 +17,36 @@ static QUOTED_WELL: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(&format!("^{field}(?:,{field})*$")).expect("a constant")
 });
 
-/// Hands the rows of `text` to `take`, as texts under the header's names.
-pub(crate) fn rows(
-    path: &Path,
-    text: &str,
-    take: &mut dyn FnMut(Map<String, Value>) -> Result<()>,
-) -> Result<()> {
-    let mut reader = ReaderBuilder::new().has_headers(false).flexible(true).from_reader(text.as_bytes());
+/// A reader that keeps what it has read.
+struct Kept<R> {
+    source: R,
+    bytes: Vec<u8>,
+}
+
+impl<R: Read> Read for Kept<R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let count = self.source.read(into)?;
+        self.bytes.extend_from_slice(&into[..count]);
+        Ok(count)
+    }
+}
+
+/// Hands the rows of `source`, which is UTF-8, to `take`, as texts under the header's names.
+pub(crate) fn rows(path: &Path, source: impl Read, take: &mut Take<'_>) -> Result<()> {
+    let kept = Kept { source, bytes: Vec::new() };
+    let mut reader = ReaderBuilder::new().has_headers(false).flexible(true).from_reader(kept);
     let mut names: Option<StringRecord> = None;
     let mut record = StringRecord::new();
     for row in 0.. {
         let wrong = |reason: String| Error::row(path, row, reason, "fetch the file again");
-        let start = reader.position().byte() as usize;
+        let start = reader.position().byte();
         if !reader.read_record(&mut record).map_err(|cause| wrong(shown(&cause.to_string())))? {
             break;
         }
-        let raw = text[start..reader.position().byte() as usize].trim_matches(['\r', '\n']);
+        let length = (reader.position().byte() - start) as usize;
+        let bytes: Vec<u8> = reader.get_mut().bytes.drain(..length).collect();
+        let raw = String::from_utf8_lossy(&bytes);
+        let raw = raw.trim_matches(['\r', '\n']);
         if !QUOTED_WELL.is_match(raw) {
             let odd = raw.matches('"').count() % 2 == 1;
             let reason = if odd { "a quote that is never closed" } else { "text behind a closing quote" };
@@ -48,13 +64,14 @@ pub(crate) fn rows(
     }
     Ok(())
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn read(text: &str) -> Result<Vec<String>> {
         let mut found = Vec::new();
-        rows(Path::new("a.csv"), text, &mut |row| {
+        rows(Path::new("a.csv"), text.as_bytes(), &mut |row| {
             found.push(Value::Object(row).to_string());
             Ok(())
         })?;
@@ -66,6 +83,21 @@ mod tests {
         let found = read("a,b\r\n\"x, \"\"y\"\"\n\",z\r\n\r\n,last").unwrap();
         assert_eq!(found, [r#"{"a":"x, \"y\"\n","b":"z"}"#, r#"{"a":"","b":"last"}"#]);
         assert!(read("").unwrap().is_empty() && read("a,b\n").unwrap().is_empty());
+    }
+
+    #[test]
+    fn records_are_cut_where_they_end_however_many_there_are() {
+        // Larger together than the buffer of the reader; each is looked at alone.
+        let rows: Vec<String> =
+            (0..3000).map(|row| format!("\"{row},\n\"\"é\"\"\",{}", "x".repeat(row % 50))).collect();
+        let found = read(&format!("a,b\r\n{}\r\n", rows.join("\r\n"))).unwrap();
+        assert_eq!(found.len(), rows.len());
+        let row: Value = serde_json::from_str(&found[2999]).unwrap();
+        assert_eq!(row, serde_json::json!({ "a": "2999,\n\"é\"", "b": "x".repeat(49) }));
+        let bad = format!("a,b\n{}\n\"1\"x,2\n", rows.join("\n"));
+        assert!(
+            read(&bad).unwrap_err().to_string().starts_with("a.csv: row 3001: text behind a closing quote")
+        );
     }
 
     #[test]

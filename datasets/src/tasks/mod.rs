@@ -18,6 +18,7 @@
 
 mod cleaning;
 mod column;
+mod content;
 mod csv;
 mod definition;
 mod files;

@@ -2,25 +2,29 @@
 //! .xz; Parquet.
 
 use std::fmt;
-use std::path::Path;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
+use super::content::{AHEAD, Content, Reading};
 use super::csv;
 use super::row::Row;
 use crate::error::{Error, Result};
+use crate::format::MAX_DOCUMENT;
 use crate::parquet_rows::ParquetRows;
 use crate::reader::{Packing, Records};
 
-/// The largest line of a JSONL file, in bytes.
-const MAX_LINE: u64 = 64 << 20;
-/// The largest JSON or CSV file, in bytes of its text; it is held whole.
-const MAX_FILE: u64 = 1 << 30;
+/// The largest row, in bytes: a line, an object or a record.
+const MAX_ROW: u64 = MAX_DOCUMENT;
 
 /// Receives rows one after the other.
 pub(crate) type Sink<'a> = dyn FnMut(Row) -> Result<()> + 'a;
+
+/// Receives the fields of rows one after the other.
+pub(super) type Take<'a> = dyn FnMut(Map<String, Value>) -> Result<()> + 'a;
 
 /// The content of a file, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,8 +84,8 @@ pub(crate) fn read_rows(path: &Path, wrong_file: &'static str, sink: &mut Sink<'
         Format::Lines => lines(&path, packing, &mut |line, _| {
             take(Map::from_iter([("text".to_owned(), Value::from(line.strip_suffix('\r').unwrap_or(line)))]))
         })?,
-        Format::Json => json(&path, packing, &mut take)?,
-        Format::Csv => csv::rows(&path, &whole(&path, packing)?, &mut take)?,
+        Format::Json => streamed(&path, packing, &mut take, |content, take| json(&path, content, take))?,
+        Format::Csv => streamed(&path, packing, &mut take, |content, take| csv::rows(&path, content, take))?,
         Format::Parquet => {
             let mut rows = ParquetRows::open(&path, Arc::default())?;
             while let Some(fields) = rows.next_object()? {
@@ -97,9 +101,9 @@ pub(crate) fn read_rows(path: &Path, wrong_file: &'static str, sink: &mut Sink<'
 
 /// Labels in a file of their own, one on a line.
 struct Labels {
-    path: std::path::PathBuf,
-    labels: Vec<String>,
-    used: usize,
+    path: PathBuf,
+    lines: Records,
+    used: u64,
 }
 
 impl Labels {
@@ -108,31 +112,52 @@ impl Labels {
         if !path.is_file() {
             return Ok(None);
         }
-        let text = whole(&path, Packing::Plain)?;
-        Ok(Some(Labels { path, labels: text.lines().map(str::to_owned).collect(), used: 0 }))
+        let lines = Records::open(&path, Packing::Plain, "\n", ("line", MAX_ROW), Arc::default())?;
+        Ok(Some(Labels { path, lines, used: 0 }))
+    }
+
+    /// Reads the next label.
+    fn line(&mut self) -> Result<Option<String>> {
+        let line = self.lines.next().map_err(|cause| at_row(&self.path, self.used + 1, cause))?;
+        self.used += u64::from(line.is_some());
+        Ok(line.map(|line| line.strip_suffix('\r').map(str::to_owned).unwrap_or(line)))
     }
 
     fn next(&mut self, row: &Row) -> Result<String> {
-        self.used += 1;
-        self.labels.get(self.used - 1).cloned().ok_or_else(|| {
-            let reason = format!("{} has {} labels only", self.path.display(), self.labels.len());
+        self.line()?.ok_or_else(|| {
+            let reason = format!("{} has {} labels only", self.path.display(), self.used);
             row.wrong(reason, "take both files from the original")
         })
     }
 
-    fn check_end(&self, rows: u64) -> Result<()> {
-        if self.used == self.labels.len() {
+    fn check_end(mut self, rows: u64) -> Result<()> {
+        while self.line()?.is_some() {}
+        if self.used == rows {
             return Ok(());
         }
-        let reason = format!("{} labels for {rows} rows", self.labels.len());
+        let reason = format!("{} labels for {rows} rows", self.used);
         Err(Error::file(&self.path, reason, "take both files from the original"))
     }
 }
 
-/// Returns the text of a whole file.
-fn whole(path: &Path, packing: Packing) -> Result<String> {
-    let mut records = Records::open(path, packing, "", ("file", MAX_FILE), Arc::default())?;
-    Ok(records.next().map_err(|cause| at_row(path, 1, cause))?.unwrap_or_default())
+/// Hands the rows to `take` that `read` finds in the content of a file. One of them is in memory at a time.
+fn streamed(
+    path: &Path,
+    packing: Packing,
+    take: &mut Take<'_>,
+    read: impl FnOnce(Reading<'_>, &mut Take<'_>) -> Result<()>,
+) -> Result<()> {
+    let content = Content::open(path, packing, MAX_ROW)?;
+    let mut found = 0;
+    let outcome = read(content.reader(), &mut |fields| {
+        found += 1;
+        content.row_taken();
+        take(fields)
+    });
+    match content.failure() {
+        Some(cause) => Err(at_row(path, found + 1, cause)),
+        None => outcome,
+    }
 }
 
 /// Names the row that a failure of reading is about.
@@ -155,7 +180,7 @@ fn not_json(path: &Path, row: u64, reason: impl fmt::Display) -> Error {
 
 /// Hands the lines that are not blank to `take`, each with its number as a row.
 fn lines(path: &Path, packing: Packing, take: &mut dyn FnMut(&str, u64) -> Result<()>) -> Result<()> {
-    let mut records = Records::open(path, packing, "\n", ("line", MAX_LINE), Arc::default())?;
+    let mut records = Records::open(path, packing, "\n", ("line", MAX_ROW), Arc::default())?;
     let mut row = 1;
     while let Some(line) = records.next().map_err(|cause| at_row(path, row, cause))? {
         if line.trim().is_empty() {
@@ -168,15 +193,14 @@ fn lines(path: &Path, packing: Packing, take: &mut dyn FnMut(&str, u64) -> Resul
 }
 
 /// Reads one array of objects, an object with such an array under `Data`, or objects one after the other.
-fn json(path: &Path, packing: Packing, take: &mut dyn FnMut(Map<String, Value>) -> Result<()>) -> Result<()> {
-    let text = whole(path, packing)?;
+fn json(path: &Path, content: Reading<'_>, take: &mut Take<'_>) -> Result<()> {
     let mut found = 0u64;
     let mut failure = None;
     let mut counted = |fields| {
         found += 1;
         take(fields).map_err(|cause| failure = Some(cause)).is_ok()
     };
-    let mut values = serde_json::Deserializer::from_str(&text);
+    let mut values = serde_json::Deserializer::from_reader(BufReader::with_capacity(AHEAD, content));
     let parsed = loop {
         if let Err(cause) = (Top { take: &mut counted }).deserialize(&mut values) {
             break Err(cause);

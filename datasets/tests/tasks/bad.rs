@@ -95,6 +95,34 @@ fn damaged_files_are_named_with_the_row() {
 }
 
 #[test]
+fn a_row_is_bounded_in_every_format() {
+    let text = "x".repeat(65 << 20);
+    let row = "row 2: a row of more than 67108864 bytes; split the row, or fetch the file again";
+    let (array, container) =
+        (format!("[{PIQA}, {{\"goal\": \""), format!("{{\"Data\": [{PIQA}, {{\"goal\": [\""));
+    let line = format!("{PIQA}\n{{\"goal\": \"");
+    for (name, start, end, message) in [
+        ("valid.jsonl", &line[..], "\"}\n", "row 2: a line of more than 67108864 bytes"),
+        ("valid.json", &array[..], "\"}]", row),
+        ("valid.json", &container[..], "\"]}]}", row),
+        ("valid.csv", "goal,sol1,sol2,label\ng,one,two,1\n\"", "\",one,two,1\n", row),
+    ] {
+        let error = refused("piqa", name, format!("{start}{text}{end}").as_bytes());
+        assert!(error.starts_with(message), "{name}: {error}");
+    }
+}
+
+#[test]
+fn bytes_that_are_not_text_are_found_in_their_row() {
+    let csv = b"goal,sol1,sol2,label\ng,one,two,1\n\xff,one,two,1\n";
+    let json = [format!("[{PIQA}, {{\"goal\": \"").as_bytes(), b"\xff\"}]"].concat();
+    for (name, content, place) in [("valid.csv", &csv[..], 33), ("valid.json", &json[..], PIQA.len() + 13)] {
+        let error = refused("piqa", name, content);
+        assert!(error.starts_with(&format!("row 2: not UTF-8 at byte {place} of the text; ")), "{error}");
+    }
+}
+
+#[test]
 fn damaged_and_foreign_parquet_files_are_refused() {
     let good = piqa_parquet(&["g"; 50]);
     assert_eq!(

@@ -70,6 +70,27 @@ fn the_same_rows_in_every_format_are_the_same_documents() {
     }
 }
 
+/// Rows by the thousand, over many reads of a file: a mark at the start, one array or objects alone, records with line ends.
+#[test]
+fn rows_of_long_files_are_read_one_by_one() {
+    let row = |i: usize| PIQA.replace("\"g\"", &format!("\"é {i}\""));
+    let rows: Vec<String> = (0..5000).map(row).collect();
+    let array = format!("\u{FEFF}[{}]\n", rows.join(",\n  "));
+    let objects = rows.join(" ");
+    let record = |i: usize| format!("\"é {i}\",one,two,1\r\n");
+    let csv = format!("\u{FEFF}goal,sol1,sol2,label\r\n{}", (0..5000).map(record).collect::<String>());
+    for (name, content) in [
+        ("piqa/valid.json", array.as_bytes()),
+        ("piqa/valid.json.gz", &gzip(objects.as_bytes())[..]),
+        ("piqa/valid.csv", csv.as_bytes()),
+    ] {
+        let dir = folder(&[(name, content)]);
+        let asked = asked(&load(dir.path(), "piqa").unwrap());
+        assert_eq!(asked.len(), 10_000, "{name}");
+        assert_eq!(asked[9998].0, "Question: é 4999\nAnswer:", "{name}");
+    }
+}
+
 #[test]
 fn lists_in_parquet_are_read() {
     let file = hellaswag_parquet(&["stirs.", "sings.", "runs.", "eats."]);
