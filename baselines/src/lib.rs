@@ -27,6 +27,7 @@ mod regressor;
 mod rewrite;
 mod settings;
 pub mod sparse;
+mod states;
 mod surgery;
 mod thresholds;
 pub mod topk;

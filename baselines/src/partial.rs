@@ -165,6 +165,18 @@ impl Partial {
         Ok(value.map(|Value { value }| Part { value, dir: part }))
     }
 
+    /// Returns the first of `count` parts, whose names `name` gives by number, up to the first that was not kept or is damaged.
+    ///
+    /// # Errors
+    /// Those of [`Partial::read`].
+    pub(crate) fn first<T: DeserializeOwned>(
+        &self,
+        count: usize,
+        name: impl Fn(usize) -> String,
+    ) -> Result<Vec<Part<T>>> {
+        (0..count).map_while(|number| self.read::<T>(&name(number)).transpose()).collect()
+    }
+
     /// Keeps a part in place of an earlier one of that name, which stays until the new one is complete.
     ///
     /// # Errors
@@ -264,6 +276,11 @@ mod tests {
         let values: Vec<u32> = part.tensor("w").unwrap().into_iter().map(f32::to_bits).collect();
         assert_eq!(values, [0.5, -0.0, 1e-40f32].map(f32::to_bits));
         assert_eq!(part.tensor("v").unwrap(), [3.0]);
+        // The first parts are those before a gap.
+        again.keep("layer-0", &5u64, &[]).unwrap();
+        again.keep("layer-2", &6u64, &[]).unwrap();
+        let first = again.first::<u64>(3, |layer| format!("layer-{layer}")).unwrap();
+        assert_eq!(first.iter().map(|part| part.value).collect::<Vec<_>>(), [5]);
         // The newest one counts; a forgotten one is gone.
         again.keep("fit", &[2u64], &[]).unwrap();
         assert_eq!(again.read::<Vec<u64>>("fit").unwrap().unwrap().value, [2]);

@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::method::{Job, Made, Plan, Progress};
+use crate::states::States;
 use crate::topk;
 pub(crate) use hc_smoe::HC_SMOE;
 use parts::Parts;
@@ -167,13 +168,9 @@ fn survey(
     check_text(job.calibration, 1, "the statistics of experts")?;
     let mut stream = LayerStream::open_experts_on(job.comm, job.model, job.calibration)?;
     let layers = stream.config().num_layers;
-    let mut parts = Parts::of(job.partial, before);
+    let (parts, mut states) = (Parts::of(job.partial, before), States::of(job.partial, before));
     let mut finished = parts.finished(layers)?.into_iter();
-    let passed = match finished.len() == layers {
-        // No layer runs, and the states of a later survey stay.
-        true => layers,
-        false => parts.restore(&mut stream, finished.len())?,
-    };
+    let passed = states.restore(&mut stream, finished.len())?;
     for layer in 0..layers {
         progress(Progress { stage: "experts", done: layer as u64, total: layers as u64 });
         let mut experts = stream.experts(layer)?;
@@ -197,9 +194,7 @@ fn survey(
         };
         see(Seen { layer, experts: &experts, stats: &stats })?;
         stream.join_experts(&weights, &experts);
-        if layer + 1 < layers {
-            parts.keep_states(layer, &stream)?;
-        }
+        states.keep(layer, &stream)?;
     }
     progress(Progress { stage: "experts", done: layers as u64, total: layers as u64 });
     Ok(())

@@ -1,14 +1,10 @@
-//! The parts that an interrupted survey of experts leaves: the statistics of every layer that is done, and the hidden states of the
-//! calibration text behind one of them.
+//! The parts that an interrupted survey of experts leaves: the statistics of every layer that is done.
 
-use dsmoe_core::calibrate::{ExpertStats, ExpertSums, LayerStream};
+use dsmoe_core::calibrate::{ExpertStats, ExpertSums};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::partial::{Pace, Partial};
-
-/// The states, and their tensor.
-const STATES: &str = "states";
+use crate::partial::Partial;
 
 /// The statistics of a layer, numbers as bits.
 #[derive(Serialize, Deserialize)]
@@ -83,12 +79,11 @@ pub(super) struct Parts<'a> {
     partial: &'a Partial,
     /// The surveys of the job before this one.
     before: usize,
-    pace: Pace,
 }
 
 impl<'a> Parts<'a> {
     pub(super) fn of(partial: &'a Partial, before: usize) -> Parts<'a> {
-        Parts { partial, before, pace: Pace::new() }
+        Parts { partial, before }
     }
 
     fn name(&self, layer: usize) -> String {
@@ -97,44 +92,13 @@ impl<'a> Parts<'a> {
 
     /// Returns the statistics of the first layers, as many as are done of `layers`.
     pub(super) fn finished(&self, layers: usize) -> Result<Vec<ExpertStats>> {
-        let mut finished = Vec::new();
-        for layer in 0..layers {
-            let part = self.partial.read::<KeptStats>(&self.name(layer))?;
-            match part.and_then(|part| part.value.stats()) {
-                Some(stats) => finished.push(stats),
-                None => break,
-            }
-        }
-        Ok(finished)
-    }
-
-    /// Gives `stream` the states behind the last layer that were kept, and returns how many layers they have passed, at most
-    /// `finished`; 0 where there are none.
-    pub(super) fn restore(&self, stream: &mut LayerStream, finished: usize) -> Result<usize> {
-        let Some(part) = self.partial.read::<[usize; 2]>(STATES)? else { return Ok(0) };
-        let [before, passed] = part.value;
-        if before != self.before || passed > finished {
-            return Ok(0);
-        }
-        let states = part.tensor(STATES)?;
-        if states.len() != stream.states().len() {
-            return Ok(0);
-        }
-        stream.set_states(&states);
-        Ok(passed)
+        let parts = self.partial.first::<KeptStats>(layers, |layer| self.name(layer))?;
+        Ok(parts.iter().map_while(|part| part.value.stats()).collect())
     }
 
     /// Keeps the statistics of a layer.
     pub(super) fn keep(&self, layer: usize, stats: &ExpertStats) -> Result<()> {
         self.partial.keep(&self.name(layer), &KeptStats::of(stats), &[])
-    }
-
-    /// Keeps the states behind a layer, if the last ones are old.
-    pub(super) fn keep_states(&mut self, layer: usize, stream: &LayerStream) -> Result<()> {
-        match self.pace.is_due() {
-            true => self.partial.keep(STATES, &[self.before, layer + 1], &[(STATES, stream.states())]),
-            false => Ok(()),
-        }
     }
 }
 
