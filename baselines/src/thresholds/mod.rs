@@ -141,11 +141,13 @@ impl Thresholds {
         let (mut low, mut high) = ((0.0, 1.0), (most, 0.0));
         let mut factor = allocate::factor(&shares, 1.0 - share).min(most);
         let mut best: Option<Found> = None;
+        let count = shares.len();
         for pass in 0..PASSES {
-            at(progress, "measuring shares", pass, PASSES);
+            let mut show =
+                |done: usize| at(progress, "measuring shares", pass * count + done, PASSES * count);
             let mut layers: Vec<LayerThresholds> =
                 shares.iter().map(|of_layer| of_layer.thresholds(factor)).collect();
-            let found = used(job, &mut layers)?;
+            let found = used(job, &mut layers, pass, &mut show)?;
             let reached_by = format!("{} shares times {factor:.4}", self.name());
             if best.as_ref().is_none_or(|best| (found - share).abs() < (best.share - share).abs()) {
                 best = Some(Found { share: found, layers, reached_by });
@@ -156,7 +158,7 @@ impl Thresholds {
             *(if found > share { &mut low } else { &mut high }) = (factor, found);
             factor = low.0 + (high.0 - low.0) * ((low.1 - share) / (low.1 - high.1)).clamp(0.05, 0.95);
         }
-        at(progress, "measuring shares", PASSES, PASSES);
+        at(progress, "measuring shares", PASSES * count, PASSES * count);
         Ok(best.expect("a pass was made"))
     }
 
@@ -173,7 +175,8 @@ impl Thresholds {
                 progress(Progress { stage: "searching", done, total: all });
             };
             let mut layers = search::search(&mut scorer, job, &candidates, (tolerance, round), &mut show)?;
-            let found = used(job, &mut layers)?;
+            let sites = layers.len() * search::SITES;
+            let found = used(job, &mut layers, round, &mut |_| show(sites, sites))?;
             if best.as_ref().is_none_or(|best| (found - share).abs() < (best.share - share).abs()) {
                 let reached_by = format!("search with tolerance {tolerance:.6}");
                 best = Some(Found { share: found, layers, reached_by });
@@ -204,7 +207,7 @@ impl Configured for Thresholds {
     }
 
     fn continues(&self) -> bool {
-        self.0.choose == Choose::Search
+        true
     }
 
     fn resolved(&self) -> SettingValues {

@@ -55,6 +55,16 @@ impl Magnitudes {
 pub(super) struct Table(Vec<f32>);
 
 impl Table {
+    /// Returns its numbers as bits.
+    pub(super) fn bits(&self) -> Vec<u32> {
+        self.0.iter().map(|value| value.to_bits()).collect()
+    }
+
+    /// Returns the table of these [`Table::bits`].
+    pub(super) fn of_bits(bits: Vec<u32>) -> Table {
+        Table(bits.into_iter().map(f32::from_bits).collect())
+    }
+
     /// Returns the magnitude that the share `skipped` of all values does not exceed; 0 for none.
     pub(super) fn threshold(&self, skipped: f64) -> f32 {
         if skipped <= 0.0 { 0.0 } else { quantile(&self.0, skipped) as f32 }

@@ -32,7 +32,7 @@ pub(super) fn candidates(kind: Candidates) -> Vec<f64> {
 }
 
 /// Number of the sites of a layer.
-const SITES: usize = Input::ALL.len();
+pub(super) const SITES: usize = Input::ALL.len();
 
 /// A search on its way, as an interrupted one leaves it: numbers as bits.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]

@@ -116,7 +116,7 @@ fn thresholds_are_those_of_numpy() {
             }
             other => panic!("{other} is no choice"),
         };
-        let share = used(&job, &mut layers).unwrap();
+        let share = used(&job, &mut layers, 0, &mut |_| {}).unwrap();
         let inputs: Vec<f32> = layers.iter().flat_map(|of_layer| of_layer.inputs).collect();
         let gates: Vec<f32> = layers.iter().map(|of_layer| of_layer.gate).collect();
         let used: Vec<f64> = layers.iter().flat_map(|of_layer| of_layer.used).collect();
