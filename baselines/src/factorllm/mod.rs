@@ -11,10 +11,11 @@
 //! routers: it leaves the routers' loss out, and the choice of experts has no gradient; `epochs = 0` gives these.
 
 mod labels;
+mod taught;
 mod teach;
 
 use dsmoe_core::Config;
-use dsmoe_core::calibrate::{LayerStream, check_router_text};
+use dsmoe_core::calibrate::{LayerStream, LayerWeights, check_router_text};
 use dsmoe_core::partition::clusters;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_router::topk::{Scores, TopKConfig};
@@ -24,12 +25,14 @@ use crate::error::{Error, Result};
 use crate::experts::construction;
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
 use crate::settings::{Entry, SettingValues, Settings as _, settings, shown, wrong};
+use crate::states::States;
 use crate::topk::fit::{self, Direction, Goal, Loss, Training};
 use crate::topk::{
     Gate, GateNetwork, GateSpec, LayerExperts, TopkSpec, check_experts, nearest, open_dense, write,
 };
 
 use labels::{Choice, Label, subsets};
+use taught::{MEASURED, Taught};
 use teach::Teaching;
 
 /// FFN inputs that the router of a layer learns from; of more an even choice is taken.
@@ -172,10 +175,44 @@ impl Settings {
             Split::Clustering => Ok(clusters::neurons(gate_rows.to_vec(), hidden, self.experts, seed).0),
         }
     }
+
+    /// Passes the stream through a layer, and trains the layer's router on one of `every` tokens. `show` receives the number of
+    /// epochs that are done.
+    fn teach(
+        &self,
+        (stream, weights): (&mut LayerStream, &LayerWeights),
+        (gate, choice): (&Gate, Choice),
+        every: usize,
+        seed: u64,
+        show: &mut dyn FnMut(usize),
+    ) -> Result<Taught> {
+        let [.., rows, _, down] = &weights.linears;
+        let order = self.order(&rows.weight, (down.outputs, down.inputs), seed, weights.layer)?;
+        let mut teaching = Teaching::new(down, &order, choice, self.label, every);
+        let seq = stream.seq();
+        stream.advance_seen(weights, &mut |tap| teaching.see(&tap, seq))?;
+        let training = Training {
+            top_k: choice.top_k,
+            epochs: self.epochs,
+            batch: BATCH,
+            learning_rate: self.learning_rate,
+            loss: self.loss(),
+            seed,
+        };
+        let start = first_router(gate, seed, weights.layer);
+        let (tensors, found) = fit::train(gate, &teaching.examples, start, training, show);
+        let [router, labels, random] = teaching.errors(gate, &tensors);
+        let measured = [found, router, labels, random];
+        Ok(Taught { experts: LayerExperts { order, gate: tensors }, measured })
+    }
 }
 
 impl Configured for FactorLlm {
     fn needs_calibration(&self) -> bool {
+        true
+    }
+
+    fn continues(&self) -> bool {
         true
     }
 
@@ -202,30 +239,35 @@ impl Configured for FactorLlm {
         };
 
         let mut stream = LayerStream::open_on(job.comm, job.model, job.calibration)?;
-        let (mut layers, mut measured) = (Vec::with_capacity(config.num_layers), Vec::new());
-        for i in 0..config.num_layers {
-            progress(Progress { stage: "routers", done: i as u64, total: config.num_layers as u64 });
-            let weights = stream.layer(i)?;
-            let [.., rows, _, down] = &weights.linears;
-            let order = settings.order(&rows.weight, (config.hidden, down.inputs), job.seed, i)?;
-            let mut teaching = Teaching::new(down, &order, choice, settings.label, every);
-            let seq = stream.seq();
-            stream.advance_seen(&weights, &mut |tap| teaching.see(&tap, seq))?;
-            let training = Training {
-                top_k: choice.top_k,
-                epochs: settings.epochs,
-                batch: BATCH,
-                learning_rate: settings.learning_rate,
-                loss: settings.loss(),
-                seed: job.seed,
+        let count = config.num_layers;
+        let mut taught = Taught::finished(job.partial, count)?;
+        let mut states = States::of(job.partial, 0);
+        let passed = states.restore(&mut stream, taught.len())?;
+        // A layer is a pass of the calibration text, and the epochs of the router.
+        let of_layer = settings.epochs + 1;
+        for i in passed..count {
+            let mut show = |done: usize| {
+                let (done, total) = ((i * of_layer + done) as u64, (count * of_layer) as u64);
+                progress(Progress { stage: "routers", done, total });
             };
-            let (gate_tensors, found) =
-                fit::train(&gate, &teaching.examples, first_router(&gate, job.seed, i), training);
-            measured.push((format!("layer {i}: share of labels found"), found));
-            for (name, error) in teaching.errors(&gate, &gate_tensors) {
-                measured.push((format!("layer {i}: {name}"), error));
+            show(0);
+            let weights = stream.layer(i)?;
+            if i < taught.len() {
+                stream.advance(&weights)?;
+            } else {
+                let show = &mut |epochs: usize| show(1 + epochs);
+                let layer =
+                    settings.teach((&mut stream, &weights), (&gate, choice), every, job.seed, show)?;
+                layer.keep(job.partial, i)?;
+                taught.push(layer);
             }
-            layers.push(LayerExperts { order, gate: gate_tensors });
+            states.keep(i, &stream)?;
+        }
+        let (mut layers, mut measured) = (Vec::with_capacity(count), Vec::new());
+        for (i, layer) in taught.into_iter().enumerate() {
+            let named = MEASURED.iter().zip(layer.measured);
+            measured.extend(named.map(|(name, value)| (format!("layer {i}: {name}"), value)));
+            layers.push(layer.experts);
         }
         write(job, &config, &checkpoint, spec, &layers, progress)?;
         Ok(Made { plan, measured })

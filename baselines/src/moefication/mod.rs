@@ -180,8 +180,13 @@ impl Configured for MoEfication {
             };
             let examples = examples(&mut stream, &weights, &order, (settings.score, n), every)?;
             let training = training(spec.router.top_k, settings.epochs, job.seed);
-            let (gate, captured) =
-                fit::train(&spec.gate(config.hidden), &examples, vec![centers, identity(n)], training);
+            let (gate, captured) = fit::train(
+                &spec.gate(config.hidden),
+                &examples,
+                vec![centers, identity(n)],
+                training,
+                &mut |_| {},
+            );
             measured.push((format!("layer {i}: share of scores captured"), captured));
             layers.push(LayerExperts { order, gate });
             stream.advance(&weights)?;
@@ -250,7 +255,7 @@ mod tests {
         let spec = spec(4, 1);
         let examples = Examples { inputs: Vec::new(), scores: Vec::new() };
         let start = vec![centers, identity(4)];
-        let (gate, _) = fit::train(&spec.gate(HIDDEN), &examples, start, training(1, 0, 0));
+        let (gate, _) = fit::train(&spec.gate(HIDDEN), &examples, start, training(1, 0, 0), &mut |_| {});
 
         let moe = TopkMoeFfn::new(HIDDEN, WIDTH, spec);
         let mut dense_params = Buf::zeros(block_len(&dense.tensors()));

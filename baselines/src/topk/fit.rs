@@ -134,12 +134,13 @@ struct Part {
 }
 
 /// Trains `gate` from `start`, its tensors; returns them and the share of held-out scores that the `top_k` chosen experts
-/// capture.
+/// capture. `show` receives the number of epochs that are done.
 pub(crate) fn train(
     gate: &Gate,
     examples: &Examples,
     start: Vec<Vec<f32>>,
     training: Training,
+    show: &mut dyn FnMut(usize),
 ) -> (Vec<Vec<f32>>, f64) {
     let (hidden, n) = (gate.hidden, gate.num_experts);
     let (learned, held_out) = split(examples, hidden, n);
@@ -153,7 +154,8 @@ pub(crate) fn train(
     let (mut z, mut acts) = (Buf::default(), GateActs::default());
     let (mut x, mut dz, mut unused) = (Vec::new(), Vec::new(), Vec::new());
     let mut step = 0;
-    for _ in 0..training.epochs {
+    for epoch in 0..training.epochs {
+        show(epoch);
         for i in (1..order.len()).rev() {
             order.swap(i, rng.below(i as u64 + 1) as usize);
         }
@@ -237,6 +239,18 @@ mod tests {
 
     use super::*;
     use crate::topk::{GateNetwork, GateSpec};
+
+    fn train(
+        gate: &Gate,
+        examples: &Examples,
+        start: Vec<Vec<f32>>,
+        training: Training,
+    ) -> (Vec<Vec<f32>>, f64) {
+        let mut shown = Vec::new();
+        let found = super::train(gate, examples, start, training, &mut |epochs| shown.push(epochs));
+        assert_eq!(shown, (0..training.epochs).collect::<Vec<_>>());
+        found
+    }
 
     const HIDDEN: usize = 8;
     const EXPERTS: usize = 4;
