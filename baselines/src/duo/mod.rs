@@ -181,8 +181,8 @@ impl Duo {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Vec<Vec<u32>>> {
         check_text(job.calibration, 1, "the importance of neurons")?;
-        let labels = vec![0; job.calibration.len()];
-        let layers = importance::importances(job.model, job.calibration, &labels, 1, progress)?;
+        let (text, labels) = (job.calibration, vec![0; job.calibration.len()]);
+        let layers = importance::importances(job.model, text, &labels, 1, job.partial, progress)?;
         let best = |values: &Vec<f64>| {
             let mut order: Vec<u32> = (0..values.len() as u32).collect();
             order.sort_by(|&a, &b| values[b as usize].total_cmp(&values[a as usize]).then(a.cmp(&b)));
@@ -196,6 +196,10 @@ impl Duo {
 
 impl Configured for Duo {
     fn needs_calibration(&self) -> bool {
+        self.0.start == Start::Important
+    }
+
+    fn continues(&self) -> bool {
         self.0.start == Start::Important
     }
 

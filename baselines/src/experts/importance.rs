@@ -18,28 +18,59 @@ use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::expert_ffn::Saved;
 use dsmoe_kernels::{Activation, Precision, linear};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::gradients::Gradients;
 use crate::method::Progress;
+use crate::partial::{Pace, Partial};
 
 /// Neurons per task.
 const TASK: usize = 256;
+/// The part with the sums of an interrupted computation.
+const SUMS: &str = "importances";
 
 /// Importances `[group][neuron]` of one layer.
 pub(crate) type LayerImportance = Vec<Vec<f64>>;
 
+/// The sums over the sequences that are done, as an interrupted computation leaves them: numbers as bits.
+#[derive(Serialize, Deserialize)]
+struct Begun {
+    finished: usize,
+    /// Tokens of groups.
+    tokens: Vec<usize>,
+    /// `[layer][group][neuron]`
+    sums: Vec<Vec<Vec<u64>>>,
+}
+
+impl Begun {
+    fn of(finished: usize, tokens: &[usize], importances: &[LayerImportance]) -> Begun {
+        let bits = |group: &Vec<f64>| group.iter().map(|sum| sum.to_bits()).collect();
+        let sums = importances.iter().map(|layer| layer.iter().map(bits).collect()).collect();
+        Begun { finished, tokens: tokens.to_vec(), sums }
+    }
+
+    /// Returns the number of finished sequences, the tokens of groups, and the sums.
+    fn into_sums(self) -> (usize, Vec<usize>, Vec<LayerImportance>) {
+        let floats = |group: Vec<u64>| group.into_iter().map(f64::from_bits).collect();
+        let sums = self.sums.into_iter().map(|layer| layer.into_iter().map(floats).collect());
+        (self.finished, self.tokens, sums.collect())
+    }
+}
+
 /// Computes the importances of every layer's neurons in the dense model of `dir` for each group of `sequences`, whose
-/// groups `labels` gives.
+/// groups `labels` gives. `partial` keeps the sums of an interrupted computation.
 ///
 /// # Errors
-/// The model cannot be read; sequences that differ in length, are shorter than two tokens or longer than the model has
-/// positions, or have tokens outside the vocabulary; a loss that is not finite.
+/// `partial` has the sums of other work, or the file system refuses; the model cannot be read; sequences that differ in length,
+/// are shorter than two tokens or longer than the model has positions, or have tokens outside the vocabulary; a loss that is
+/// not finite.
 pub(crate) fn importances(
     dir: &Path,
     sequences: &[Vec<u32>],
     labels: &[usize],
     num_groups: usize,
+    partial: &Partial,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Vec<LayerImportance>> {
     let model = Model::load(dir)?;
@@ -57,7 +88,12 @@ pub(crate) fn importances(
     let mut importances: Vec<LayerImportance> =
         config.layers().map(|shape| vec![vec![0.0; shape.intermediate]; num_groups]).collect();
     let mut tokens = vec![0; num_groups];
-    for (done, (ids, &group)) in sequences.iter().zip(labels).enumerate() {
+    let mut finished = 0;
+    if let Some(begun) = partial.read::<Begun>(SUMS)? {
+        (finished, tokens, importances) = begun.value.into_sums();
+    }
+    let mut pace = Pace::new();
+    for (done, (ids, &group)) in sequences.iter().zip(labels).enumerate().skip(finished) {
         progress(Progress { stage: "gradients", done: done as u64, total: sequences.len() as u64 });
         gradients.add(done)?;
         tokens[group] += ids.len() - 1;
@@ -66,6 +102,9 @@ pub(crate) fn importances(
             for (sum, total) in sums.iter_mut().zip(&mut importance[group]) {
                 *total += std::mem::take(sum);
             }
+        }
+        if pace.is_due() {
+            partial.keep(SUMS, &Begun::of(done + 1, &tokens, &importances), &[])?;
         }
     }
     for layer in &mut importances {
@@ -86,7 +125,7 @@ pub(crate) fn neurons_by_importance(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Vec<Vec<u32>>> {
     let labels = vec![0; sequences.len()];
-    let layers = importances(dir, sequences, &labels, 1, progress)?;
+    let layers = importances(dir, sequences, &labels, 1, Partial::none(), progress)?;
     let sorted = |layer: LayerImportance| {
         let of = &layer[0];
         let mut order: Vec<u32> = (0..of.len() as u32).collect();
@@ -182,7 +221,7 @@ mod tests {
         init(&config, &out, &InitOptions { seed: 4, ..InitOptions::default() }, &mut |_| {}).unwrap();
 
         let sequences = vec![vec![3, 9], vec![17, 2], vec![30, 8]];
-        let got = importances(&out, &sequences, &[0, 1, 0], 2, &mut |_| {}).unwrap();
+        let got = importances(&out, &sequences, &[0, 1, 0], 2, Partial::none(), &mut |_| {}).unwrap();
 
         let model = Model::load(&out).unwrap();
         let mut want = vec![vec![vec![0.0; config.intermediate]; 2]; config.num_layers];
@@ -206,7 +245,7 @@ mod tests {
         for (got, want) in got.iter().flatten().flatten().zip(want.iter().flatten().flatten()) {
             assert!((got - want).abs() < 1e-4 * largest, "{got} {want}");
         }
-        let again = importances(&out, &sequences, &[0, 1, 0], 2, &mut |_| {}).unwrap();
+        let again = importances(&out, &sequences, &[0, 1, 0], 2, Partial::none(), &mut |_| {}).unwrap();
         assert_eq!(got, again);
     }
 }

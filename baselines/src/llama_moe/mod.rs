@@ -17,6 +17,7 @@ pub use export::{ExportReport, export};
 use crate::error::{Error, Result};
 use crate::experts::{construction, importance, texts};
 use crate::method::{Budget, Configured, Job, Made, Plan, Progress};
+use crate::partial::Partial;
 use crate::settings::{Entry, SettingValues, Settings as _, settings, shown, wrong};
 use crate::topk::{
     Gate, GateNetwork, GateSpec, LayerExperts, TopkSpec, check_experts, nearest, open_dense, write,
@@ -165,7 +166,8 @@ impl LlamaMoe {
                 let groups = n - residual;
                 check_text(job.calibration, groups, &format!("{groups} groups of texts, one per expert"))?;
                 let labels = texts::groups(job.calibration, groups, job.seed);
-                let layers = importance::importances(job.model, job.calibration, &labels, groups, progress)?;
+                let (text, none) = (job.calibration, Partial::none());
+                let layers = importance::importances(job.model, text, &labels, groups, none, progress)?;
                 for ((layer, width), importance) in widths.zip(&layers) {
                     let order = match self.0.construction {
                         Construction::SharingInner => construction::sharing_inner(importance, width / n),
