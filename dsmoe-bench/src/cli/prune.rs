@@ -44,7 +44,7 @@ Examples:
   dsmoe prune DENSE --method llm-pruner-block --budget 59% --dry-run    # what it would make
 
 `dsmoe methods` lists methods and their settings.
-After an interruption hc-smoe, uncurl, seer-moe, and thresholds with choose=search, continue with --resume.";
+After an interruption hc-smoe, uncurl, seer-moe, thresholds, factorllm, and duo with start=important, continue with --resume.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
