@@ -1,8 +1,11 @@
 //! `dsmoe plan`, and `dsmoe generate --plan`.
 
+use std::fs;
+use std::time::Instant;
+
 use crate::common::{
-    copy, fails, is_wrong_usage, json_of, kills_change_no_byte, list, number, path, read, read_json, shows,
-    succeeds, write,
+    copy, fails, is_wrong_usage, json_of, killed_after, kills_change_no_byte, list, number, path, read, read_json,
+    shows, succeeds, write,
 };
 
 /// A model with thresholds by budget, and a profile of it, which no test changes.
@@ -37,7 +40,7 @@ fn a_plan_is_profiled_trained_and_chooses() {
     // The profile has the losses of `dsmoe eval`: the whole windows of a source at one budget.
     fails(&format!("{PROFILE} --out {plan}"), &["is not empty", "--resume"]);
     let before = read("plan/own/points/features.json");
-    std::fs::remove_file(path("plan/own/points/features.json")).unwrap();
+    fs::remove_file(path("plan/own/points/features.json")).unwrap();
     succeeds(&format!("{PROFILE} --out {plan} --resume"));
     assert_eq!(read("plan/own/points/features.json"), before);
     assert_eq!(read_json("plan/own/profile.json")["requests"], profile["requests"]);
@@ -163,6 +166,28 @@ fn kills_do_not_change_a_profile() {
     // Times would differ.
     let line = PROFILE.replace("--repeats 1", "--repeats 0");
     kills_change_no_byte(&format!("{line} --resume --quiet --out plan/kills"), "plan/kills", 3);
+}
+
+#[test]
+fn a_killed_training_leaves_no_network_or_a_whole_one() {
+    profiled();
+    succeeds(&format!("{} --out plan/killed", PROFILE.replace("--repeats 1", "--repeats 0")));
+    let line = "plan train plan/killed --heads 2 --epochs 1000";
+    let network = || fs::read(path("plan/killed/heads.json")).ok();
+    let started = Instant::now();
+    succeeds(line);
+    let (took, want) = (started.elapsed(), network());
+    assert!(want.is_some());
+    fs::remove_file(path("plan/killed/heads.json")).unwrap();
+    let mut kills = 0;
+    for part in [0.2, 0.5, 0.8, 0.95] {
+        kills += u32::from(killed_after(&format!("{line} --quiet"), took.mul_f64(part)));
+        assert!([None, want.clone()].contains(&network()), "killed after {part}");
+    }
+    assert!(kills > 0, "no training was still going when it was to be killed");
+    succeeds(line);
+    assert!(network() == want);
+    shows(&succeeds("verify plan/killed"), &["as it was written"]);
 }
 
 #[test]

@@ -218,15 +218,17 @@ fn growth_by_networks_continues_where_it_was_killed() {
 fn methods_with_calibration_continue_where_they_were_killed() {
     let calib = format!("{} --samples 16 --seq 64", on_text().replacen("--data", "--calib", 1));
     succeeds("convert dense --as mixtral --experts 8 --top-k 2 --seed 3 --out continued-source");
-    for (i, (method, set, model)) in [
-        ("hc-smoe", "linkage=average", "continued-source"),
-        ("seer-moe", "rounds=each", "continued-source"),
-        ("thresholds", "choose=search", "dense"),
+    for (i, (method, set, budget, model)) in [
+        ("hc-smoe", "linkage=average", "60%", "continued-source"),
+        ("seer-moe", "rounds=each", "60%", "continued-source"),
+        ("thresholds", "choose=search", "80%", "dense"),
+        ("thresholds", "step=0.1", "80%", "dense"),
+        ("factorllm", "epochs=300", "85%", "dense"),
+        ("duo", "ratio=8", "85%", "dense"),
     ]
     .into_iter()
     .enumerate()
     {
-        let budget = if method == "thresholds" { "80%" } else { "60%" };
         let line = format!("prune {model} --method {method} --set {set} --budget {budget} {calib}");
         kills_change_no_byte(
             &format!("{line} --force --resume --quiet --out continued-{i}/model"),
@@ -234,7 +236,7 @@ fn methods_with_calibration_continue_where_they_were_killed() {
             6 + i as u64,
         );
     }
-    for (method, set) in [("wanda", ""), ("thresholds", "--set choose=uniform")] {
+    for (method, set) in [("wanda", ""), ("duo", "--set start=random")] {
         let line = format!("prune dense --method {method} {set} --budget 80% {calib} --out continued-none");
         fails(&format!("{line} --resume"), &["--resume", method, "does not continue"]);
         assert!(!path("continued-none").exists());
@@ -245,11 +247,16 @@ fn methods_with_calibration_continue_where_they_were_killed() {
 fn a_command_that_is_killed_leaves_nothing_half_written_and_ends_as_a_whole_one() {
     let calib = calib();
     succeeds("convert dense --as mixtral --experts 8 --top-k 2 --seed 3 --out killed-source");
+    succeeds(&format!("prune dense --method duo --budget 85% {calib} --out killed-unrouted"));
     for (name, line) in [
         ("hc-smoe", format!("prune killed-source --method hc-smoe --budget 60% {calib}")),
         ("uncurl", format!("prune killed-source --method uncurl --budget 60% {calib}")),
         ("seer-moe", format!("prune killed-source --method seer-moe --set rounds=each --budget 60% {calib}")),
-        ("thresholds", format!("prune dense --method thresholds --budget 80% {calib}")),
+        ("teal", format!("prune dense --method thresholds --set choose=teal --budget 80% {calib}")),
+        ("factorllm", format!("prune dense --method factorllm --budget 85% {calib}")),
+        ("duo", format!("prune dense --method duo --budget 85% {calib}")),
+        ("duo-router", "prune killed-unrouted --method duo-router --budget 85%".to_owned()),
+        ("mixture", "convert dense --as mixtral --experts 4 --top-k 2".to_owned()),
         ("grow", "grow dense --layers 3 --method average".to_owned()),
     ] {
         let started = Instant::now();
