@@ -4,8 +4,8 @@ use std::fs;
 use std::time::Instant;
 
 use crate::common::{
-    copy, fails, is_wrong_usage, json_of, killed_after, kills_change_no_byte, list, number, path, read, read_json,
-    shows, succeeds, write,
+    copy, fails, is_wrong_usage, json_of, killed_after, kills_change_no_byte, list, number, path, read,
+    read_json, shows, succeeds, write,
 };
 
 /// A model with thresholds by budget, and a profile of it, which no test changes.
