@@ -7,6 +7,9 @@ mod bodies;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     bodies::task("piqa", "a.jsonl", bytes);
+    bodies::task("piqa", "a.json", bytes);
+    bodies::task("piqa", "a.csv", bytes);
+    bodies::definition(bytes);
     bodies::mixture(bytes);
     bodies::manifest(bytes);
 });
