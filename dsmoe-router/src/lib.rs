@@ -32,6 +32,6 @@ pub use fade::Fade;
 pub use gate::{Routed, route};
 pub use init::{RouterInit, RouterValues, router_weights};
 pub use routing::Routing;
-pub use sparsity::{Pull, SparsityGrad, SparsityOver};
+pub use sparsity::{Pull, ShareLoss, SparsityGrad, SparsityOver};
 pub use stats::{RoutingStats, RoutingSummary, TokenRoutes};
 pub use thresholds::{Knot, ThresholdController};

@@ -96,10 +96,65 @@ impl Pull {
     }
 }
 
+/// A loss on the distance of the mean gate from a share (Alizadeh et al., Duo-LLM), for gates whose mean is the share that runs.
+///
+/// ```text
+/// loss    weight (mean - target)^2       mean over layers, tokens and experts of all gates
+/// slope   2 weight (mean - target)       by the mean; by a single gate it is that over the number of gates
+/// ```
+/// It acts on the mean alone: tokens may differ from each other.
+///
+/// ```
+/// use dsmoe_router::ShareLoss;
+///
+/// let gates = [0.9, 0.1, 0.5, 0.5];
+/// let mean = gates.iter().sum::<f64>() / 4.0;
+/// let loss = ShareLoss { weight: 1.0, target: 0.3 };
+/// assert!((loss.square(mean) - 0.04).abs() < 1e-12);
+/// // Every gate is pushed down alike.
+/// assert!((loss.slope(mean) / 4.0 - 0.1).abs() < 1e-12);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ShareLoss {
+    /// Weight of the squared distance.
+    pub weight: f64,
+    /// The share that the mean gate is drawn to.
+    pub target: f64,
+}
+
+impl ShareLoss {
+    /// Returns the squared distance of the `mean` gate from the share, without the weight.
+    pub fn square(self, mean: f64) -> f64 {
+        (mean - self.target).powi(2)
+    }
+
+    /// Returns the derivative of the weighted squared distance by the `mean` gate.
+    pub fn slope(self, mean: f64) -> f64 {
+        2.0 * self.weight * (mean - self.target)
+    }
+}
+
 /// Computes the sparsity loss of the layer, in 0..=1; 0 without tokens. [`crate::ste::backward`] holds its gradient.
 pub fn loss(routed: &Routed, over: SparsityOver) -> f64 {
     let counted = |active: bool| active || over != SparsityOver::Active;
     let pairs = routed.gates.iter().zip(&routed.mask);
     let sum: f64 = pairs.filter(|(_, active)| counted(**active)).map(|(&q, _)| f64::from(q)).sum();
     sum / routed.gates.len().max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_loss_on_a_share_by_hand() {
+        // The mean of 0.9, 0.1, 0.5 and 0.5 is 0.5: the distance from 0.3 is 0.2.
+        let loss = ShareLoss { weight: 1.0, target: 0.3 };
+        assert!((loss.square(0.5) - 0.04).abs() < 1e-15);
+        assert!((loss.slope(0.5) / 4.0 - 0.1).abs() < 1e-15);
+        // The weight is a factor of the slope; below the share gates are pulled up, at it they are left alone.
+        let heavy = ShareLoss { weight: 3.0, ..loss };
+        assert_eq!((heavy.square(0.5), heavy.slope(0.5)), (loss.square(0.5), 3.0 * loss.slope(0.5)));
+        assert!(loss.slope(0.1) < 0.0 && loss.slope(0.3) == 0.0 && loss.square(0.3) == 0.0);
+    }
 }

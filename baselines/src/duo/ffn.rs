@@ -6,6 +6,7 @@
 //!           inference  the way of the largest logit, of equal ones the cheapest; coefficient 1
 //! backward  dP_big = <dy, big(x)> + weight c_big,   dP_small = <dy, small(x)> + weight c_small,   dP_skip = 0
 //!           dz_j = P_j (dP_j - sum over k of P_k dP_k) / temperature,   dR += dz^T x,   dx += dz R
+//!           weight is that of the share's loss: a controller's, or 2 weight (mean gate - share) / gates of the squared one
 //! costs     without skip   c_big = 1, c_small = 0: the gates are P_big of one expert, the big FFN
 //!           with skip      c = 2 neurons / (neurons of both): the gates are P c of two experts of different widths
 //! ```
@@ -149,12 +150,16 @@ impl DuoFfn {
         z
     }
 
-    /// Returns P of every token in training; empty with random routes.
-    fn probabilities(&self, x: &[f32], router: &[f32]) -> Vec<Probabilities> {
+    /// Returns what the router's logits are multiplied by in training.
+    fn scale(&self, training: GateTraining) -> f32 {
+        1.0 / training.temperature.unwrap_or(self.spec.temperature as f32)
+    }
+
+    /// Returns P of every token in training, from logits that are multiplied by `scale`; empty with random routes.
+    fn probabilities(&self, x: &[f32], router: &[f32], scale: f32) -> Vec<Probabilities> {
         if self.spec.stage == Stage::Random {
             return Vec::new();
         }
-        let scale = 1.0 / self.spec.temperature as f32;
         let of = |z: &[f32]| match *z {
             [big, small] => {
                 let p = sigmoid(scale * (big - small));
@@ -242,9 +247,9 @@ impl DuoFfn {
 
     /// Adds the gradients of the router of tokens whose coefficients have the gradients `by_coefficient`, of big and of small.
     fn router_backward(&self, args: RouterBackward<'_>) {
-        let RouterBackward { dx, grads, by_coefficient, probabilities, x, params, sparsity } = args;
+        let RouterBackward { dx, grads, by_coefficient, probabilities, x, params, sparsity, scale } = args;
         let [of_big, of_small] = by_coefficient;
-        let (scale, ways, costs) = (1.0 / self.spec.temperature as f32, self.spec.ways(), self.costs());
+        let (ways, costs) = (self.spec.ways(), self.costs());
         let mut dlogits = Vec::with_capacity(ways * probabilities.len());
         for ((&big, &small), p) in of_big.iter().zip(of_small).zip(probabilities) {
             let taken = self.likeliest(p);
@@ -282,6 +287,8 @@ struct RouterBackward<'a> {
     x: &'a [f32],
     params: &'a [f32],
     sparsity: SparsityGrad,
+    /// The factor of the logits in the forward.
+    scale: f32,
 }
 
 /// Adds `more` to `sum`.
@@ -409,7 +416,7 @@ impl Ffn for DuoFfn {
         let FfnForward { y, saved, x, params, training, record, scratch } = args;
         let saved = saved.downcast_mut::<DuoSaved>().expect("saved by a duo FFN");
         let ([small, router], tokens) = (self.starts(), x.len() / self.big.hidden);
-        saved.probabilities = self.probabilities(x, &params[router..]);
+        saved.probabilities = self.probabilities(x, &params[router..], self.scale(training));
         let hard = self.route(saved, tokens, training);
         if let Some(Record { stats, layer }) = record {
             stats.add(layer, &hard);
@@ -431,7 +438,7 @@ impl Ffn for DuoFfn {
     }
 
     fn backward(&self, args: FfnBackward<'_>) {
-        let FfnBackward { dx, grads, dy, saved, x, params, sparsity, scratch, .. } = args;
+        let FfnBackward { dx, grads, dy, saved, x, params, sparsity, training, scratch } = args;
         let saved = saved.downcast_mut::<DuoSaved>().expect("saved by a duo FFN");
         let ([small, router], tokens) = (self.starts(), x.len() / self.big.hidden);
         let learns = self.spec.stage == Stage::Router;
@@ -472,6 +479,7 @@ impl Ffn for DuoFfn {
             x,
             params: &params[router..],
             sparsity,
+            scale: self.scale(training),
         });
     }
 }
@@ -481,6 +489,7 @@ mod tests {
     use dsmoe_core::ffn::{DenseFfn, block_len};
     use dsmoe_kernels::buf::Buf;
     use dsmoe_kernels::testing::{assert_close, f64s, finite_differences, normals};
+    use dsmoe_router::ShareLoss;
 
     use super::*;
     use crate::topk::infer;
@@ -516,14 +525,35 @@ mod tests {
 
     const SPARSITY: SparsityGrad = SparsityGrad { weight: 0.3, over: SparsityOver::All };
 
+    /// What training has beside the gradient of the outputs: a loss on the share in place of a weight of the gates, and a temperature in
+    /// place of the router's own.
+    #[derive(Clone, Copy, Debug)]
+    struct Beside {
+        share: Option<ShareLoss>,
+        temperature: Option<f32>,
+    }
+
+    const PLAIN: Beside = Beside { share: None, temperature: None };
+    const SQUARED: Beside =
+        Beside { share: Some(ShareLoss { weight: 9.0, target: 0.3 }), temperature: Some(0.4) };
+
     /// The forward and the backward of training: outputs, report, and the gradients of x and of the parameters.
-    fn train(ffn: &DuoFfn, x: &[f32], params: &[f32], dy: &[f32]) -> (Vec<f32>, FfnReport, Vec<f32>, Buf) {
+    fn train(
+        ffn: &DuoFfn,
+        (x, params): (&[f32], &[f32]),
+        dy: &[f32],
+        beside: Beside,
+    ) -> (Vec<f32>, FfnReport, Vec<f32>, Buf) {
         let (mut y, mut saved) = (vec![0.0; x.len()], ffn.new_saved(TOKENS));
-        let training = GateTraining { seed: 4, ..GateTraining::default() };
+        let temperature = beside.temperature;
+        let training = GateTraining { seed: 4, temperature, ..GateTraining::default() };
         let scratch = &mut FfnScratch::default();
         let args = FfnForward { y: &mut y, saved: &mut *saved, x, params, training, record: None, scratch };
         let report = ffn.forward_train(args);
         let (mut dx, mut grads) = (vec![0.0; x.len()], Buf::zeros(params.len()));
+        let gates = (TOKENS * ffn.spec.experts()) as f64;
+        let of_share = |share: ShareLoss| (share.slope(report.mean_gate) / gates) as f32;
+        let weight = beside.share.map_or(SPARSITY.weight, of_share);
         ffn.backward(FfnBackward {
             dx: &mut dx,
             grads: &mut grads,
@@ -531,7 +561,7 @@ mod tests {
             saved: &mut *saved,
             x,
             params,
-            sparsity: SPARSITY,
+            sparsity: SparsityGrad { weight, ..SPARSITY },
             training,
             scratch,
         });
@@ -554,7 +584,7 @@ mod tests {
         }
         // Random routes that are always big: the dense FFN, in training too.
         let (always, params) = (ffn(Stage::Random, 1.0), params(&ffn(Stage::Random, 1.0), 1));
-        let (y, report, ..) = train(&always, &x, &params, &normals(x.len(), 3));
+        let (y, report, ..) = train(&always, (&x, &params), &normals(x.len(), 3), PLAIN);
         assert_eq!((y, report), (dense(&params, WIDTH, &x), FfnReport::default()));
     }
 
@@ -651,9 +681,16 @@ mod tests {
         assert_eq!(summary.zero_active_share, count(SKIP) as f64 / tokens as f64);
     }
 
-    /// <y, dy> + sparsity weight sum of gates, in f64 loops.
-    fn loss(ffn: &DuoFfn, takes: Option<&[bool]>, x: &[f64], params: &[f64], dy: &[f32]) -> f64 {
+    /// <y, dy> + sparsity weight sum of gates, or the loss on their mean, in f64 loops. Tokens take the ways `takes`, or a router
+    /// chooses.
+    fn loss(
+        ffn: &DuoFfn,
+        (takes, beside): (Option<&[bool]>, Beside),
+        (x, params): (&[f64], &[f64]),
+        dy: &[f32],
+    ) -> f64 {
         let [small, router] = ffn.starts();
+        let temperature = beside.temperature.map_or(ffn.spec.temperature, f64::from);
         let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
         let of = |gated: &Gated, params: &[f64], x: &[f64]| -> Vec<f64> {
             let [gate, up, down, ..] = gated.ranges().map(|range| &params[range]);
@@ -666,11 +703,11 @@ mod tests {
             }
             y
         };
-        let mut loss = 0.0;
+        let (mut loss, mut gates) = (0.0, 0.0);
         for (t, x) in x.chunks_exact(HIDDEN).enumerate() {
             let [big, little] = [of(&ffn.big, params, x), of(&ffn.small, &params[small..], x)];
             let rows = params[router..].chunks_exact(HIDDEN).take(ffn.spec.ways());
-            let powers: Vec<f64> = rows.map(|row| (dot(x, row) / ffn.spec.temperature).exp()).collect();
+            let powers: Vec<f64> = rows.map(|row| (dot(x, row) / temperature).exp()).collect();
             let sum: f64 = powers.iter().sum();
             let [p, q] = match takes {
                 Some(takes) if takes[t] => [1.0, 0.0],
@@ -680,34 +717,44 @@ mod tests {
             let y = big.iter().zip(&little).map(|(big, little)| p * big + q * little);
             loss += y.zip(&dy[t * HIDDEN..]).map(|(y, &dy)| y * f64::from(dy)).sum::<f64>();
             // Two experts of 20 and 4 neurons, or one.
-            let gates = if ffn.spec.skip { (40.0 * p + 8.0 * q) / 24.0 } else { p };
-            loss += if takes.is_none() { f64::from(SPARSITY.weight) * gates } else { 0.0 };
+            gates += if ffn.spec.skip { (40.0 * p + 8.0 * q) / 24.0 } else { p };
         }
-        loss
+        let mean = gates / (TOKENS * ffn.spec.experts()) as f64;
+        match beside.share {
+            _ if takes.is_some() => loss,
+            None => loss + f64::from(SPARSITY.weight) * gates,
+            Some(share) => loss + share.weight * (mean - share.target) * (mean - share.target),
+        }
     }
 
     #[test]
     fn gradients_are_differences_of_the_formulas() {
         let (x, dy) = (normals(TOKENS * HIDDEN, 5), normals(TOKENS * HIDDEN, 6));
-        for ffn in [ffn(Stage::Router, 0.5), ffn(Stage::Random, 0.5), skipping()] {
-            let (stage, skip) = (ffn.spec.stage, ffn.spec.skip);
-            let params = params(&ffn, 3);
-            let (y, report, dx, grads) = train(&ffn, &x, &params, &dy);
+        let ffns = [ffn(Stage::Router, 0.5), ffn(Stage::Random, 0.5), skipping()];
+        for (ffn, beside) in ffns.iter().flat_map(|ffn| [(ffn, PLAIN), (ffn, SQUARED)]) {
+            let stage = ffn.spec.stage;
+            let what = format!("{stage:?} {} {beside:?}", ffn.spec.skip);
+            let params = params(ffn, 3);
+            let (y, report, dx, grads) = train(ffn, (&x, &params), &dy, beside);
             let mut rng = Rng::new(4, DRAWS);
             let drawn: Vec<bool> = (0..TOKENS).map(|_| rng.uniform() < 0.5).collect();
             assert!(drawn.contains(&true) && drawn.contains(&false));
             let takes = (stage == Stage::Random).then_some(&drawn[..]);
             let value: f64 = y.iter().zip(&dy).map(|(&y, &dy)| f64::from(y) * f64::from(dy)).sum();
             let gates = (TOKENS * ffn.spec.experts()) as f64;
-            let penalty = f64::from(SPARSITY.weight) * gates * report.mean_gate;
+            let penalty = match beside.share {
+                _ if takes.is_some() => 0.0,
+                None => f64::from(SPARSITY.weight) * gates * report.mean_gate,
+                Some(share) => share.weight * share.square(report.mean_gate),
+            };
             let (x64, params64) = (f64s(&x), f64s(&params));
-            let want = loss(&ffn, takes, &x64, &params64, &dy);
-            assert!((value + penalty - want).abs() < 1e-4, "{stage:?} {skip} {value} {penalty} {want}");
-            let by_x = finite_differences(&x64, 1e-5, |x| loss(&ffn, takes, x, &params64, &dy));
-            assert_close(&format!("{stage:?} {skip} dx"), &dx, &by_x, 2e-5);
-            let by_params =
-                finite_differences(&params64, 1e-5, |params| loss(&ffn, takes, &x64, params, &dy));
-            assert_close(&format!("{stage:?} {skip} dparams"), &grads, &by_params, 2e-5);
+            let of = |x: &[f64], params: &[f64]| loss(ffn, (takes, beside), (x, params), &dy);
+            let want = of(&x64, &params64);
+            assert!((value + penalty - want).abs() < 1e-4, "{what} {value} {penalty} {want}");
+            let by_x = finite_differences(&x64, 1e-5, |x| of(x, &params64));
+            assert_close(&format!("{what} dx"), &dx, &by_x, 2e-5);
+            let by_params = finite_differences(&params64, 1e-5, |params| of(&x64, params));
+            assert_close(&format!("{what} dparams"), &grads, &by_params, 2e-5);
         }
     }
 }

@@ -10,9 +10,11 @@
 //! budget       activated = rest + small + share (big - small)
 //!              skip=true   rest + share (big + small);  a token adds big, small or nothing
 //! ```
-//! The paper's loss on the share is (mean P - budget)^2; here the weight of the mean P is adjusted until the share holds, as for
-//! DSMoE. With `skip=true` what is held is the share of the neurons of both FFNs that a token uses, so that a skipped token is
-//! cheaper than one through the small FFN. The temperature of the router stays. Random routes do not skip.
+//! The weight of the mean P is adjusted until the share holds, as for DSMoE; `hold = "squared"` trains with the paper's loss in its
+//! place, `hold_weight (mean P - budget)^2`, whose mean is over the tokens and layers of a micro-batch. With `skip=true` what is
+//! held is the share of the neurons of both FFNs that a token uses, so that a skipped token is cheaper than one through the small
+//! FFN: P is then sum over big and small of P neurons / (neurons of both). The temperature of the router stays unless
+//! `router_temperature` moves it over the steps of a run. Random routes do not skip.
 
 mod ffn;
 mod spec;

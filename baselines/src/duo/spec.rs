@@ -26,7 +26,7 @@ pub struct DuoSpec {
     /// The share of tokens that take the big FFN: drawn in inference with random routes, and held in training with a router. Where
     /// tokens may skip, the share of the neurons of both FFNs that a token uses.
     pub share: f64,
-    /// Divides the router's logits in training.
+    /// Divides the router's logits in training, unless a run sets another number.
     pub temperature: f64,
     /// True if the router may also choose to run neither.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -94,6 +94,10 @@ impl FfnSpec for DuoSpec {
 
     fn active_target(&self) -> Option<f64> {
         (self.stage == Stage::Router).then_some(self.share)
+    }
+
+    fn router_temperature(&self) -> Option<f64> {
+        (self.stage == Stage::Router).then_some(self.temperature)
     }
 }
 

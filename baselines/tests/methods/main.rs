@@ -2,6 +2,7 @@
 
 mod common;
 mod duo;
+mod duo_budget;
 mod llama_moe_golden;
 mod llm_pruner;
 mod neurons;

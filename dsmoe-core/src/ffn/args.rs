@@ -179,13 +179,24 @@ pub struct GateTraining {
     pub fade: Fade,
     /// The inactive pairs whose part of the router's gradient is computed, where gates have the straight-through rule.
     pub inactive: InactivePairs,
+    /// The number that divides the router's logits, where the FFN has one
+    /// ([`FfnSpec::router_temperature`](super::FfnSpec::router_temperature)); none for the FFN's own.
+    pub temperature: Option<f32>,
 }
 
 impl Default for GateTraining {
-    /// Uses seed 0, a single micro-batch, no loss of separability or entropy, all experts, and all inactive pairs.
+    /// Uses seed 0, a single micro-batch, no loss of separability or entropy, all experts, all inactive pairs, and the router's own
+    /// temperature.
     fn default() -> GateTraining {
-        let (fade, inactive) = (Fade::NONE, InactivePairs::ALL);
-        GateTraining { seed: 0, balance_scale: 1.0, separability: 0.0, entropy: 0.0, fade, inactive }
+        GateTraining {
+            seed: 0,
+            balance_scale: 1.0,
+            separability: 0.0,
+            entropy: 0.0,
+            fade: Fade::NONE,
+            inactive: InactivePairs::ALL,
+            temperature: None,
+        }
     }
 }
 

@@ -309,6 +309,13 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
         None
     }
 
+    /// Returns the number that divides the logits of its routers in training, where these are softmaxes over what a token may run and
+    /// the mean gate of training is the share that is expected to run. FFNs that return one use [`GateTraining::temperature`] in
+    /// place of it where that is set.
+    fn router_temperature(&self) -> Option<f64> {
+        None
+    }
+
     /// Returns the number of experts of a layer.
     fn num_experts(&self, layer: usize) -> usize;
 

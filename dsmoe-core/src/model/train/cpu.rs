@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use dsmoe_kernels::{Precision, add, attention, cross_entropy, embedding, linear, rms_norm};
-use dsmoe_router::{Pull, RoutingStats, SparsityGrad};
+use dsmoe_router::{Pull, RoutingStats, SparsityGrad, SparsityOver};
 
 use super::units::{Grads, Units, Whole};
 use super::workspace::{LayerActs, NormActs, TrainWorkspace, is_not_finite};
@@ -22,6 +22,7 @@ impl Model {
     ///
     /// ```text
     /// loss_scale * sum of token losses + sparsity_weight * mean over layers, tokens, experts of the gates
+    ///     + share.weight * (mean over layers, tokens, experts of all gates - share.target)^2
     ///     + sum over layers of the balance loss
     /// ```
     ///
@@ -31,7 +32,8 @@ impl Model {
     /// A token id outside the vocabulary, or more positions than the model has.
     ///
     /// # Panics
-    /// The slices' lengths do not fit, or the workspace is of another model or number of tokens.
+    /// The slices' lengths do not fit, the workspace is of another model or number of tokens, or there is a loss on the share of other
+    /// gates than all.
     pub fn train_step(
         &self,
         grads: &mut [f32],
@@ -116,6 +118,11 @@ impl Model {
         batch.check(&self.config)?;
         let (inputs, room) = (batch.inputs.len(), workspace.tokens());
         assert!(inputs == room, "train_step: {inputs} inputs, workspace for {room}");
+        let over = args.sparsity_over;
+        assert!(
+            args.share.is_none() || over == SparsityOver::All,
+            "train_step: a loss on the share of {over:?}"
+        );
         let lesson = match teaching {
             Teaching::None => None,
             Teaching::Of(Teacher { model, weight, workspace }) => {
@@ -169,6 +176,7 @@ impl Pass<'_> {
     ) -> Result<StepOutput> {
         let Pass { model: Model { config, ranges, .. }, batch, args, .. } = self;
         let mut output = self.forward(units, workspace)?;
+        output.share_loss = args.share.map_or(0.0, |share| share.square(output.mean_gate));
         let TrainWorkspace { h, y: dh, losses, divergences, head, .. } = workspace;
         divergences.resize(if lesson.is_some() { batch.inputs.len() } else { 0 });
         let teacher = lesson.map(|Lesson { distributions, weight }| cross_entropy::Teacher {
@@ -205,11 +213,20 @@ impl Pass<'_> {
         output.went_back = units.go_on(finite)?;
         if output.went_back {
             workspace.scratch.pull = Pull::default();
-            self.backward(units, workspace)?;
+            let args = &self.args_of_backward(output.mean_gate);
+            Pass { args, ..self }.backward(units, workspace)?;
             let Pull { force, slope } = workspace.scratch.pull;
             output.pull = Pull { force, slope: slope / self.gates() as f64 };
         }
         Ok(output)
+    }
+
+    /// Returns the weights of the losses for the backward pass: by the mean gate, the derivative of the loss on the share is a weight of
+    /// the sparsity loss over all gates.
+    fn args_of_backward(self, mean_gate: f64) -> StepArgs {
+        let Some(share) = self.args.share else { return *self.args };
+        let sparsity_weight = self.args.sparsity_weight + share.slope(mean_gate) as f32;
+        StepArgs { sparsity_weight, ..*self.args }
     }
 
     /// Returns the unit of the final norm, the last one.

@@ -8,7 +8,7 @@ mod workspace;
 
 use dsmoe_kernels::cross_entropy;
 use dsmoe_kernels::rng::Rng;
-use dsmoe_router::{Fade, Pull, RouterGradientAt, SparsityOver};
+use dsmoe_router::{Fade, Pull, RouterGradientAt, ShareLoss, SparsityOver};
 pub use units::{Grads, Units, Whole};
 pub use workspace::TrainWorkspace;
 
@@ -44,6 +44,9 @@ pub struct StepArgs {
     pub sparsity_weight: f32,
     /// Gates that the sparsity loss acts on.
     pub sparsity_over: SparsityOver,
+    /// A loss on the distance of the mean gate of this micro-batch from a share, for gates whose mean is the share that runs. Its
+    /// weight is that of the optimiser step divided by its micro-batches. It needs [`SparsityOver::All`]; a GPU has none.
+    pub share: Option<ShareLoss>,
     /// Weight of the separability loss (a mean over layers, tokens and gates) in this micro-batch, as that of the
     /// sparsity loss.
     pub separability_weight: f32,
@@ -54,6 +57,8 @@ pub struct StepArgs {
     pub fade: Fade,
     /// The inactive pairs of tokens and experts whose part of the routers' gradient is computed; on a GPU all of them.
     pub router_gradient: RouterGradientAt,
+    /// The number that divides the logits of routers that have one; none for their own.
+    pub temperature: Option<f32>,
     /// Factor of balance losses: one over the micro-batches of the optimiser step.
     pub balance_scale: f32,
     /// Seed of the noise of this micro-batch.
@@ -90,6 +95,8 @@ pub struct StepOutput {
     pub sparsity_loss: f64,
     /// Mean of all gates over layers, tokens and experts.
     pub mean_gate: f64,
+    /// The squared distance of the mean gate from the share, without its weight; 0 unless there is a loss on it.
+    pub share_loss: f64,
     /// Sum over layers of the balance losses, scaled and weighted.
     pub balance_loss: f64,
     /// Mean of the separability loss over layers, tokens and gates; 0 unless it has a weight.
@@ -111,10 +118,12 @@ impl Default for StepArgs {
             loss_scale: 1.0,
             sparsity_weight: 0.0,
             sparsity_over: SparsityOver::Active,
+            share: None,
             separability_weight: 0.0,
             entropy_weight: 0.0,
             fade: Fade::NONE,
             router_gradient: RouterGradientAt::FULL,
+            temperature: None,
             balance_scale: 1.0,
             seed: 0,
         }
@@ -131,6 +140,7 @@ impl StepArgs {
             entropy: self.entropy_weight / layers as f32,
             fade: self.fade,
             inactive: self.router_gradient.of_layer(i),
+            temperature: self.temperature,
         }
     }
 }

@@ -310,6 +310,10 @@ impl CudaTrainer {
             let problem = format!("router_gradient {rule} on a GPU, which computes all inactive pairs");
             return Err(Error::argument(problem, "use full, or train on the processor"));
         }
+        if args.share.is_some() {
+            let problem = "a loss on the share of active experts on a GPU, which has none";
+            return Err(Error::argument(problem, "leave it out, or train on the processor"));
+        }
         self.acts.ids.upload_from(inputs)?;
         self.acts.targets.upload_from(targets)?;
         self.acts.occurrences.update(inputs)?;
