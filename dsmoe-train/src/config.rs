@@ -1,5 +1,6 @@
 //! The configuration of a run: one flat TOML table whose keys are the fields of [`TrainConfig`].
 
+mod hold;
 pub mod share;
 
 use std::fmt::Display;
@@ -13,6 +14,7 @@ use dsmoe_kernels::Precision;
 use dsmoe_router::{Fade, RouterGradient};
 use serde::{Deserialize, Serialize};
 
+pub use self::hold::Hold;
 use crate::error::{Error, Result};
 use crate::schedule::{Decay, Schedule};
 
@@ -106,8 +108,11 @@ dsmoe_core::with_defaults! {
         #[serde(deserialize_with = "share::range")]
         pub active_range: Option<[f64; 2]> = None,
         /// The way a share is held: `threshold` moves the gates' thresholds with the logits, `loss` adjusts the weight of the
-        /// sparsity loss; default `loss`, for a range `threshold`, which needs the processor. Only with a share to hold.
+        /// sparsity loss, `squared` adds the squared distance of the mean gate of a micro-batch from the share to the loss, of
+        /// routers with a temperature; default `loss`, for a range `threshold`, which needs the processor. Only with a share to hold.
         pub hold: Option<Hold> = None,
+        /// Weight of the squared distance; default 1. Only with `hold = "squared"`.
+        pub hold_weight: Option<f64> = None,
         /// Weight of the separability loss, which pushes gates away from their threshold; default 0.
         pub separability: f64 = 0.0,
         /// Weight of the entropy of gates, under which they decide: of softmax gates over all experts, of sigmoid gates each for
@@ -131,6 +136,9 @@ dsmoe_core::with_defaults! {
         /// straight-through rule: `full` (default, all of them), `every:K` (those of a layer in one of K micro-batches, with weight
         /// K) or `sample:P` (each with probability P and weight 1 / P).
         pub router_gradient: RouterGradient = RouterGradient::Full,
+        /// The numbers that divide the routers' logits in the first and in the last step; between them it changes by the same amount
+        /// from step to step. For routers with a temperature; default the model's own in all steps.
+        pub router_temperature: Option<[f64; 2]> = None,
         /// Numbers of the decoder layers that are trained, all other parameters stay as they are; default everything.
         pub train_layers: Option<Vec<usize>> = None,
         /// Parts of the model that are trained, of `ffn`, `routers`, `attention`, `norms` and `embedding` (with the head); all
@@ -163,27 +171,6 @@ dsmoe_core::with_defaults! {
         /// When documents get a BOS token: `auto` (default), `always`, `never`.
         pub bos: Bos = Bos::Auto,
     }
-}
-
-/// The way a share of active experts is held.
-///
-/// ```
-/// use dsmoe_train::TrainConfig;
-/// use dsmoe_train::config::Hold;
-///
-/// let mut config = TrainConfig { active_target: Some(0.25), ..TrainConfig::default() };
-/// config.hold = Some("threshold".parse::<Hold>()?);
-/// assert_eq!(config.hold, Some(Hold::Threshold));
-/// assert!("thresholds".parse::<Hold>().is_err());
-/// # Ok::<(), dsmoe_train::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Hold {
-    /// The thresholds of the gates follow the quantile of the logits.
-    Threshold,
-    /// The weight of the sparsity loss is adjusted.
-    Loss,
 }
 
 /// The parts that are trained; all else stays as it is.
@@ -257,18 +244,6 @@ pub enum NearDuplicates {
     Keep,
     /// It is removed from one side.
     Drop,
-}
-
-impl std::str::FromStr for Hold {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Hold> {
-        match text {
-            "threshold" => Ok(Hold::Threshold),
-            "loss" => Ok(Hold::Loss),
-            _ => Err(Error::field("hold", format!("{text:?}"), "threshold or loss")),
-        }
-    }
 }
 
 impl std::str::FromStr for NearDuplicates {
@@ -382,7 +357,7 @@ impl TrainConfig {
     /// share of experts that the model was made for, if its directory names one. See [`TrainConfig::resolve`].
     ///
     /// # Errors
-    /// Those of [`TrainConfig::resolve`]; an estimator of a gradient that the model's gates do not have.
+    /// Those of [`TrainConfig::resolve`]; an estimator of a gradient, or a temperature, that the model's gates do not have.
     pub fn resolve_for(mut self, model: &Config) -> Result<TrainConfig> {
         self.active_target = self.active_target.or_else(|| self.made_for(model));
         let resolved = self.resolve()?;
@@ -391,6 +366,7 @@ impl TrainConfig {
             let allowed = "full for a model without gates of the straight-through rule";
             return Err(Error::field("router_gradient", rule, allowed));
         }
+        resolved.check_routers(model)?;
         Ok(resolved)
     }
 
@@ -446,6 +422,7 @@ impl TrainConfig {
                 1e-6..=1.0,
                 "a share above 0 and up to 1, such as 0.4 or 40%",
             ),
+            ("hold_weight", self.hold_weight.unwrap_or(0.0), 0.0..=1e6, "0 to 1000000"),
             ("separability", self.separability, 0.0..=1e6, "0 to 1000000"),
             ("gate_entropy", self.gate_entropy, 0.0..=1e6, "0 to 1000000"),
             ("top_k_anneal", self.top_k_anneal.unwrap_or(0.0), 0.0..=1.0, "0 to 1"),
@@ -510,15 +487,8 @@ impl TrainConfig {
             (None, None, None) => self.sparsity = Some(PAPER_SPARSITY),
             _ => {}
         }
-        match (self.hold, self.budget()) {
-            (Some(_), Budget::Weight(_)) => {
-                Err(Error::field("hold", "set without a share", "it with an {active_target}"))
-            }
-            (Some(Hold::Loss), Budget::Range(..)) => {
-                Err(Error::field("hold", "loss for a range of shares", "threshold"))
-            }
-            _ => Ok(self),
-        }
+        self.resolve_hold()?;
+        Ok(self)
     }
 
     /// Returns what is trained.
@@ -645,6 +615,10 @@ mod tests {
             assert_eq!(config.router_gradient, rule);
             assert_eq!(toml::from_str::<TrainConfig>(&config.to_toml()).unwrap(), config);
         }
+        let squared = with(&["active_target=0.5", "hold=squared", "router_temperature=[1, 0.1]"]).unwrap();
+        assert_eq!((squared.hold, squared.hold_weight), (Some(Hold::Squared), Some(1.0)));
+        assert_eq!(squared.router_temperature, Some([1.0, 0.1]));
+        assert_eq!(toml::from_str::<TrainConfig>(&squared.to_toml()).unwrap(), squared);
         let range = with(&["active_target=0.5", "active_range=[0.25, 1.0]", "hold=threshold"]).unwrap();
         assert_eq!((range.budget(), range.hold), (Budget::Range(0.25, 1.0), Some(Hold::Threshold)));
         assert_eq!(toml::from_str::<TrainConfig>(&range.to_toml()).unwrap(), range);
@@ -671,7 +645,16 @@ mod tests {
             (vec!["active_range=[0.5, 0.25]"], ["active_range is 0.5 to 0.25", "ascending"]),
             (vec!["active_range=[0.5]"], ["setting `active_range=[0.5]`", "length"]),
             (vec!["active_range=[0.5, 1.0]", "hold=loss"], ["hold is loss", "threshold"]),
+            (vec!["active_range=[0.5, 1.0]", "hold=squared"], ["hold is squared for a range", "threshold"]),
             (vec!["hold=loss"], ["hold is set", "active_target"]),
+            (vec!["hold=slow", "active_target=0.5"], ["unknown variant `slow`", "`squared`"]),
+            (vec!["hold_weight=2"], ["hold_weight is 2", "hold squared only"]),
+            (
+                vec!["active_target=0.5", "hold=squared", "hold_weight=-1"],
+                ["hold_weight is -1", "0 to 1000000"],
+            ),
+            (vec!["router_temperature=[1, 0]"], ["router_temperature is 1 to 0", "0.001 to 1000"]),
+            (vec!["router_temperature=0.5"], ["setting `router_temperature=0.5`", "array"]),
             (vec!["train_parts=[]"], ["train_parts is empty", "a list of ffn, routers"]),
             (vec!["train_parts=['heads']"], ["unknown variant `heads`", "`embedding`"]),
             (vec!["router_gradient=every:0"], ["router_gradient is every:0", "K from 1 to 65536"]),

@@ -39,7 +39,7 @@ pub struct StepRecord {
     pub step: u64,
     /// Tokens predicted so far, this step's included.
     pub tokens: u64,
-    /// `lm_loss` (with a teacher of weight w, (1 - w) `lm_loss` + w `kl`) + `balance_loss` + `sparsity_weight` times the sparsity loss or, under a target, the mean gate + the weighted separability loss and entropy of gates.
+    /// `lm_loss` (with a teacher of weight w, (1 - w) `lm_loss` + w `kl`) + `balance_loss` + `sparsity_weight` times the sparsity loss or, under a target, the mean gate + the weighted separability loss, entropy of gates and squared distance from the share.
     pub loss: f64,
     /// Mean negative log-likelihood of the step's tokens, nats.
     pub lm_loss: f64,
@@ -49,6 +49,9 @@ pub struct StepRecord {
     /// Mean gate of active experts over layers, tokens and experts (eqs. 17-19).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sparsity_loss: Option<f64>,
+    /// The squared distance of the mean gate of a micro-batch from the share, mean over micro-batches, where such a loss holds it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share_loss: Option<f64>,
     /// The balance losses of all layers, where the FFN has such a loss.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub balance_loss: Option<f64>,
@@ -58,6 +61,9 @@ pub struct StepRecord {
     /// Mean of the entropy of gates over layers and tokens, of sigmoid gates over gates too, where it has a weight.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gate_entropy: Option<f64>,
+    /// The number that divides the routers' logits in this step, where the run sets it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub router_temperature: Option<f64>,
     /// Learning rate.
     pub lr: f64,
     /// Global gradient norm before clipping.

@@ -396,6 +396,7 @@ impl Trainer {
         let result = self.stepper.take(&mut self.model, text, gates, &asked)?;
         let Some(result) = result else { return Ok(None) };
 
+        let share = self.state.config.share_loss();
         let routing = self.stepper.engine.stats().map(|stats| stats.summary());
         let routed = routing.is_some();
         let step_tokens = self.state.config.tokens_per_step();
@@ -407,13 +408,16 @@ impl Trainer {
                 + result.balance_loss
                 + f64::from(self.state.sparsity_weight) * penalty(&result)
                 + self.state.config.separability * result.separability
-                + self.state.config.gate_entropy * result.gate_entropy,
+                + self.state.config.gate_entropy * result.gate_entropy
+                + share.map_or(0.0, |share| share.weight * result.share_loss),
             lm_loss: result.lm_loss,
             kl: self.state.teacher.as_ref().map(|_| result.divergence),
             sparsity_loss: routed.then_some(result.sparsity_loss),
             balance_loss: self.model.config().ffn.as_ref().map(|_| result.balance_loss),
             separability_loss: Some(result.separability).filter(|_| self.state.config.separability > 0.0),
             gate_entropy: Some(result.gate_entropy).filter(|_| self.state.config.gate_entropy > 0.0),
+            share_loss: share.map(|_| result.share_loss),
+            router_temperature: self.state.config.temperature_at(step),
             budget: Some(result.budget).filter(|_| self.state.config.active_range.is_some()),
             threshold_logit,
             lr: self.state.config.schedule().lr_at(step),

@@ -7,7 +7,7 @@ use dsmoe_core::{Device, Model};
 use dsmoe_datasets::{Interleaving, Mixture};
 use dsmoe_kernels::comm::Communicator;
 use dsmoe_kernels::rng::Rng;
-use dsmoe_router::{RouterGradientAt, SparsityOver, ThresholdController};
+use dsmoe_router::{RouterGradientAt, ShareLoss, SparsityOver, ThresholdController};
 
 use crate::budgets;
 use crate::config::{Budget, TrainConfig};
@@ -192,14 +192,18 @@ impl Stepper {
 /// Returns the weights of the losses in micro-batch `index` of the run. They depend on the number of micro-batches of a step,
 /// not on where these are computed.
 pub(crate) fn step_args(config: &TrainConfig, gates: &Gates<'_>, index: u64) -> StepArgs {
-    let micro_batches = config.micro_batches() as f32;
+    let (micro_batches, step) = (config.micro_batches() as f32, index / config.micro_batches());
     StepArgs {
         loss_scale: (1.0 / config.tokens_per_step() as f64) as f32,
         sparsity_weight: gates.sparsity / micro_batches,
         sparsity_over: gates.over,
+        share: config
+            .share_loss()
+            .map(|share| ShareLoss { weight: share.weight / config.micro_batches() as f64, ..share }),
         separability_weight: config.separability as f32 / micro_batches,
         entropy_weight: config.gate_entropy as f32 / micro_batches,
-        fade: config.fade_at(index / config.micro_batches()),
+        fade: config.fade_at(step),
+        temperature: config.temperature_at(step).map(|temperature| temperature as f32),
         router_gradient: RouterGradientAt { rule: config.router_gradient, seed: config.seed, index },
         balance_scale: if config.balances() { 1.0 / micro_batches } else { 0.0 },
         // Depends on the seed and the position only, so that a resumed run draws the same noise.

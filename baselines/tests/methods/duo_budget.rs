@@ -136,7 +136,8 @@ fn routed(dir: &Path, skip: bool) -> Model {
     let sizes = json!({"vocab_size": VOCAB, "intermediate_size": 96, "num_hidden_layers": 2});
     let dense = made(&tiny(&sizes), dir, Dtype::F32);
     Run::new("duo", &["ratio=8", "start=random"], 0.9, &[]).run(&dense, &duo).unwrap();
-    let (set, share): (&[&str], f64) = if skip { (&["skip=true"], 0.8) } else { (&[], 0.9) };
+    let set: &[&str] = if skip { &["skip=true"] } else { &[] };
+    let share = if skip { 0.8 } else { 0.9 };
     Run::new("duo-router", set, share, &[]).run(&duo, &out).unwrap();
     assert!(Config::load(&out).unwrap().ffn.unwrap().router_temperature().is_some());
     let mut model = Model::load(&out).unwrap();

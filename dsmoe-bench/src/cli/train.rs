@@ -83,9 +83,10 @@ pub(crate) struct Train {
     /// thresholds for all of them
     #[arg(help_heading = BUDGET, long, value_name = "SHARE_OF_EXPERTS|LOW..HIGH", value_parser = active)]
     pub(crate) active_target: Option<Active>,
-    /// How a share is held: threshold moves the gates' thresholds, loss adjusts the weight of the sparsity loss [default:
-    /// loss, for a range threshold]
-    #[arg(help_heading = BUDGET, long, value_parser = words::<Hold>(&["threshold", "loss"]))]
+    /// How a share is held: threshold moves the gates' thresholds, loss adjusts the weight of the sparsity loss, squared adds the
+    /// squared distance from the share to the loss, for the routers of duo (--set hold_weight=WEIGHT) [default: loss, for a range
+    /// threshold]
+    #[arg(help_heading = BUDGET, long, value_parser = words::<Hold>(&["threshold", "loss", "squared"]))]
     pub(crate) hold: Option<Hold>,
     /// Weight of a loss that pushes gates away from their threshold [default: 0]
     #[arg(help_heading = BUDGET, long, value_name = "WEIGHT")]

@@ -41,7 +41,7 @@ pub use self::settings::{Method, Over, Prune, TRAIN_KEYS, When};
 pub use self::stream::Window;
 use self::stream::merge;
 use crate::checkpoint::{data_identity, model_identity};
-use crate::config::{Budget, TrainConfig};
+use crate::config::{Budget, Hold, TrainConfig};
 use crate::error::{Error, Result};
 use crate::files::{self, Hashed};
 use crate::optim::AdamW;
@@ -294,6 +294,12 @@ pub fn check(
         }
         if !config.router_gradient.is_full() {
             return Err(Error::field("router_gradient", config.router_gradient, "full for tasks in a row"));
+        }
+        if config.hold == Some(Hold::Squared) {
+            return Err(Error::field("hold", Hold::Squared, "loss for tasks in a row"));
+        }
+        if config.router_temperature.is_some() {
+            return Err(Error::field("router_temperature", "set", "none for tasks in a row"));
         }
     }
     Ok((configs, method))

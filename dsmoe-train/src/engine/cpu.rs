@@ -318,6 +318,7 @@ fn record_of(output: &StepOutput, predicted: usize) -> Record {
         divergence: output.divergence_sum,
         sparsity_loss: output.sparsity_loss,
         mean_gate: output.mean_gate,
+        share_loss: output.share_loss,
         balance_loss: output.balance_loss,
         separability: output.separability,
         gate_entropy: output.gate_entropy,
@@ -336,6 +337,7 @@ fn fold(all: &All, micro_batches: u64) -> StepResult {
         result.divergence += record.divergence;
         result.sparsity_loss += record.sparsity_loss / parts;
         result.mean_gate += record.mean_gate / parts;
+        result.share_loss += record.share_loss / parts;
         result.balance_loss += record.balance_loss;
         result.separability += record.separability / parts;
         result.gate_entropy += record.gate_entropy / parts;

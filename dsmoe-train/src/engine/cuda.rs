@@ -61,6 +61,7 @@ impl Engine for CudaEngine {
             divergence: 0.0,
             sparsity_loss: sums.active_gates / tokens as f64,
             mean_gate: sums.all_gates / tokens as f64,
+            share_loss: 0.0,
             balance_loss: sums.balance_loss,
             separability: 0.0,
             gate_entropy: 0.0,

@@ -110,6 +110,8 @@ pub struct StepResult {
     pub sparsity_loss: f64,
     /// Mean of all gates over layers, tokens and experts.
     pub mean_gate: f64,
+    /// The squared distance of the mean gate of a micro-batch from the share, mean over micro-batches; 0 unless there is a loss on it.
+    pub share_loss: f64,
     /// The balance losses of all layers, summed; mean over micro-batches.
     pub balance_loss: f64,
     /// Mean of the separability loss over layers, tokens and gates; 0 unless it has a weight.

@@ -22,6 +22,8 @@ pub(super) struct Record {
     pub(super) sparsity_loss: f64,
     /// Mean of all gates.
     pub(super) mean_gate: f64,
+    /// Squared distance of the mean gate from the share.
+    pub(super) share_loss: f64,
     /// Sum over layers of the balance losses, scaled.
     pub(super) balance_loss: f64,
     /// Mean of the separability loss.
@@ -33,14 +35,14 @@ pub(super) struct Record {
 }
 
 impl Record {
-    const WORDS: usize = 8;
+    const WORDS: usize = 9;
 
     fn words(&self) -> [u64; Record::WORDS] {
-        let &Record { loss, divergence, sparsity_loss, mean_gate, balance_loss, .. } = self;
+        let &Record { loss, divergence, sparsity_loss, mean_gate, share_loss, balance_loss, .. } = self;
         let &Record { separability, gate_entropy, predicted, .. } = self;
-        let gates = [sparsity_loss, mean_gate, balance_loss, separability, gate_entropy].map(f64::to_bits);
-        let [c, d, e, f, g] = gates;
-        [loss.to_bits(), divergence.to_bits(), c, d, e, f, g, predicted]
+        let gates = [sparsity_loss, mean_gate, share_loss, balance_loss, separability, gate_entropy];
+        let [c, d, e, f, g, h] = gates.map(f64::to_bits);
+        [loss.to_bits(), divergence.to_bits(), c, d, e, f, g, h, predicted]
     }
 
     fn from_words(words: &[u64]) -> Record {
@@ -50,10 +52,11 @@ impl Record {
             divergence: value(1),
             sparsity_loss: value(2),
             mean_gate: value(3),
-            balance_loss: value(4),
-            separability: value(5),
-            gate_entropy: value(6),
-            predicted: words[7],
+            share_loss: value(4),
+            balance_loss: value(5),
+            separability: value(6),
+            gate_entropy: value(7),
+            predicted: words[8],
         }
     }
 }
@@ -196,7 +199,17 @@ mod tests {
 
     fn record(number: usize) -> Record {
         let loss = number as f64 + 0.1;
-        Record { loss, divergence: -loss, predicted: 32, ..Record::default() }
+        Record {
+            loss,
+            divergence: -loss,
+            sparsity_loss: 2.0 * loss,
+            mean_gate: 3.0 * loss,
+            share_loss: 4.0 * loss,
+            balance_loss: 5.0 * loss,
+            separability: 6.0 * loss,
+            gate_entropy: 7.0 * loss,
+            predicted: 32,
+        }
     }
 
     #[test]

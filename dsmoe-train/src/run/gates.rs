@@ -45,6 +45,15 @@ fn check_gates(model: &Model, config: &TrainConfig, device: Device) -> Result<()
         let allowed = "full on a GPU: the processor alone estimates the gradient";
         return Err(Error::field("router_gradient", config.router_gradient, allowed));
     }
+    if config.hold == Some(Hold::Squared) && device != Device::Cpu {
+        return Err(Error::field("hold", Hold::Squared, "loss on a GPU"));
+    }
+    if let Some([first, last]) = config.router_temperature
+        && device != Device::Cpu
+    {
+        let allowed = "none on a GPU: train on the processor";
+        return Err(Error::field("router_temperature", format!("{first} to {last}"), allowed));
+    }
     let Some(top_k) = config.top_k else { return Ok(()) };
     let wrong = |allowed: String| Err(Error::field("top_k", top_k, allowed));
     match model.config().ffn.as_ref().and_then(|spec| spec.top_k()) {
@@ -92,5 +101,7 @@ pub(crate) fn held(model: &Model, config: &mut TrainConfig, device: Device) -> R
             let weight = controller.weight();
             Ok(Held { controller: Some(controller), weight, ..none })
         }
+        // The steps have the loss on the share, without a controller.
+        Hold::Squared => Ok(none),
     }
 }

@@ -52,6 +52,8 @@ impl Records {
             ("train/kl", record.kl),
             ("train/separability_loss", record.separability_loss),
             ("train/gate_entropy", record.gate_entropy),
+            ("train/share_loss", record.share_loss),
+            ("train/router_temperature", record.router_temperature),
             ("train/budget", record.budget),
             ("train/threshold_logit", record.threshold_logit),
             ("train/sparsity_loss", record.sparsity_loss),
