@@ -158,11 +158,15 @@ impl Observer for Watch<'_> {
 pub(crate) fn settled(config: &TrainConfig) -> Result<Value> {
     let mut config = config.clone().resolve()?;
     (config.save_every, config.keep, config.log_every, config.threads) = (None, 1, 1, None);
-    let full = config.router_gradient.is_full();
+    // Stages keep their keys of before there was a choice.
+    let chosen = [
+        ("router_gradient", !config.router_gradient.is_full()),
+        ("hold_weight", config.hold_weight.is_some()),
+        ("router_temperature", config.router_temperature.is_some()),
+    ];
     let mut settings = serde_json::to_value(config)?;
-    if let Some(settings) = settings.as_object_mut().filter(|_| full) {
-        // Stages keep their keys of before there was a choice.
-        settings.retain(|key, _| key != "router_gradient");
+    if let Some(settings) = settings.as_object_mut() {
+        settings.retain(|key, _| !chosen.contains(&(&key[..], false)));
     }
     Ok(settings)
 }

@@ -9,6 +9,7 @@ mod common;
 mod continual;
 mod data;
 mod documents;
+mod duo;
 mod export;
 mod families;
 mod faults;
