@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use dsmoe_datasets::Bos;
 use dsmoe_kernels::Precision;
-use dsmoe_train::oracle::RouteKind;
+use dsmoe_train::oracle::{RouteContext, RouteKind};
 
 use super::data::DataArgs;
 use super::values::{quantity, words};
@@ -18,6 +18,7 @@ choice of the least of many numbers. An interrupted run with --out is continued 
 Examples:
   dsmoe oracle MODEL --data heldout.txt --dry-run
   dsmoe oracle MODEL --data heldout.txt --limit-tokens 3k --seq 256 --out routes.json
+  dsmoe oracle DUO --data heldout.txt --routes big-small --context dense --budget 6
   dsmoe oracle MOE --data heldout.txt --routes experts --exact 100 --beam 32 --no-control";
 
 #[derive(Debug, Args)]
@@ -32,6 +33,15 @@ pub(crate) struct Oracle {
     #[arg(long, value_name = "KIND", default_value = "big-skip",
         value_parser = words::<RouteKind>(&["big-skip", "big-small", "experts"]))]
     pub(crate) routes: RouteKind,
+    /// Largest level, the number of layers that compute more (of experts, of the experts that run in all layers): the best routes
+    /// are reported with every token within it, and with their mean within it [default: none]
+    #[arg(long, value_name = "LEVEL")]
+    pub(crate) budget: Option<f64>,
+    /// Routes of the earlier tokens of a window: same (they take the one that is tried), dense (the default one), greedy
+    /// (their own best ones)
+    #[arg(long, value_name = "ROUTE", default_value = "same",
+        value_parser = words::<RouteContext>(&["same", "dense", "greedy"]))]
+    pub(crate) context: RouteContext,
     /// Tokens per window; the first token of each is context only [default: 256, or all positions of a smaller model]
     #[arg(long, value_name = "TOKENS")]
     pub(crate) seq: Option<usize>,

@@ -7,7 +7,9 @@ use dsmoe_core::{Device, Model};
 use dsmoe_datasets::tasks::sha256;
 use dsmoe_kernels::comm::Alone;
 use dsmoe_train::identity_of;
-use dsmoe_train::oracle::{self, OracleOptions, OraclePlan, OracleReport, TokenRoutes};
+use dsmoe_train::oracle::{
+    self, AnyReport, OracleOptions, OraclePlan, OracleReport, RouteContext, TokenRoutes,
+};
 use serde::Serialize;
 
 use crate::calibration::Stages;
@@ -72,6 +74,8 @@ pub(crate) fn run(args: &Oracle, ui: &mut Ui) -> Result<()> {
         seq: args.seq.unwrap_or(SEQ.min(model.config().max_position)),
         exact_up_to: args.exact,
         beam: args.beam,
+        budget: args.budget,
+        context: args.context,
         control: !args.no_control,
         precision: args.dtype,
         seed: args.seed,
@@ -129,7 +133,7 @@ fn show_plan(planned: &Planned<'_>) -> String {
 }
 
 fn show(report: &Report<'_>) -> String {
-    let OracleReport { levels, any, own_choice, .. } = report.found;
+    let OracleReport { levels, any, budget, own_choice, context, .. } = report.found;
     let how = if report.found.exact { "all" } else { "found by a search" };
     let mut text = format!(
         "{}: {} routes ({how}), {} tokens, loss {:.4}\n",
@@ -154,13 +158,17 @@ fn show(report: &Report<'_>) -> String {
         ]);
     }
     text += &table.show();
-    text += &format!(
-        "\nany route: oracle {:.4} at level {:.2} in the mean; control {}; beyond {}\n",
-        any.oracle,
-        any.mean_level,
-        format::or_dash(any.control, loss),
-        format::or_dash(any.beyond, loss),
-    );
+    let line = |what: &str, AnyReport { oracle, mean_level, control, beyond }: AnyReport| {
+        let [control, beyond] = [control, beyond].map(|value| format::or_dash(value, loss));
+        format!(
+            "{what}: oracle {oracle:.4} at level {mean_level:.2} in the mean; control {control}; beyond {beyond}\n"
+        )
+    };
+    text += &format!("\n{}", line("any route", *any));
+    if let Some(budget) = budget {
+        text += &line(&format!("every token up to level {}", budget.level), budget.each);
+        text += &line(&format!("tokens up to level {} in the mean", budget.level), budget.mean);
+    }
     if let Some(own) = own_choice {
         text += &format!(
             "rank correlation of a token's active experts with its loss {}, with what computation takes away {}\n",
@@ -168,5 +176,11 @@ fn show(report: &Report<'_>) -> String {
             format::or_dash(own.with_gain, loss),
         );
     }
-    text + "\ncontrol: as many noisy copies of the model, of the same mean loss; beyond: control less oracle.\n"
+    let earlier = match context {
+        RouteContext::Same => "take the route that is tried",
+        RouteContext::Dense => "take the default route",
+        RouteContext::Greedy => "have taken their best routes",
+    };
+    text += &format!("\nearlier tokens of a window {earlier}\n");
+    text + "control: as many noisy copies of the model, of the same mean loss; beyond: control less oracle.\n"
 }

@@ -1,5 +1,7 @@
 //! `dsmoe oracle`, and the models of two FFNs that it routes.
 
+use serde_json::Value;
+
 use crate::common::{
     fails, json_of, kills_change_no_byte, list, number, path, read, read_json, shows, succeeds, write,
 };
@@ -48,6 +50,32 @@ fn an_oracle_has_the_best_route_of_every_token() {
         &["level", "best route", "any route: oracle"],
     );
 
+    // Within a budget, and for tokens whose earlier ones keep all FFNs or take their own best routes.
+    let budget = json_of(&format!("oracle dense {TEXT} --no-control --budget 1"));
+    assert_eq!(
+        (&budget["levels"], number(&budget["budget"]["level"])),
+        (&without_control(&found)["levels"], 1.0)
+    );
+    let [each, mean] = ["each", "mean"].map(|way| &budget["budget"][way]);
+    assert!(number(&each["oracle"]) <= number(&levels[1]["oracle"]) && number(&each["mean_level"]) <= 1.0);
+    assert!(number(&mean["oracle"]) <= number(&each["oracle"]) && number(&mean["mean_level"]) <= 1.0);
+    for context in ["dense", "greedy"] {
+        let line = format!("oracle dense {TEXT} --context {context} --out oracle/{context}.json");
+        assert!(number(&json_of(&format!("{line} --dry-run"))["passes"]) > number(&plan["passes"]));
+        let other = json_of(&line);
+        assert_eq!(other["context"], context);
+        assert_eq!(other["default"], found["default"]);
+        assert_eq!(other["levels"].as_array().map(Vec::len), Some(levels.len()));
+        assert!(other["levels"] != found["levels"] && other.get("budget").is_none(), "{other}");
+        assert_eq!(read_json(&format!("oracle/{context}.json"))["levels"], other["levels"]);
+    }
+    let both = succeeds(&format!("oracle dense {TEXT} --no-control --budget 1.5 --context dense"));
+    shows(
+        &both,
+        &["every token up to level 1.5", "tokens up to level 1.5 in the mean", "take the default route"],
+    );
+
+    fails(&format!("oracle dense {TEXT} --budget 9"), &["budget is 9", "0 to 2"]);
     fails(&format!("oracle dense {TEXT} --routes experts"), &["routes", "a model of experts"]);
     fails(&format!("oracle dense {TEXT} --routes big-small"), &["routes", "two choices in every layer"]);
     fails(&format!("oracle dense {TEXT} --exact 0"), &["exact is 0", "1 to 65536"]);
@@ -55,13 +83,23 @@ fn an_oracle_has_the_best_route_of_every_token() {
     fails("oracle missing --data text.txt", &["missing"]);
 }
 
+/// A report without its control.
+fn without_control(report: &Value) -> Value {
+    let mut report = report.clone();
+    for level in report["levels"].as_array_mut().unwrap() {
+        level.as_object_mut().unwrap().retain(|key, _| !["control", "beyond"].contains(&&key[..]));
+    }
+    report
+}
+
 #[test]
 fn kills_do_not_change_routes() {
-    kills_change_no_byte(
-        &format!("oracle dense {TEXT} --force --quiet --out oracle-kills/routes.json"),
-        "oracle-kills",
-        1,
-    );
+    for (seed, context) in [(1, "same"), (2, "greedy")] {
+        let out = format!("oracle-kills-{context}");
+        let options = "--budget 1 --force --quiet";
+        let line = format!("oracle dense {TEXT} --context {context} {options} --out {out}/routes.json");
+        kills_change_no_byte(&line, &out, seed);
+    }
 }
 
 #[test]

@@ -64,6 +64,42 @@ fn likelihoods_are_those_of_scoring_and_of_the_logits() {
     });
 }
 
+/// Tokens that see earlier ones in caches alone, all of a text and parts of it.
+#[test]
+fn tokens_score_alike_after_what_caches_hold() {
+    each_model(|model| {
+        let (texts, seq) = ([text(1, 21), text(2, 21)], 20);
+        let inputs: Vec<u32> = texts.iter().flat_map(|text| &text[..seq]).copied().collect();
+        let targets: Vec<u32> = texts.iter().flat_map(|text| &text[1..]).copied().collect();
+        let want = losses(model, Batch { inputs: &inputs, targets: &targets, seq }, None);
+        let workspace = &mut Workspace::default();
+        let mut caches = Vec::new();
+        for text in &texts {
+            let mut cache = Cache::new(model, seq);
+            model.decode(&text[..seq], &mut cache, None, workspace).unwrap();
+            caches.push(cache);
+        }
+        // Attention adds up in another order, which rounds operands to other values of bf16.
+        let tolerance = if model.precision() == Precision::F32 { 1e-4 } else { 2e-2 };
+        for (start, len) in [(0, seq), (0, 1), (7, 5), (19, 1)] {
+            let of = |ids: &[u32]| -> Vec<u32> {
+                ids.chunks_exact(seq).flat_map(|ids| &ids[start..start + len]).copied().collect()
+            };
+            let (inputs, targets) = (of(&inputs), of(&targets));
+            let batch = Batch { inputs: &inputs, targets: &targets, seq: len };
+            let mut got = vec![f32::NAN; 2 * len];
+            model.score_after(&mut got, batch, (&caches, start), workspace).unwrap();
+            let want = want.chunks_exact(seq).flat_map(|losses| &losses[start..start + len]);
+            let off = got.iter().zip(want).map(|(got, want)| (got - want).abs()).fold(0.0, f32::max);
+            assert!(off < tolerance && got.iter().all(|loss| loss.is_finite()), "{start} {len}: {off}");
+        }
+        assert!(caches.iter().all(|cache| cache.len() == seq));
+        let mut none = [0.0];
+        let batch = Batch { inputs: &[VOCAB as u32], targets: &[0], seq: 1 };
+        refused(model.score_after(&mut none, batch, (&caches[..1], 3), workspace), &["token id 75"]);
+    });
+}
+
 #[test]
 fn a_sequence_scores_alike_alone_in_a_batch_and_behind_a_shared_beginning() {
     each_model(|model| {

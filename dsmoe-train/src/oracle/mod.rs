@@ -9,16 +9,29 @@
 //! oracle        mean over t of min over r of loss_r[t]
 //! control       the same minimum over as many noisy copies of the model, of the same mean loss; see `noise`
 //! beyond        control - oracle: what the choice of computation gives that any choice among as many would not
+//! budget        the oracle among the levels up to a budget, and that of routes whose mean level is; see `within`
 //! ```
-//! Earlier tokens of a sequence take the route that is tried, too. A model of few routes has all of them measured; of others a
-//! search keeps, from the first layer on, the best beginnings of every level, with the layers behind as they are by default.
+//! A model of few routes has all of them measured; of others a search keeps, from the first layer on, the best beginnings of every
+//! level, with the layers behind as they are by default. What earlier tokens of a window do is said by the context:
+//!
+//! ```text
+//! same      they take the route that is tried, too: a pass is a text
+//! dense     they take the default route: a token sees their keys and values, and its own on the route that is tried
+//! greedy    they have taken their own best routes, of all levels; position after position, all routes are tried at each. The best
+//!           one is that of the lowest loss, of the lowest level among equals. Routes are those that a search in the context dense finds
+//! ```
+//! The copies of a control see the same earlier tokens as the routes: in the context greedy those of the model on the routes that its
+//! tokens took.
 
+mod context;
 mod noise;
+mod report;
 mod routes;
 mod state;
 mod tally;
 #[cfg(test)]
 mod tests;
+mod within;
 
 use std::path::Path;
 
@@ -27,34 +40,39 @@ use dsmoe_datasets::eval_windows;
 use dsmoe_kernels::Precision;
 use serde::Serialize;
 
+pub use context::RouteContext;
+pub use report::{
+    AnyReport, BudgetReport, BudgetRoutes, ControlReport, LevelReport, LevelRoutes, OracleReport, OwnChoice,
+    TokenRoutes,
+};
 pub use routes::{RouteKind, RouteSpace};
 
 use crate::error::{Error, Result};
 use crate::eval::{EvalOptions, evaluate_detailed};
+use context::{Contexts, finite};
 use noise::{Copies, MOST_PASSES};
 use routes::{Digits, keep_best, level, name};
-use state::{Control, State, Store};
+use state::{Control, Greedy, State, Store};
 use tally::{Level, least_of_all, mean, mean_of, rank_correlation};
+use within::{Choices, Choose};
 
 /// Routes of one run at the most.
 pub const MOST_ROUTES: u64 = 1 << 16;
+/// The levels of tokens within a budget: of each, and in the mean.
+const WAYS: [Choose; 2] = [|choices, budget| choices.each(budget), |choices, budget| choices.mean(budget)];
 
 /// Options of an oracle.
 ///
 /// ```
-/// use dsmoe_kernels::Precision;
-/// use dsmoe_train::oracle::{OracleOptions, RouteKind, plan};
+/// use dsmoe_train::oracle::{OracleOptions, RouteContext, RouteKind, plan};
 /// # use dsmoe_core::{Inference, Model, init::preset};
-/// # let model = Inference::new(&Model::new(preset("tiny")?), Precision::F32);
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
 ///
+/// // Two layers of each token in the mean, where the earlier tokens of its window run all.
 /// let options = OracleOptions {
-///     kind: RouteKind::BigSkip,
-///     seq: 8,
-///     exact_up_to: 1 << 10,
-///     beam: 64,
-///     control: false,
-///     precision: Precision::F32,
-///     seed: 0,
+///     budget: Some(2.0),
+///     context: RouteContext::Dense,
+///     ..OracleOptions::new(RouteKind::BigSkip, 8)
 /// };
 /// assert!(plan(&model, 64, &options)?.exact);
 /// assert!(plan(&model, 64, &OracleOptions { beam: 0, ..options }).is_err());
@@ -70,6 +88,10 @@ pub struct OracleOptions {
     pub exact_up_to: u64,
     /// Beginnings of routes that a search keeps in all, shared among levels.
     pub beam: usize,
+    /// The largest level of tokens within a budget, 0 to the largest of all; fractions count in the mean over tokens.
+    pub budget: Option<f64>,
+    /// The routes of the earlier tokens of a window.
+    pub context: RouteContext,
     /// Measure the control.
     pub control: bool,
     /// Precision of the control's copies, that of the model.
@@ -78,16 +100,32 @@ pub struct OracleOptions {
     pub seed: u64,
 }
 
+impl OracleOptions {
+    /// Measures all routes of up to 1024, or searches with 64 beginnings, on windows of `seq` tokens in f32, with the control and without
+    /// a budget. Earlier tokens take the route that is tried.
+    pub fn new(kind: RouteKind, seq: usize) -> OracleOptions {
+        OracleOptions {
+            kind,
+            seq,
+            exact_up_to: 1 << 10,
+            beam: 64,
+            budget: None,
+            context: RouteContext::Same,
+            control: true,
+            precision: Precision::F32,
+            seed: 0,
+        }
+    }
+}
+
 /// The work of an oracle.
 ///
 /// ```
 /// use dsmoe_train::oracle::{OracleOptions, OraclePlan, plan};
 /// # use dsmoe_core::{Inference, Model, init::preset};
-/// # use dsmoe_kernels::Precision;
-/// # let model = Inference::new(&Model::new(preset("tiny")?), Precision::F32);
+/// # let model = Inference::new(&Model::new(preset("tiny")?), dsmoe_kernels::Precision::F32);
 /// # let kind = dsmoe_train::oracle::RouteKind::BigSkip;
-/// # let (control, precision) = (false, Precision::F32);
-/// # let options = OracleOptions { kind, seq: 8, exact_up_to: 16, beam: 64, control, precision, seed: 0 };
+/// # let options = OracleOptions { control: false, ..OracleOptions::new(kind, 8) };
 ///
 /// let all: OraclePlan = plan(&model, 64, &options)?;
 /// let search = plan(&model, 64, &OracleOptions { exact_up_to: 8, beam: 5, ..options })?;
@@ -109,315 +147,6 @@ pub struct OraclePlan {
     pub predicted: usize,
     /// Passes over the text at the most, those of the control included.
     pub passes: u64,
-}
-
-/// The results of an oracle. Losses are means over tokens in nats.
-///
-/// ```
-/// use dsmoe_train::oracle::{OracleReport, run};
-/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
-/// # use dsmoe_kernels::{Precision, rng::Rng};
-/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
-/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
-/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
-/// # let load = || {
-/// #     let mut config = sizes.config()?;
-/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
-/// #     let mut model = Model::new(config);
-/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
-/// #     Ok(model)
-/// # };
-/// # let mut model = Inference::new(&load()?, Precision::F32);
-/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
-/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
-/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
-/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
-///
-/// let (report, _): (OracleReport, _) = run(oracle, &mut |_, _, _| {})?;
-/// assert_eq!((report.measured, report.levels.len()), (4, 3));
-/// // The last level runs both layers: it is the model by itself.
-/// assert!((report.levels[2].best - report.default).abs() < 1e-9);
-/// assert!(report.any.oracle <= report.default);
-/// # Ok::<(), dsmoe_train::Error>(())
-/// ```
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct OracleReport {
-    /// The options of every layer.
-    pub routes: RouteKind,
-    /// Tokens of a window.
-    pub seq: usize,
-    /// The rule for earlier tokens of a window: they take the route that is tried.
-    pub context: &'static str,
-    /// Decoder layers.
-    pub layers: usize,
-    /// True if all routes were measured.
-    pub exact: bool,
-    /// Routes that were measured.
-    pub measured: u64,
-    /// Tokens predicted.
-    pub predicted: usize,
-    /// Loss of the model by itself.
-    pub default: f64,
-    /// Results by level, ascending in what is computed.
-    pub levels: Vec<LevelReport>,
-    /// The best of all routes that were measured.
-    pub any: AnyReport,
-    /// The rule of the model's own choice of experts; none without a router.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub own_choice: Option<OwnChoice>,
-}
-
-/// The results of one level.
-///
-/// ```
-/// use dsmoe_train::oracle::{LevelReport, run};
-/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
-/// # use dsmoe_kernels::{Precision, rng::Rng};
-/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
-/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
-/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
-/// # let load = || {
-/// #     let mut config = sizes.config()?;
-/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
-/// #     let mut model = Model::new(config);
-/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
-/// #     Ok(model)
-/// # };
-/// # let mut model = Inference::new(&load()?, Precision::F32);
-/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
-/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
-/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
-/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
-///
-/// let (report, _) = run(oracle, &mut |_, _, _| {})?;
-/// for LevelReport { level, best_route, best, oracle, mean, .. } in &report.levels {
-///     println!("{level} of 2 layers: route {best_route} has loss {best:.3}, the oracle {oracle:.3}");
-///     assert!(oracle <= best && *best <= mean + 1e-9);
-/// }
-/// # Ok::<(), dsmoe_train::Error>(())
-/// ```
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct LevelReport {
-    /// The sum of the options of all layers.
-    pub level: usize,
-    /// Its routes that were measured.
-    pub routes: u64,
-    /// Mean loss over routes.
-    pub mean: f64,
-    /// The route of the lowest loss.
-    pub best_route: String,
-    /// Its loss.
-    pub best: f64,
-    /// Loss where every token takes its best route.
-    pub oracle: f64,
-    /// As many noisy copies of the model; none for a single route, or where no noise gives the mean loss.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub control: Option<ControlReport>,
-    /// The control's oracle less that of the routes.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub beyond: Option<f64>,
-}
-
-/// The noisy copies beside a level.
-///
-/// ```
-/// use dsmoe_train::oracle::{ControlReport, run};
-/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
-/// # use dsmoe_kernels::{Precision, rng::Rng};
-/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
-/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
-/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
-/// # let load = || {
-/// #     let mut config = sizes.config()?;
-/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
-/// #     let mut model = Model::new(config);
-/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
-/// #     Ok(model)
-/// # };
-/// # let mut model = Inference::new(&load()?, Precision::F32);
-/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
-/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: true, precision, seed: 0 };
-/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
-/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
-///
-/// let (report, _) = run(oracle, &mut |_, _, _| {})?;
-/// // A single route has no control, and no noise may give the mean loss of a level.
-/// let controls = report.levels.iter().filter_map(|level| level.control);
-/// for ControlReport { noise, mean, oracle } in controls {
-///     println!("copies with {:.1} % of noise: mean {mean:.3}, the best of each token {oracle:.3}", 100.0 * noise);
-///     assert!(oracle <= mean);
-/// }
-/// # Ok::<(), dsmoe_train::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct ControlReport {
-    /// Standard deviation of the noise, relative to each weight.
-    pub noise: f64,
-    /// Mean loss over copies.
-    pub mean: f64,
-    /// Loss where every token takes its best copy.
-    pub oracle: f64,
-}
-
-/// The best of all routes.
-///
-/// ```
-/// use dsmoe_train::oracle::{AnyReport, run};
-/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
-/// # use dsmoe_kernels::{Precision, rng::Rng};
-/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
-/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
-/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
-/// # let load = || {
-/// #     let mut config = sizes.config()?;
-/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
-/// #     let mut model = Model::new(config);
-/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
-/// #     Ok(model)
-/// # };
-/// # let mut model = Inference::new(&load()?, Precision::F32);
-/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
-/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
-/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
-/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
-///
-/// let (report, _) = run(oracle, &mut |_, _, _| {})?;
-/// let AnyReport { oracle, mean_level, control, .. } = report.any;
-/// println!("loss {oracle:.3} where tokens run {mean_level:.2} layers on average");
-/// assert!(report.levels.iter().all(|level| oracle <= level.oracle + 1e-9));
-/// assert_eq!(control, None); // it was not asked for
-/// # Ok::<(), dsmoe_train::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct AnyReport {
-    /// Loss where every token takes its best route.
-    pub oracle: f64,
-    /// Mean level of these routes.
-    pub mean_level: f64,
-    /// The best copy of the controls of all levels; where a level has none, its routes.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub control: Option<f64>,
-    /// The control less the oracle.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub beyond: Option<f64>,
-}
-
-/// Rank correlations over tokens of the experts that the model's router opens.
-///
-/// ```
-/// use dsmoe_train::oracle::{OwnChoice, run};
-/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
-/// # use dsmoe_kernels::{Precision, rng::Rng};
-/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
-/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
-/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
-/// # let load = || {
-/// #     let mut config = sizes.config()?;
-/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
-/// #     let mut model = Model::new(config);
-/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
-/// #     Ok(model)
-/// # };
-/// # let mut model = Inference::new(&load()?, Precision::F32);
-/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
-/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
-/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
-/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
-///
-/// let (report, _) = run(oracle, &mut |_, _, _| {})?;
-/// // Does the router open more experts for the tokens that gain by computation?
-/// let OwnChoice { with_gain, .. } = report.own_choice.expect("a model of experts");
-/// assert!(with_gain.is_none_or(|correlation| correlation.abs() < 1.001));
-/// # Ok::<(), dsmoe_train::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct OwnChoice {
-    /// With the token's loss.
-    pub with_loss: Option<f64>,
-    /// With the loss that computation takes away: that of the least route less the model's own.
-    pub with_gain: Option<f64>,
-}
-
-/// The routes of all tokens.
-///
-/// ```
-/// use dsmoe_train::oracle::{TokenRoutes, run};
-/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
-/// # use dsmoe_kernels::{Precision, rng::Rng};
-/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
-/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
-/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
-/// # let load = || {
-/// #     let mut config = sizes.config()?;
-/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
-/// #     let mut model = Model::new(config);
-/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
-/// #     Ok(model)
-/// # };
-/// # let mut model = Inference::new(&load()?, Precision::F32);
-/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
-/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
-/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
-/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
-///
-/// let (report, tokens): (_, TokenRoutes) = run(oracle, &mut |_, _, _| {})?;
-/// for (best, loss) in tokens.best.iter().zip(&tokens.loss) {
-///     println!("route {} with loss {loss:.3}", tokens.routes[*best as usize]);
-/// }
-/// let mean = tokens.loss.iter().map(|&loss| f64::from(loss)).sum::<f64>() / tokens.loss.len() as f64;
-/// assert!((mean - report.any.oracle).abs() < 1e-6);
-/// # Ok::<(), dsmoe_train::Error>(())
-/// ```
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct TokenRoutes {
-    /// The routes that are named below.
-    pub routes: Vec<String>,
-    /// Loss of every predicted token in the model by itself.
-    pub default: Vec<f32>,
-    /// The best route of every token.
-    pub best: Vec<u32>,
-    /// The loss of that route.
-    pub loss: Vec<f32>,
-    /// The best route of every token within each level that was measured.
-    pub by_level: Vec<LevelRoutes>,
-}
-
-/// The best routes of a level.
-///
-/// ```
-/// use dsmoe_train::oracle::{LevelRoutes, run};
-/// # use dsmoe_core::{Inference, Model, config::MoeConfig, init::LlamaSizes};
-/// # use dsmoe_kernels::{Precision, rng::Rng};
-/// # use dsmoe_train::oracle::{Oracle, OracleOptions, RouteKind};
-/// # let [vocab, hidden, intermediate, layers, heads, kv_heads, positions] = [32, 16, 32, 2, 2, 1, 16];
-/// # let sizes = LlamaSizes { vocab, hidden, intermediate, layers, heads, kv_heads, positions, bos_eos: [1, 2] };
-/// # let load = || {
-/// #     let mut config = sizes.config()?;
-/// #     config.moe = Some(MoeConfig::new(dsmoe_router::RouterConfig::new(4)));
-/// #     let mut model = Model::new(config);
-/// #     Rng::new(3, 0).fill_normal(model.params_mut(), 0.3);
-/// #     Ok(model)
-/// # };
-/// # let mut model = Inference::new(&load()?, Precision::F32);
-/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
-/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
-/// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
-/// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
-///
-/// let (_, tokens) = run(oracle, &mut |_, _, _| {})?;
-/// // Where one layer of two runs, is it the same one for all tokens?
-/// let LevelRoutes { best, .. } = tokens.by_level.iter().find(|routes| routes.level == 1).unwrap();
-/// let names: Vec<&String> = best.iter().map(|&route| &tokens.routes[route as usize]).collect();
-/// println!("{}", names.windows(2).all(|pair| pair[0] == pair[1]));
-/// assert_eq!(names.len(), tokens.default.len());
-/// # Ok::<(), dsmoe_train::Error>(())
-/// ```
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct LevelRoutes {
-    /// The level.
-    pub level: usize,
-    /// The best route of every token.
-    pub best: Vec<u32>,
 }
 
 /// A model, a text and what is asked of them.
@@ -443,15 +172,7 @@ pub struct LevelRoutes {
 ///     Ok(model)
 /// };
 /// let mut model = Inference::new(&load()?, Precision::F32);
-/// let options = OracleOptions {
-///     kind: RouteKind::BigSkip,
-///     seq: 4,
-///     exact_up_to: 1 << 10,
-///     beam: 8,
-///     control: true,
-///     precision: Precision::F32,
-///     seed: 0,
-/// };
+/// let options = OracleOptions::new(RouteKind::BigSkip, 4);
 /// let ids = [1, 5, 9, 2, 7, 3, 8, 4];
 /// let OraclePlan { all_routes, exact, .. } = plan(&model, ids.len(), &options)?;
 /// let space = RouteSpace::of(RouteKind::BigSkip, &model)?;
@@ -515,17 +236,27 @@ pub fn plan(model: &Inference, tokens: usize, options: &OracleOptions) -> Result
     let all = space.count(options.exact_up_to);
     let (layers, levels) = (space.layers(), space.levels());
     let most_options = (levels - 1).div_ceil(layers.max(1)) as u64 + 1;
+    let most = (levels - 1) as f64;
+    if let Some(budget) = options.budget.filter(|budget| !(0.0..=most).contains(budget)) {
+        return Err(Error::field("budget", budget, format!("0 to {most}, the largest level of this model")));
+    }
     let each = (options.beam / levels).max(1) as u64;
     let measured = all.unwrap_or(each * levels as u64 * most_options);
     let search = if all.is_some() { 0 } else { measured * (layers as u64 - 1) };
     let control = if options.control { measured + levels as u64 * MOST_PASSES } else { 0 };
+    // Passes that earlier tokens take: on the default route, and on their best ones.
+    let context = match options.context {
+        RouteContext::Same => 0,
+        RouteContext::Dense => 1,
+        RouteContext::Greedy => 1 + u64::from(all.is_none()),
+    };
     Ok(OraclePlan {
         layers,
         all_routes: space.count(MOST_ROUTES),
         exact: all.is_some(),
         levels,
         predicted: windows.iter().map(|window| window.end - window.start - 1).sum(),
-        passes: measured + search + control,
+        passes: measured + search + control + context,
     })
 }
 
@@ -546,8 +277,7 @@ pub fn plan(model: &Inference, tokens: usize, options: &OracleOptions) -> Result
 /// #     Ok(model)
 /// # };
 /// # let mut model = Inference::new(&load()?, Precision::F32);
-/// # let (kind, precision) = (RouteKind::BigSkip, Precision::F32);
-/// # let options = OracleOptions { kind, seq: 4, exact_up_to: 16, beam: 8, control: false, precision, seed: 0 };
+/// # let options = OracleOptions { control: false, ..OracleOptions::new(RouteKind::BigSkip, 4) };
 /// # let ids = [1, 5, 9, 2, 7, 3, 8, 4];
 /// # let oracle = Oracle { model: &mut model, source: &load, ids: &ids, options, state: None, made_by: "" };
 ///
@@ -571,17 +301,28 @@ pub fn run(oracle: Oracle<'_>, progress: &mut OracleProgress<'_>) -> Result<(Ora
     let plan = plan(model, ids.len(), &options)?;
     let space = RouteSpace::of(options.kind, model)?;
     let (store, state) = Store::open(state, made_by)?;
-    let mut search = Search { model, space, ids, options, store, state };
+    let mut search = Search { model, space, ids, options, contexts: None, store, state };
 
     search.model.set_routes(&search.space.routes(&[]))?;
     let (default, detail) = search.measure_in_detail()?;
+    if options.context != RouteContext::Same {
+        let mut contexts = Contexts::new(search.model, ids, options.seq)?;
+        // A greedy oracle needs them for its search alone.
+        if options.context == RouteContext::Dense || !plan.exact {
+            contexts.fill(search.model)?;
+        }
+        search.contexts = Some(contexts);
+    }
     let routes = match plan.exact {
         true => (0..plan.all_routes.unwrap_or(0)).map(|i| search.space.nth(i)).collect(),
         false => search.beams(progress)?,
     };
-    search.levels(&routes, progress)?;
+    match options.context {
+        RouteContext::Greedy => search.greedily(&routes, progress)?,
+        RouteContext::Same | RouteContext::Dense => search.levels(&routes, progress)?,
+    }
     if options.control {
-        search.controls(source, progress)?;
+        search.controls(source, &routes, progress)?;
     }
     let report = search.report(plan, default, &routes, &detail);
     let tokens = search.tokens(&routes, detail.losses);
@@ -595,6 +336,8 @@ struct Search<'a> {
     space: RouteSpace,
     ids: &'a [u32],
     options: OracleOptions,
+    /// What tokens see of earlier ones; none where all take the same route.
+    contexts: Option<Contexts>,
     store: Store,
     state: State,
 }
@@ -607,10 +350,7 @@ struct Detail {
 
 fn measure(model: &Inference, ids: &[u32], seq: usize) -> Result<Detail> {
     let (_, detail) = evaluate_detailed(model, ids, EvalOptions::new(seq), &mut |_, _| {})?;
-    match detail.losses.iter().all(|loss| loss.is_finite()) {
-        true => Ok(Detail { losses: detail.losses, active: detail.active }),
-        false => Err(Error::field("a loss", "not finite", "a model that does not overflow on this text")),
-    }
+    Ok(Detail { losses: finite(detail.losses)?, active: detail.active })
 }
 
 impl Search<'_> {
@@ -621,7 +361,10 @@ impl Search<'_> {
 
     fn losses(&mut self, route: &[u16]) -> Result<Vec<f32>> {
         self.model.set_routes(&self.space.routes(route))?;
-        Ok(measure(self.model, self.ids, self.options.seq)?.losses)
+        match &mut self.contexts {
+            None => Ok(measure(self.model, self.ids, self.options.seq)?.losses),
+            Some(contexts) => contexts.losses(self.model),
+        }
     }
 
     /// Searches for good routes, layer by layer; the last layer's options are all taken.
@@ -657,20 +400,92 @@ impl Search<'_> {
         Ok(())
     }
 
-    /// Measures the control of every level.
+    /// Measures all `routes` where the earlier tokens of a window have taken their best ones.
+    fn greedily(&mut self, routes: &[Digits], progress: &mut OracleProgress<'_>) -> Result<()> {
+        let Search { model, space, contexts: Some(contexts), store, state, .. } = self else { return Ok(()) };
+        contexts.clear();
+        let (tokens, groups) = (contexts.tokens(), contexts.len());
+        if state.greedy.is_none() {
+            state.levels = vec![Level::unseen(tokens); space.levels()];
+            state.greedy = Some(Greedy { groups: 0, sums: vec![0; routes.len()] });
+        }
+        let positions: Vec<u64> = (0..groups).map(|group| contexts.shape(group)[1] as u64).collect();
+        let all: u64 = positions.iter().sum();
+        while let Some(Greedy { groups: done, sums }) = &mut state.greedy
+            && (*done as usize) < groups
+        {
+            let group = *done as usize;
+            let [windows, seq] = contexts.shape(group);
+            let before: u64 = positions[..group].iter().sum();
+            for position in 0..seq {
+                progress("routes", before + position as u64, all);
+                let mut best = vec![(f32::INFINITY, usize::MAX); windows];
+                let mut chosen = vec![0; windows];
+                for ((number, route), sum) in (0..).zip(routes).zip(&mut *sums) {
+                    model.set_routes(&space.routes(route))?;
+                    let losses = contexts.losses_at(model, (group, position))?;
+                    let of = level(route);
+                    for (window, &loss) in losses.iter().enumerate() {
+                        state.levels[of].see(number, contexts.token(group, window, position), loss);
+                        *sum = (f64::from_bits(*sum) + f64::from(loss)).to_bits();
+                        if (loss, of) < best[window] {
+                            (best[window], chosen[window]) = ((loss, of), number);
+                        }
+                    }
+                }
+                // No token sees the last one of its window.
+                if position + 1 < seq {
+                    contexts.take((&mut **model, &*space), routes, (group, position), &chosen)?;
+                }
+            }
+            *done += 1;
+            store.keep(state)?;
+        }
+        if let Some(Greedy { sums, .. }) = state.greedy.as_ref().filter(|_| state.done == 0) {
+            for ((number, route), sum) in (0..).zip(routes).zip(sums) {
+                state.levels[level(route)].count(number, f64::from_bits(*sum) / tokens as f64);
+            }
+            state.done = routes.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Lets the tokens of a greedy oracle that was interrupted behind its routes take their best ones again.
+    fn take_again(&mut self, routes: &[Digits]) -> Result<()> {
+        let Search { model, space, contexts: Some(contexts), state, .. } = self else { return Ok(()) };
+        let best = least_of_all(state.levels.iter());
+        for group in 0..contexts.len() {
+            let [windows, seq] = contexts.shape(group);
+            // A group is full or empty.
+            let missing = if contexts.is_full(group) { 0 } else { seq - 1 };
+            for position in 0..missing {
+                let place = |window: usize| contexts.token(group, window, position);
+                let chosen: Vec<u32> = (0..windows).map(|window| best[place(window)].1).collect();
+                contexts.take((&mut **model, &*space), routes, (group, position), &chosen)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Measures the control of every level, beside the routes of those numbers.
     fn controls(
         &mut self,
         source: &dyn Fn() -> Result<Model>,
+        routes: &[Digits],
         progress: &mut OracleProgress<'_>,
     ) -> Result<()> {
         let levels = self.state.levels.len();
         if self.state.controls.len() == levels {
             return Ok(());
         }
+        self.take_again(routes)?;
         let default = self.space.routes(&[]);
         let mut copies = Copies::new(source()?, self.options.precision, self.options.seed, default);
-        let (ids, seq) = (self.ids, self.options.seq);
-        let mut measure = |model: &Inference| Ok(measure(model, ids, seq)?.losses);
+        let (ids, seq, contexts) = (self.ids, self.options.seq, &mut self.contexts);
+        let mut measure = |model: &Inference| match contexts {
+            None => Ok(measure(model, ids, seq)?.losses),
+            Some(contexts) => contexts.losses(model),
+        };
         for of in self.state.controls.len()..levels {
             progress("control", of as u64, levels as u64);
             let level = &self.state.levels[of];
@@ -706,7 +521,7 @@ impl Search<'_> {
         OracleReport {
             routes: self.options.kind,
             seq: self.options.seq,
-            context: "same",
+            context: self.options.context,
             layers: plan.layers,
             exact: plan.exact,
             measured: routes.len() as u64,
@@ -719,8 +534,30 @@ impl Search<'_> {
                 control,
                 beyond: control.map(|control| control - oracle),
             },
+            budget: self.options.budget.and_then(|budget| {
+                let [each, mean] = WAYS.map(|choose| self.within(budget, choose));
+                Some(BudgetReport { level: budget, each: each?, mean: mean? })
+            }),
             own_choice: self.own_choice(own),
         }
+    }
+
+    /// Returns the oracle and the control of the levels that tokens take within a budget.
+    fn within(&self, budget: f64, choose: Choose) -> Option<AnyReport> {
+        let State { levels, controls, .. } = &self.state;
+        let choices = Choices::of(levels.iter().enumerate());
+        let chosen = choose(&choices, budget)?;
+        let (oracle, mean_level) = (choices.loss(&chosen), choices.mean_level(&chosen));
+        let beside = levels.iter().zip(controls).map(|(level, control)| match control.noise {
+            Some(_) => &control.copies,
+            None => level,
+        });
+        let control = controls.iter().any(|control| control.noise.is_some()).then(|| {
+            let choices = Choices::of(beside.enumerate());
+            Some(choices.loss(&choose(&choices, budget)?))
+        });
+        let control = control.flatten();
+        Some(AnyReport { oracle, mean_level, control, beyond: control.map(|control| control - oracle) })
     }
 
     fn own_choice(&self, own: &Detail) -> Option<OwnChoice> {
@@ -745,6 +582,11 @@ impl Search<'_> {
             best: best.iter().map(|&(_, route)| route).collect(),
             loss: best.iter().map(|&(loss, _)| loss).collect(),
             by_level: measured.map(|(level, of)| LevelRoutes { level, best: of.which().to_vec() }).collect(),
+            budget: self.options.budget.and_then(|budget| {
+                let choices = Choices::of(levels.iter().enumerate());
+                let [each, mean] = WAYS.map(|choose| Some(choices.members(&choose(&choices, budget)?)));
+                Some(BudgetRoutes { each: each?, mean: mean? })
+            }),
         }
     }
 }

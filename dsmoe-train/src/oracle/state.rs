@@ -30,8 +30,21 @@ pub(crate) struct State {
     pub(crate) done: u64,
     /// Those of every level.
     pub(crate) levels: Vec<Level>,
+    /// The windows whose tokens have taken their best routes, of a greedy oracle.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) greedy: Option<Greedy>,
     /// The controls that are measured, by level.
     pub(crate) controls: Vec<Control>,
+}
+
+/// The windows that are measured on all routes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Greedy {
+    /// Groups of windows.
+    pub(crate) groups: u64,
+    /// Bits of the sums over their tokens of the losses on every route.
+    pub(crate) sums: Vec<u64>,
 }
 
 /// The noisy copies that stand beside the routes of a level.

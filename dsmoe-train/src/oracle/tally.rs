@@ -18,23 +18,37 @@ pub(crate) struct Level {
 }
 
 impl Level {
+    /// Makes a level of so many tokens, whose losses [`Level::see`] takes one by one.
+    pub(crate) fn unseen(tokens: usize) -> Level {
+        Level { least: vec![f32::INFINITY.to_bits(); tokens], which: vec![0; tokens], ..Level::default() }
+    }
+
     /// Adds a member with the losses of all tokens; numbers of members ascend.
     pub(crate) fn add(&mut self, member: u32, losses: &[f32]) {
-        let mean = mean(losses);
-        self.sum = (f64::from_bits(self.sum) + mean).to_bits();
-        self.members += 1;
-        if self.best.is_none_or(|(_, best)| mean < f64::from_bits(best)) {
-            self.best = Some((member, mean.to_bits()));
-        }
+        self.count(member, mean(losses));
         if self.least.is_empty() {
             self.least = losses.iter().map(|loss| loss.to_bits()).collect();
             self.which = vec![member; losses.len()];
             return;
         }
-        for ((least, which), &loss) in self.least.iter_mut().zip(&mut self.which).zip(losses) {
-            if loss < f32::from_bits(*least) {
-                (*least, *which) = (loss.to_bits(), member);
-            }
+        for (token, &loss) in losses.iter().enumerate() {
+            self.see(member, token, loss);
+        }
+    }
+
+    /// Takes the loss of one token on a member; numbers of members ascend.
+    pub(crate) fn see(&mut self, member: u32, token: usize, loss: f32) {
+        if loss < f32::from_bits(self.least[token]) {
+            (self.least[token], self.which[token]) = (loss.to_bits(), member);
+        }
+    }
+
+    /// Counts a member whose losses have that mean; numbers of members ascend.
+    pub(crate) fn count(&mut self, member: u32, mean: f64) {
+        self.sum = (f64::from_bits(self.sum) + mean).to_bits();
+        self.members += 1;
+        if self.best.is_none_or(|(_, best)| mean < f64::from_bits(best)) {
+            self.best = Some((member, mean.to_bits()));
         }
     }
 
@@ -124,6 +138,13 @@ mod tests {
         assert_eq!(one.which(), [3, 5, 3]);
         let all = least_of_all([&one, &Level::default(), &two].into_iter());
         assert_eq!(all, [(1.0, 3), (2.0, 5), (0.5, 7)]);
+        // A member token by token is the same.
+        let mut again = Level::unseen(3);
+        for (member, losses) in [(3, [1.0, 4.0, 4.0]), (5, [2.0, 2.0, 5.0])] {
+            losses.iter().enumerate().for_each(|(token, &loss)| again.see(member, token, loss));
+            again.count(member, mean(&losses));
+        }
+        assert_eq!(again, one);
         // The stored state gives the same numbers.
         let stored: Level = serde_json::from_str(&serde_json::to_string(&one).unwrap()).unwrap();
         assert_eq!(stored, one);

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use dsmoe_core::config::MoeConfig;
 use dsmoe_core::init::preset;
+use dsmoe_core::model::{Cache, Workspace};
 use dsmoe_core::{Config, Inference, Model};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
@@ -28,15 +29,8 @@ fn golden() -> Golden {
 }
 
 fn options(seq: usize) -> OracleOptions {
-    OracleOptions {
-        kind: RouteKind::BigSkip,
-        seq,
-        exact_up_to: MOST_ROUTES,
-        beam: 64,
-        control: false,
-        precision: Precision::F32,
-        seed: 1,
-    }
+    let exact_up_to = MOST_ROUTES;
+    OracleOptions { exact_up_to, control: false, seed: 1, ..OracleOptions::new(RouteKind::BigSkip, seq) }
 }
 
 /// Runs an oracle over a model whose weights are loaded from `dir`.
@@ -186,6 +180,157 @@ fn what_is_interrupted_goes_on_to_the_same_result() {
     }
 }
 
+/// The loss of the token after `window`, whose tokens are fed one by one on these routes.
+fn one_by_one(model: &mut Inference, space: &RouteSpace, window: &[(u32, Digits)], target: u32) -> f32 {
+    let (mut cache, mut workspace) = (Cache::new(model, window.len()), Workspace::default());
+    let mut loss = 0.0;
+    for (id, route) in window {
+        model.set_routes(&space.routes(route)).unwrap();
+        let logits = model.decode(&[*id], &mut cache, None, &mut workspace).unwrap();
+        let sum: f64 = logits.iter().map(|&z| f64::from(z).exp()).sum();
+        loss = (sum.ln() - f64::from(logits[target as usize])) as f32;
+    }
+    loss
+}
+
+/// Against tokens that are fed one by one, in the contexts where they do not take the route of the earlier ones.
+#[test]
+fn tokens_see_what_earlier_ones_took() {
+    let work = tempfile::tempdir().unwrap();
+    let dir = mixture(work.path());
+    let (seq, ids) = (9, text(30, Config::load(&dir).unwrap().vocab_size));
+    let mut model = Inference::load(&dir, Precision::F32).unwrap();
+    let space = RouteSpace::of(RouteKind::BigSkip, &model).unwrap();
+    let routes: Vec<Digits> = (0..16).map(|number| space.nth(number)).collect();
+    for context in [RouteContext::Dense, RouteContext::Greedy] {
+        let options = OracleOptions { context, ..options(seq) };
+        let (report, tokens) = found(&dir, &ids, options, None, &mut |_, _, _| {}).unwrap();
+        assert_eq!((report.context, report.measured, report.predicted), (context, 16, 26));
+        let mut sums = [0.0; 16];
+        let mut token = 0;
+        for window in ids.chunks(seq) {
+            let mut before: Vec<(u32, Digits)> = Vec::new();
+            for pair in window.windows(2) {
+                let mut least = f32::INFINITY;
+                let mut losses = [0.0; 16];
+                for ((route, loss), sum) in routes.iter().zip(&mut losses).zip(&mut sums) {
+                    let window = [&before[..], &[(pair[0], route.clone())]].concat();
+                    *loss = one_by_one(&mut model, &space, &window, pair[1]);
+                    least = least.min(*loss);
+                    *sum += f64::from(*loss) / 26.0;
+                }
+                let best = tokens.best[token] as usize;
+                assert_eq!(tokens.routes[best], name(&routes[best]));
+                let off = (tokens.loss[token] - losses[best]).abs().max((tokens.loss[token] - least).abs());
+                assert!(off < 1e-4, "{context:?} token {token}: {} {losses:?}", tokens.loss[token]);
+                let taken = if context == RouteContext::Dense { 15 } else { best };
+                before.push((pair[0], routes[taken].clone()));
+                token += 1;
+            }
+        }
+        for of in &report.levels {
+            let of_level = routes.iter().zip(sums).filter(|(route, _)| level(route) == of.level);
+            let sums: Vec<f64> = of_level.map(|(_, sum)| sum).collect();
+            let least = sums.iter().copied().fold(f64::INFINITY, f64::min);
+            assert!((of.mean - sums.iter().sum::<f64>() / sums.len() as f64).abs() < 1e-4, "{of:?}");
+            assert!((of.best - least).abs() < 1e-4 && of.oracle <= of.best + 1e-9, "{of:?} {least}");
+        }
+        // All FFNs of all tokens are the model by itself, if earlier tokens have them, too.
+        let whole = report.levels[4].mean - report.default;
+        assert_eq!(whole.abs() < 1e-4, context == RouteContext::Dense, "{whole}");
+        // A search whose beams hold everything finds the same.
+        let wide = OracleOptions { exact_up_to: 1, beam: 4096, ..options };
+        let (searched, same) = found(&dir, &ids, wide, None, &mut |_, _, _| {}).unwrap();
+        assert_eq!((searched.exact, searched.measured, same.loss), (false, 16, tokens.loss));
+    }
+    // Where all tokens are the first of their windows there is nothing to see.
+    let [same, dense, greedy] =
+        [RouteContext::Same, RouteContext::Dense, RouteContext::Greedy].map(|context| {
+            let options = OracleOptions { context, ..options(2) };
+            found(&dir, &ids, options, None, &mut |_, _, _| {}).unwrap().1.loss
+        });
+    assert_eq!(dense, greedy);
+    assert!(same.iter().zip(&dense).all(|(a, b)| (a - b).abs() < 1e-4), "{same:?} {dense:?}");
+}
+
+#[test]
+fn a_greedy_oracle_goes_on_behind_the_windows_that_are_done() {
+    let work = tempfile::tempdir().unwrap();
+    let dir = mixture(work.path());
+    let state = work.path().join("state");
+    // Nine windows run together, then three, then one of three inputs: 7, 7 and 3 positions.
+    let text = text(100, Config::load(&dir).unwrap().vocab_size);
+    let context = RouteContext::Greedy;
+    for (stop, at, first, control) in
+        [("routes", 10, 7, false), ("routes", 15, 14, false), ("control", 3, 3, true)]
+    {
+        // Noisy copies take many passes.
+        let ids = &text[..if control { 20 } else { 100 }];
+        let options = OracleOptions { context, control, budget: Some(1.5), ..options(8) };
+        let want = found(&dir, ids, options, None, &mut |_, _, _| {}).unwrap();
+        let killed = catch_unwind(AssertUnwindSafe(|| {
+            found(&dir, ids, options, Some(&state), &mut |stage, done, _| {
+                assert!(stage != stop || done < at, "killed");
+            })
+        }));
+        assert!(killed.is_err(), "{stop}");
+        let mut seen = None;
+        let got = found(&dir, ids, options, Some(&state), &mut |stage, done, _| {
+            if stage == stop {
+                seen.get_or_insert(done);
+            }
+        });
+        assert_eq!((got.unwrap(), seen), (want, Some(first)), "{stop}");
+        assert!(!state.exists());
+    }
+}
+
+#[test]
+fn a_budget_is_one_of_every_token_or_of_their_mean() {
+    let work = tempfile::tempdir().unwrap();
+    let dir = mixture(work.path());
+    let ids = text(40, Config::load(&dir).unwrap().vocab_size);
+    let mut model = Inference::load(&dir, Precision::F32).unwrap();
+    let space = RouteSpace::of(RouteKind::BigSkip, &model).unwrap();
+    let mut losses = Vec::new();
+    for number in 0..16 {
+        model.set_routes(&space.routes(&space.nth(number))).unwrap();
+        losses.push(measure(&model, &ids, 20).unwrap().losses);
+    }
+    let of = |budget: f64| {
+        let options = OracleOptions { budget: Some(budget), ..options(20) };
+        let (report, tokens) = found(&dir, &ids, options, None, &mut |_, _, _| {}).unwrap();
+        (report.budget.unwrap(), tokens.budget.unwrap(), report)
+    };
+    let levels: Vec<usize> = (0..16).map(|number| level(&space.nth(number))).collect();
+    for budget in [0.0, 0.5, 1.0, 2.25, 4.0] {
+        let (BudgetReport { level, each, mean }, routes, report) = of(budget);
+        assert_eq!((level, each.control, mean.beyond), (budget, None, None));
+        let least = |token: usize| {
+            let within = (0..16).filter(|&number| levels[number] as f64 <= budget);
+            within.map(|number| losses[number][token]).fold(f32::INFINITY, f32::min)
+        };
+        assert!((each.oracle - mean_of((0..38).map(least))).abs() < 1e-9, "{budget}: {each:?}");
+        for (found, routes) in [(each, &routes.each), (mean, &routes.mean)] {
+            assert_eq!(routes.len(), 38);
+            let taken = routes.iter().enumerate().map(|(token, &route)| losses[route as usize][token]);
+            assert!((found.oracle - mean_of(taken)).abs() < 1e-9, "{budget}: {found:?}");
+            let sum: usize = routes.iter().map(|&route| levels[route as usize]).sum();
+            assert!((found.mean_level - sum as f64 / 38.0).abs() < 1e-12 && found.mean_level <= budget);
+        }
+        assert!(routes.each.iter().all(|&route| levels[route as usize] as f64 <= budget));
+        assert!(mean.oracle <= each.oracle && report.any.oracle <= mean.oracle, "{budget}");
+        assert!(!(1.0..4.0).contains(&budget) || mean.oracle < each.oracle, "{budget}");
+        if budget == 0.0 {
+            // No layer for any token is one route.
+            assert_eq!((each.oracle, mean), (report.levels[0].best, each));
+        }
+        if budget == 4.0 {
+            assert_eq!([each.oracle, mean.oracle], [report.any.oracle; 2]);
+        }
+    }
+}
+
 #[test]
 fn experts_are_those_of_the_largest_gates() {
     let work = tempfile::tempdir().unwrap();
@@ -231,6 +376,8 @@ fn what_cannot_be_is_one_line_with_the_help() {
         (OracleOptions { beam: 0, ..good }, 40, ["beam is 0", "1 to 4096"]),
         (OracleOptions { seq: 1 << 20, ..good }, 40, ["seq is 1048576", "max_position"]),
         (OracleOptions { seq: 1, ..good }, 40, ["1", "2"]),
+        (OracleOptions { budget: Some(4.5), ..good }, 40, ["budget is 4.5", "0 to 4, the largest level"]),
+        (OracleOptions { budget: Some(f64::NAN), ..good }, 40, ["budget is NaN", "0 to 4"]),
         (good, 1, ["1 token", ""]),
     ] {
         let error = plan(&model, tokens, &options).unwrap_err().to_string();
@@ -241,10 +388,15 @@ fn what_cannot_be_is_one_line_with_the_help() {
         plan(&dense, 40, &OracleOptions { kind: RouteKind::Experts, ..good }).unwrap_err().to_string();
     assert!(error.contains("a model of experts"), "{error}");
     assert!("skip".parse::<RouteKind>().unwrap_err().to_string().contains("big-skip, big-small or experts"));
+    assert!("own".parse::<RouteContext>().unwrap_err().to_string().contains("same, dense or greedy"));
     // The plan is an upper bound of the work.
     let planned = plan(&model, 40, &OracleOptions { kind: RouteKind::Experts, ..good }).unwrap();
     assert_eq!(
         (planned.all_routes, planned.exact, planned.predicted, planned.passes),
         (Some(625), true, 38, 625)
     );
+    for (context, more) in [(RouteContext::Dense, 1), (RouteContext::Greedy, 1)] {
+        let options = OracleOptions { kind: RouteKind::Experts, context, ..good };
+        assert_eq!(plan(&model, 40, &options).unwrap().passes, planned.passes + more);
+    }
 }

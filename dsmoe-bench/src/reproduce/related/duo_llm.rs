@@ -158,15 +158,8 @@ fn half(lab: &mut Lab<'_, '_>, model: &Model) -> Result<Half> {
     let settings = json!([model.key, inputs.text.key, TOKENS, seq, seed]);
     let (half, _) = lab.stage("oracle", &settings, PASSES * TOKENS as f64, |_| {
         let mut duo = Inference::load(&model.dir, Precision::F32)?;
-        let options = OracleOptions {
-            kind: RouteKind::BigSmall,
-            seq,
-            exact_up_to: 64,
-            beam: 16,
-            control: true,
-            precision: Precision::F32,
-            seed,
-        };
+        let options =
+            OracleOptions { exact_up_to: 64, beam: 16, seed, ..OracleOptions::new(RouteKind::BigSmall, seq) };
         let source = || Ok(Weights::load(&model.dir)?);
         let work = Oracle { model: &mut duo, source: &source, ids: &ids, options, state: None, made_by: "" };
         let (found, _) = oracle::run(work, &mut |_, _, _| {})?;

@@ -1,6 +1,7 @@
 //! Inference on any device: what is checked, and who computes.
 
 mod cache;
+mod context;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
