@@ -169,9 +169,9 @@ mod tests {
     #[test]
     fn budgets_against_brute_force() {
         let mut rng = Rng::new(7, 0);
-        let (tokens, mut exact) = (5, 0);
+        let (tokens, mut exact) = (5u32, 0);
         for case in 0..200 {
-            let count = 2 + case % 3;
+            let count: usize = 2 + case % 3;
             let values: Vec<Vec<f32>> =
                 (0..count).map(|_| (0..tokens).map(|_| 4.0 * rng.uniform()).collect()).collect();
             let losses: Vec<(usize, &[f32])> =
