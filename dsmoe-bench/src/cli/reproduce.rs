@@ -22,7 +22,8 @@ Examples:
   dsmoe reproduce --print-profile quick > mine.toml; dsmoe reproduce --profile mine.toml --seeds 3 --out MINE
   dsmoe reproduce --profile paper-1b --model MODEL --mixture mixture.toml --task-data EVAL --dry-run
   dsmoe reproduce --profile smollm2-135m --model MODEL --data CORPORA --task-data EVAL --budgets 0.375 --out S135
-  dsmoe reproduce --profile related --seeds 1            # papers beside DSMoE and their claims
+  dsmoe reproduce --profile related-brief                # papers beside DSMoE and their claims
+  dsmoe reproduce --profile related --methods lesa       # one of them, as it is recorded
   dsmoe reproduce --profile related-smollm2 --model MODEL --data CORPORA --out DEEP
   dsmoe reproduce --profile small --shard 1/4 --out S1   # and 2/4, 3/4, 4/4 elsewhere; then
   dsmoe reproduce merge S1 S2 S3 S4 --out ALL";
@@ -40,8 +41,8 @@ const WORK: &str = "Work";
 pub(crate) struct Reproduce {
     #[command(subcommand)]
     pub(crate) command: Option<Sub>,
-    /// Profile: quick, small, smollm2-135m, paper-1b, paper-7b, related and related-smollm2 (experiments on other papers), or a
-    /// TOML file
+    /// Profile: quick, small, smollm2-135m, paper-1b, paper-7b, related, related-brief and related-smollm2 (experiments on other
+    /// papers), or a TOML file
     #[arg(long, value_name = "NAME|FILE", default_value = "quick")]
     pub(crate) profile: String,
     /// Print an embedded profile as TOML and stop

@@ -25,13 +25,14 @@ use crate::files;
 pub(crate) const WORLD_TOKEN: u32 = 0;
 
 /// The embedded profiles by their names.
-const EMBEDDED: [(&str, &str); 7] = [
+const EMBEDDED: [(&str, &str); 8] = [
     ("quick", include_str!("profiles/quick.toml")),
     ("small", include_str!("profiles/small.toml")),
     ("paper-1b", include_str!("profiles/paper-1b.toml")),
     ("paper-7b", include_str!("profiles/paper-7b.toml")),
     ("smollm2-135m", include_str!("profiles/smollm2-135m.toml")),
     ("related", include_str!("profiles/related.toml")),
+    ("related-brief", include_str!("profiles/related-brief.toml")),
     ("related-smollm2", include_str!("profiles/related-smollm2.toml")),
 ];
 

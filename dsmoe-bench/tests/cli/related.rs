@@ -184,6 +184,18 @@ fn the_plan_counts_the_stages() {
     assert!(!path("related/plan").exists());
 }
 
+/// The brief profile leaves no experiment out: it is of one seed, on less text and with a smaller model.
+#[test]
+fn the_brief_profile_has_the_stages_of_a_seed_at_a_fraction_of_the_work() {
+    let plan = |name: &str| json_of(&format!("reproduce --profile {name} --dry-run --quiet"));
+    let (brief, whole) = (plan("related-brief"), plan("related"));
+    assert_eq!(brief["profile"]["experiments"], whole["profile"]["experiments"]);
+    assert_eq!((brief["profile"]["seeds"].as_u64(), whole["profile"]["seeds"].as_u64()), (Some(1), Some(3)));
+    assert_eq!(3 * brief["stages"].as_u64().unwrap(), whole["stages"].as_u64().unwrap());
+    let (ours, all) = (number(&brief["flops"]), number(&whole["flops"]));
+    assert!(ours < all / 50.0, "{ours} of {all}");
+}
+
 #[test]
 fn a_killed_run_ends_as_a_whole_one() {
     whole();

@@ -398,9 +398,13 @@ fn what_cannot_be_done_is_told_before_anything_is() {
 
 #[test]
 fn profiles_are_printed_as_they_can_be_used() {
-    for (name, given) in
-        [("quick", "--only table1"), ("small", "--only table1"), ("paper-1b", ""), ("paper-7b", "")]
-    {
+    for (name, given) in [
+        ("quick", "--only table1"),
+        ("small", "--only table1"),
+        ("paper-1b", ""),
+        ("paper-7b", ""),
+        ("related-brief", ""),
+    ] {
         let file = format!("reproduce/printed-{name}.toml");
         write(&file, succeeds(&format!("reproduce --print-profile {name}")));
         let plan = json_of(&format!("reproduce --profile {file} --dry-run {given}"));

@@ -250,6 +250,7 @@ mod tests {
         let of = |name| Definition::load(name, &ALL).unwrap().unwrap().experiments;
         let known: Vec<&str> = ALL.iter().map(|experiment| experiment.name).collect();
         assert_eq!([of("related"), of("related-smollm2")].concat(), known);
+        assert_eq!(of("related-brief"), of("related"));
         assert!(Definition::load("quick", &ALL).unwrap().is_none());
     }
 }
