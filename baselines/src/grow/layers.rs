@@ -5,13 +5,17 @@ use crate::error::{Error, Result};
 
 /// Returns the layers of the model that the options ask for, of a source of `old` layers.
 pub(super) fn choose(old: usize, options: &GrowOptions) -> Result<Vec<NewLayer>> {
-    let more = match options.layers.checked_sub(old) {
-        Some(more) if more > 0 => more,
-        _ => {
-            let problem = format!("is {}, and the model has {old}", options.layers);
-            return Err(Error::setting("layers", problem, format!("use {} or more", old + 1)));
-        }
+    let Some(more) = options.layers.checked_sub(old) else {
+        let problem = format!("is {}, and the model has {old}", options.layers);
+        return Err(Error::setting("layers", problem, format!("use {old} to copy it, or more")));
     };
+    if more == 0 {
+        if let Fill::Gaps(gaps) = &options.fill {
+            let problem = format!("names {} gaps, and no layer is to be added", gaps.len());
+            return Err(Error::setting("fill", problem, "leave it out"));
+        }
+        return Ok((0..old).map(NewLayer::Old).collect());
+    }
     if options.method == GrowMethod::Stack {
         return stacked(old, options.layers);
     }

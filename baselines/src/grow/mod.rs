@@ -68,7 +68,8 @@ pub fn plan_growth(model: &Path, options: &GrowOptions) -> Result<GrowPlan> {
     Ok(GrowPlan { layers, source_params, params, source_layers: config.num_layers, grown })
 }
 
-/// Makes the deeper model of the one in `model` in the new directory `out`, which appears when it is complete.
+/// Makes the deeper model of the one in `model` in the new directory `out`, which appears when it is complete. As many layers as
+/// there are make a copy, whatever the method.
 ///
 /// # Errors
 /// Those of [`plan_growth`]; a file cannot be read, a weight is not finite, `out` is not empty, or the file system refuses.
@@ -97,7 +98,9 @@ pub fn grow_from(
     let output = write::Output::create(model, out, options.force)?;
     let stream = LayerStream::open(model, &[])?;
     let (predicted, fits) = match options.method {
-        GrowMethod::Lesa => predict::predict(&stream, &plan.layers, (options, partial), progress)?,
+        GrowMethod::Lesa if !plan.is_unchanged() => {
+            predict::predict(&stream, &plan.layers, (options, partial), progress)?
+        }
         _ => Default::default(),
     };
     output.write(&stream, &plan, (options, predicted), progress)?;

@@ -69,7 +69,7 @@ read_words!(GrownNorms, "norms", "parents" => Parents, "first" => First);
 /// Options of growing.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GrowOptions {
-    /// Layers of the result.
+    /// Layers of the result; as many as the model has make a copy of it.
     pub layers: usize,
     /// The gaps that get a new layer.
     pub fill: Fill,
@@ -179,4 +179,11 @@ pub struct GrowPlan {
     /// Layers of the source.
     pub source_layers: usize,
     pub(super) grown: Config,
+}
+
+impl GrowPlan {
+    /// Reports whether no layer is added: the result is a copy of the source.
+    pub fn is_unchanged(&self) -> bool {
+        self.layers.len() == self.source_layers
+    }
 }

@@ -155,6 +155,32 @@ fn layers_are_in_order_and_old_ones_unchanged() {
     }
 }
 
+#[test]
+fn as_many_layers_as_there_are_are_a_copy() {
+    let work = tempfile::tempdir().unwrap();
+    let dense = tiny(work.path());
+    let source = Model::load(&dense).unwrap();
+    for method in [
+        GrowMethod::Lesa,
+        GrowMethod::Copy,
+        GrowMethod::Average,
+        GrowMethod::Identity,
+        GrowMethod::Random,
+        GrowMethod::Stack,
+    ] {
+        let options = GrowOptions { method, ..GrowOptions::new(4) };
+        let out = work.path().join(format!("{method:?}"));
+        let grown = grow(&dense, &out, &options, &mut |_| {}).unwrap();
+        assert!(grown.plan.is_unchanged() && grown.fits.is_empty(), "{method:?}: {grown:?}");
+        assert_eq!(grown.plan.layers, [0, 1, 2, 3].map(NewLayer::Old), "{method:?}");
+        assert_eq!(grown.plan.params, grown.plan.source_params, "{method:?}");
+        let copy = Model::load(&out).unwrap();
+        assert_eq!(copy.config(), source.config(), "{method:?}");
+        assert!(copy.params() == source.params(), "{method:?}");
+    }
+    assert!(!plan_growth(&dense, &GrowOptions::new(5)).unwrap().is_unchanged());
+}
+
 fn logits_f32(model: &Model, ids: &[u32]) -> Vec<f32> {
     logits(model, ids).into_iter().map(|z| z as f32).collect()
 }
@@ -243,7 +269,7 @@ fn wrong_requests_are_refused() {
         let error = plan_growth(&dense, &options).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     };
-    refused(GrowOptions::new(4), "layers: is 4, and the model has 4; use 5 or more");
+    refused(GrowOptions::new(3), "layers: is 3, and the model has 4; use 4 to copy it, or more");
     refused(GrowOptions::new(8), "layers: is 8, and 4 layers have 3 gaps; use at most 7");
     refused(GrowOptions { epochs: 0, ..GrowOptions::new(5) }, "epochs: is 0");
     refused(GrowOptions { penalty: f64::NAN, ..GrowOptions::new(5) }, "penalty: is NaN");
@@ -251,6 +277,10 @@ fn wrong_requests_are_refused() {
     let of = |text: &str| GrowOptions { fill: text.parse().unwrap(), ..GrowOptions::new(5) };
     refused(of("3-4"), "names the gap 3-4, and the last layer is 3");
     refused(of("0-1,1-2"), "names 2 gaps, and 1 layers are to be added");
+    refused(
+        GrowOptions { layers: 4, ..of("0-1") },
+        "names 1 gaps, and no layer is to be added; leave it out",
+    );
     for text in ["", "1-3", "a", "2", "18446744073709551615-0"] {
         let error = text.parse::<Fill>().unwrap_err().to_string();
         assert!(error.contains("pairs of neighbouring layers"), "{error}");

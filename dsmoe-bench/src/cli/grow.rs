@@ -18,7 +18,7 @@ Examples:
 pub(crate) struct Grow {
     /// Dense model: a Hugging Face directory or a GGUF file
     pub(crate) model: PathBuf,
-    /// Layers of the result
+    /// Layers of the result; as many as the model has make a copy
     #[arg(long, value_name = "N")]
     pub(crate) layers: usize,
     /// Where new layers come from: lesa predicts them from both neighbours, copy takes the lower one, average the mean of

@@ -28,6 +28,8 @@ struct Report<'a> {
     seed: u64,
     layers: usize,
     source_layers: usize,
+    /// No layer is added: the result is a copy.
+    unchanged: bool,
     /// Where each layer comes from.
     origins: Vec<NewLayer>,
     /// Numbers of the new layers in the result.
@@ -85,6 +87,7 @@ pub(crate) fn run(args: &Grow, ui: &mut Ui) -> Result<()> {
         method: args.method,
         seed: args.seed,
         layers: plan.layers.len(),
+        unchanged: plan.is_unchanged(),
         source_layers: plan.source_layers,
         new_layers: new_layers.collect(),
         origins: plan.layers,
@@ -138,12 +141,13 @@ fn show(report: &Report<'_>) -> String {
         format::count(report.params),
         format::count(report.source_params),
     );
-    match report.new_layers.is_empty() {
-        true => {
-            let sources: Vec<usize> = report.origins.iter().map(NewLayer::source).collect();
-            text += &format!("  layers of the source: {}\n", list(&sources));
-        }
-        false => text += &format!("  new layers: {}\n", list(&report.new_layers)),
+    if report.unchanged {
+        text += "  new layers: none, a copy of the model\n";
+    } else if report.new_layers.is_empty() {
+        let sources: Vec<usize> = report.origins.iter().map(NewLayer::source).collect();
+        text += &format!("  layers of the source: {}\n", list(&sources));
+    } else {
+        text += &format!("  new layers: {}\n", list(&report.new_layers));
     }
     if report.out.is_some() {
         text += &format!("  time: {}\n", format::duration(report.seconds));

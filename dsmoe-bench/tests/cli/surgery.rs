@@ -7,8 +7,8 @@ use std::time::Instant;
 use serde_json::json;
 
 use crate::common::{
-    agrees, fails, json_of, killed_after, kills_change_no_byte, number, on_text, path, spawn, succeeds,
-    wait_until,
+    agrees, fails, json_of, killed_after, kills_change_no_byte, number, on_text, path, shows, spawn,
+    succeeds, wait_until,
 };
 
 fn calib() -> String {
@@ -212,6 +212,25 @@ fn growth_by_networks_continues_where_it_was_killed() {
     fails(&format!("{other} --penalty 0.1 --resume"), &["grow-other/model.partial", "leave --resume out"]);
     succeeds("grow grow-source --layers 5 --epochs 1 --quiet --out grow-other/model");
     assert!(!path("grow-other/model.partial").exists());
+}
+
+/// No layer is added, by no method: the model of two layers is too small for lesa to add any.
+#[test]
+fn as_many_layers_as_there_are_are_a_copy() {
+    let same = json!({ "layers": 2, "source_layers": 2, "unchanged": true, "new_layers": [] });
+    agrees(&json_of("grow dense --layers 2 --dry-run"), &same);
+    for rest in ["--method stack", "--method lesa", "--resume"] {
+        let line = format!("grow dense --layers 2 --force --out grow-same {rest}");
+        let made = json_of(&line);
+        agrees(&made, &same);
+        assert_eq!(made["params"], made["source_params"]);
+        shows(&succeeds(&line), &["2 layers of 2", "new layers: none, a copy of the model"]);
+        assert!(!path("grow-same.partial").exists());
+        let loss = |model: &str| json_of(&format!("eval {model} {}", on_text()))["nll"].clone();
+        assert_eq!(loss("grow-same"), loss("dense"));
+    }
+    fails("grow dense --layers 2 --fill 0-1 --out grow-none", &["fill", "no layer is to be added"]);
+    fails("grow dense --layers 1 --out grow-none", &["layers: is 1", "use 2 to copy it, or more"]);
 }
 
 #[test]
