@@ -131,6 +131,44 @@ fn a_tolerance_decides_what_a_search_skips() {
 }
 
 #[test]
+fn a_tolerance_of_1_skips_nothing_and_an_infinite_one_keeps_the_least_of_every_site() {
+    let work = tempfile::tempdir().unwrap();
+    let source = dense(work.path());
+    let text = tokens(4, 32);
+    let run = |tolerance: &str| {
+        let set = format!("tolerance={tolerance}");
+        let set = ["choose=search", &set[..]];
+        let (run, out) = (Run::new(METHOD, &set, 1.0, &text), work.path().join(tolerance));
+        let made = run.run(&source, &out).unwrap();
+        let method = configured(METHOD, &set).unwrap();
+        let planned = method.plan(&Config::load(&source).unwrap(), run.budget).unwrap();
+        // A record of the settings gives the method again.
+        let resolved = method.resolved();
+        assert_eq!(
+            dsmoe_baselines::method(METHOD).unwrap().configure(&resolved).unwrap().resolved(),
+            resolved
+        );
+        (out, made, planned)
+    };
+    let (out, made, planned) = run("1");
+    assert_eq!((made.plan.activated, &made.plan.reached_by[..]), (made.plan.total, "nothing skipped"));
+    assert_eq!(planned.reached_by, made.plan.reached_by);
+    assert_eq!(logits(&loaded(&out), &text[0]), logits(&loaded(&source), &text[0]));
+    assert_eq!(decoded(&loaded(&out), &text[1]), decoded(&loaded(&source), &text[1]));
+
+    let (out, made, planned) = run("infinite");
+    assert!(planned.reached_by.contains("tolerance infinite"), "{planned:?}");
+    assert!(made.plan.reached_by.contains("tolerance infinite"), "{made:?}");
+    // The least share is 0.1 in the mean of the tokens' quantiles, and about that of the tokens.
+    assert_eq!(made.measured.len(), 4);
+    assert!(made.measured.iter().all(|(_, share)| (0.01..0.3).contains(share)), "{made:?}");
+    // No loss of this model is so many times another: such a bound passes everything, too.
+    let (large, ..) = run("1000000000");
+    let config = |dir: &Path| std::fs::read_to_string(dir.join("config.json")).unwrap();
+    assert_eq!(config(&out), config(&large));
+}
+
+#[test]
 fn the_whole_budget_skips_nothing() {
     let work = tempfile::tempdir().unwrap();
     let (source, out) = (dense(work.path()), work.path().join("all"));
@@ -314,7 +352,9 @@ fn what_cannot_be_done_is_refused_in_one_line() {
         ("choose=best", "choose: cannot be"),
         ("candidates=exp", "are for search alone"),
         ("tolerance=1.01", "is for search alone"),
-        ("tolerance=1", "tolerance: cannot be"),
+        ("tolerance=1", "is for search alone"),
+        ("tolerance=0.999", "tolerance: cannot be 0.999; Loss after a site"),
+        ("tolerance=-infinite", "tolerance: cannot be"),
         ("tolerance=low", "tolerance: cannot be"),
     ] {
         let error = configured(METHOD, &[set]).err().expect(set).to_string();
