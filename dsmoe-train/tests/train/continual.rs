@@ -83,6 +83,15 @@ fn one_task_of_plain_steps_is_a_run() {
             ContinualOptions { train: settings(&[setting]), ..options(&bed, "row", method(r#"{"rho": 0}"#)) };
         learn(&options, &[task("one", 20, &text(1))], &mut |_| true).unwrap();
         assert_eq!(weights(&bed.path("run")), weights(&after(&bed, "row", "01-one")), "experts: {experts}");
+        // Pruning that leaves every weight is none.
+        for when in ["during", "end"] {
+            let whole = format!(r#"{{"rho": 0, "prune": "magnitude", "density": 1.0, "when": "{when}"}}"#);
+            let dense = ContinualOptions { out: bed.path(when), method: method(&whole), ..options.clone() };
+            let report = learn(&dense, &[task("one", 20, &text(1))], &mut |_| true).unwrap();
+            assert_eq!(weights(&bed.path("run")), weights(&after(&bed, when, "01-one")), "{when}: {experts}");
+            let [learnt] = &report.learnt[..] else { panic!("{report:?}") };
+            assert_eq!((learnt.density, learnt.jump), (1.0, (when == "end").then_some(0.0)));
+        }
         let uphill = ContinualOptions { out: bed.path("uphill"), method: method("{}"), ..options };
         learn(&uphill, &[task("one", 20, &text(1))], &mut |_| true).unwrap();
         assert_ne!(weights(&bed.path("run")), weights(&after(&bed, "uphill", "01-one")));
