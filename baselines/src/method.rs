@@ -182,6 +182,8 @@ pub struct Plan {
     pub unchanged: bool,
     /// The share of experts to be active that training has to reach.
     pub active_target: Option<f64>,
+    /// What the user should know of the way in which the model is made, each in one line.
+    pub notices: Vec<String>,
 }
 
 impl Plan {

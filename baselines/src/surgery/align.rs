@@ -17,6 +17,17 @@ use crate::method::Progress;
 /// The widest expert whose order is found exactly, in time that grows with the cube of its width.
 const EXACT: usize = 512;
 
+/// Says that orders are not the best ones, where experts of these layers are merged and are too wide for that. `widths` are the
+/// neurons of an expert of each layer.
+pub(super) fn notice(widths: &[usize], layers: &[LayerSurgery]) -> Option<String> {
+    let merges = |layer: &LayerSurgery| layer.experts.iter().any(|expert| expert.parts.len() > 1);
+    let merged = widths.iter().zip(layers).filter(|(_, layer)| merges(layer));
+    let widest = merged.map(|(&width, _)| width).max().filter(|&width| width > EXACT)?;
+    Some(format!(
+        "neurons are matched greedily, since experts of {widest} are wider than {EXACT}; the order may not be the best one"
+    ))
+}
+
 /// Orders the neurons of all parts of new experts as those of the first part. Returns the number of parts whose neurons moved.
 pub(super) fn align(
     model: &Path,

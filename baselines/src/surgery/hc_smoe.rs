@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::budget::Held;
 use super::linkage::{Linkage, agglomerate};
 use super::{
-    Allocation, Seen, Survey, align, entropy, groups_of, made, mixture, plan, shares, survey, write,
+    Allocation, Seen, Survey, align, aligned, entropy, groups_of, made, mixture, plan, shares, survey, write,
 };
 use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Counts, Job, Made, Plan, Progress, Source};
@@ -201,7 +201,8 @@ impl HcSmoe {
     fn planned(&self, config: &Config, layers: &[LayerSurgery]) -> Result<Plan> {
         let (held, all) = (layers.iter().map(|layer| layer.experts.len()), &mixture(config)?.experts);
         let reached_by = format!("{} of {} experts", held.sum::<usize>(), all.iter().sum::<usize>());
-        plan(config, layers, self.top_k(config, layers)?, reached_by)
+        let plan = plan(config, layers, self.top_k(config, layers)?, reached_by)?;
+        aligned(plan, config, layers, self.0.alignment)
     }
 
     /// Returns the distances of the experts of a layer.

@@ -27,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::method::{Job, Made, Plan, Progress};
 use crate::states::States;
 use crate::topk;
+use hc_smoe::Alignment;
 pub(crate) use hc_smoe::HC_SMOE;
 use parts::Parts;
 pub(crate) use seer::SEER_MOE;
@@ -84,6 +85,8 @@ struct Shape {
     experts: Vec<usize>,
     /// Experts of layers that all tokens run: a core, or residual ones.
     always: Vec<usize>,
+    /// Neurons of an expert of each layer.
+    widths: Vec<usize>,
     /// Parameters of an expert of each layer.
     sizes: Vec<usize>,
     /// Parameters of the gate of an expert.
@@ -106,6 +109,7 @@ fn shape(config: &Config) -> Result<Shape> {
         return Ok(Shape {
             experts: spec.experts.clone(),
             always: vec![0; layers],
+            widths: vec![spec.width; layers],
             sizes: vec![3 * config.hidden * spec.width; layers],
             gate: config.hidden,
             top_k: Some(spec.top_k),
@@ -129,10 +133,12 @@ fn shape(config: &Config) -> Result<Shape> {
     };
     // A neuron has a row in each projection, and a bias in two of them.
     let neuron = 3 * config.hidden + if config.architecture.mlp_bias { 2 } else { 0 };
+    let widths: Vec<usize> = config.layers().map(|layer| layer.intermediate / blocks).collect();
     Ok(Shape {
         experts: always.iter().map(|always| blocks - always).collect(),
         always,
-        sizes: config.layers().map(|layer| neuron * (layer.intermediate / blocks)).collect(),
+        sizes: widths.iter().map(|width| neuron * width).collect(),
+        widths,
         gate,
         top_k,
         is_mixture: false,
@@ -221,6 +227,15 @@ fn plan(config: &Config, layers: &[LayerSurgery], top_k: Option<usize>, reached_
         settings,
         ..Plan::default()
     })
+}
+
+/// Returns the plan with what is to be said about the order of neurons, if that of merged experts is looked for.
+fn aligned(plan: Plan, config: &Config, layers: &[LayerSurgery], alignment: Alignment) -> Result<Plan> {
+    let notice = match alignment {
+        Alignment::Weights => align::notice(&shape(config)?.widths, layers),
+        Alignment::None => None,
+    };
+    Ok(Plan { notices: notice.into_iter().collect(), ..plan })
 }
 
 /// Writes the model of a job.

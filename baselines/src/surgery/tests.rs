@@ -261,8 +261,13 @@ fn neurons_in_another_order_are_found() {
 
 /// babyllama-1m in eight experts, two of which run.
 fn upcycled() -> Config {
+    upcycled_to(352)
+}
+
+/// The same with experts of so many neurons.
+fn upcycled_to(width: usize) -> Config {
     let json = json!({
-        "model_type": "mixtral", "vocab_size": 361, "hidden_size": 128, "intermediate_size": 352,
+        "model_type": "mixtral", "vocab_size": 361, "hidden_size": 128, "intermediate_size": width,
         "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512,
         "num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": true,
     });
@@ -405,6 +410,25 @@ fn plans_count_held_parameters_and_name_what_they_do() {
         method("hc-smoe").unwrap().configure(&read_settings(["linkage=ward", "distance=cosine"]).unwrap());
     assert!(error.err().unwrap().to_string().contains("linkage: cannot be ward"));
     assert_eq!(first_clusters(4, 2).router, RouterRule::Map);
+}
+
+#[test]
+fn orders_that_may_not_be_the_best_are_told() {
+    let plan = |width: usize, name: &str, set: &[&str], share: f64| {
+        let settings = read_settings(set.iter().copied()).unwrap();
+        let method = method(name).unwrap().configure(&settings).unwrap();
+        method.plan(&upcycled_to(width), Budget::Share(share)).unwrap().notices
+    };
+    let aligned: &[&str] = &["alignment=weights"];
+    for (name, set) in [("hc-smoe", aligned), ("uncurl", &[])] {
+        let told = plan(1024, name, set, 0.53);
+        assert!(told.len() == 1 && told[0].contains("experts of 1024 are wider than 512"), "{told:?}");
+        assert!(plan(512, name, set, 0.53).is_empty());
+        // Nothing is merged.
+        assert!(plan(1024, name, set, 1.0).is_empty());
+    }
+    assert!(plan(1024, "hc-smoe", &[], 0.53).is_empty());
+    assert!(plan(1024, "uncurl", &["alignment=none"], 0.53).is_empty());
 }
 
 /// Writes a random dense model of four layers and its mixture of four experts.

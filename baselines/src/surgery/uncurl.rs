@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::budget::Held;
 use super::hc_smoe::{Alignment, first_clusters, most_used_first};
-use super::{Gates, Survey, align, entropy, groups_of, made, plan, shape, spectral, survey, write};
+use super::{Gates, Survey, align, aligned, entropy, groups_of, made, plan, shape, spectral, survey, write};
 use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Counts, Job, Made, Plan, Progress, Source};
 use crate::settings::{Entry, SettingValues, Settings as _, settings};
@@ -128,7 +128,8 @@ impl Uncurl {
     fn planned(&self, config: &Config, layers: &[LayerSurgery]) -> Result<Plan> {
         let (held, all) = (layers.iter().map(|layer| layer.experts.len()), shape(config)?.experts);
         let reached_by = format!("{} of {} experts", held.sum::<usize>(), all.iter().sum::<usize>());
-        plan(config, layers, self.top_k(config, layers)?, reached_by)
+        let plan = plan(config, layers, self.top_k(config, layers)?, reached_by)?;
+        aligned(plan, config, layers, self.0.alignment)
     }
 }
 

@@ -57,6 +57,9 @@ struct Report<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     calibration: Option<CalibrationReport<'a>>,
     measured: BTreeMap<String, f64>,
+    /// What was said about the way in which the model is made.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    notices: Vec<String>,
     seconds: f64,
 }
 
@@ -69,6 +72,7 @@ pub(crate) fn run(args: &Prune, comm: &Arc<dyn Communicator>, ui: &mut Ui) -> Re
     let source = Accounting::of(&config);
     let asked = args.budget.of(method)?;
     let plan = configured.plan(&config, asked)?;
+    plan.notices.iter().for_each(|notice| ui.note(format_args!("note: {notice}")));
     if args.resume && !configured.continues() {
         bail!("--resume: --method {} does not continue with these settings; leave it out", args.method);
     }
@@ -115,6 +119,7 @@ pub(crate) fn run(args: &Prune, comm: &Arc<dyn Communicator>, ui: &mut Ui) -> Re
             .needs_calibration()
             .then(|| CalibrationReport::new(&args.calibration, &config)),
         measured: measured.into_iter().collect(),
+        notices: plan.notices,
         seconds: started.elapsed().as_secs_f64(),
     };
     ui.result(&report, show)

@@ -7,8 +7,8 @@ use std::time::Instant;
 use serde_json::json;
 
 use crate::common::{
-    agrees, fails, json_of, killed_after, kills_change_no_byte, number, on_text, path, shows, spawn,
-    succeeds, wait_until,
+    agrees, config, fails, json_of, killed_after, kills_change_no_byte, list, number, on_text, path, run,
+    shows, spawn, succeeds, wait_until, write,
 };
 
 fn calib() -> String {
@@ -212,6 +212,25 @@ fn growth_by_networks_continues_where_it_was_killed() {
     fails(&format!("{other} --penalty 0.1 --resume"), &["grow-other/model.partial", "leave --resume out"]);
     succeeds("grow grow-source --layers 5 --epochs 1 --quiet --out grow-other/model");
     assert!(!path("grow-other/model.partial").exists());
+}
+
+#[test]
+fn an_order_of_neurons_that_may_not_be_the_best_is_told() {
+    let mut wide = config();
+    wide["intermediate_size"] = json!(640);
+    write("surgery-wide.json", wide.to_string());
+    succeeds("init --config surgery-wide.json --tokenizer tokenizer.json --out surgery-wide-dense");
+    succeeds("convert surgery-wide-dense --as mixtral --experts 4 --top-k 2 --seed 3 --out surgery-wide");
+    let line = format!("prune surgery-wide --method uncurl --budget 70% {}", calib());
+    for rest in ["--dry-run", "--out surgery-wide-merged"] {
+        let told = run(&format!("{line} {rest} --json"));
+        assert_eq!(told.code, 0, "{}", told.stderr);
+        shows(&told.stderr, &["note: neurons are matched greedily, since experts of 640 are wider than 512"]);
+        let notices = &told.json()["notices"];
+        assert!(list(notices).len() == 1 && told.stderr.contains(notices[0].as_str().unwrap()), "{notices}");
+    }
+    let told = run(&format!("{line} --set alignment=none --dry-run --json"));
+    assert!(told.code == 0 && told.json().get("notices").is_none(), "{}", told.stderr);
 }
 
 /// No layer is added, by no method: the model of two layers is too small for lesa to add any.
