@@ -1,9 +1,11 @@
 //! Models and tokenizers of directories, loaded with the checks that every command makes.
 
+use std::fs;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use dsmoe_core::accounting::Accounting;
+use dsmoe_core::checkpoint::Checkpoint;
 use dsmoe_core::config::Config;
 use dsmoe_core::{Device, Inference, Model, gguf};
 use dsmoe_datasets::{Tokenizer, TokenizerFiles};
@@ -76,6 +78,15 @@ pub(crate) fn load_inference(
         model.set_active(active)?;
     }
     Ok(model)
+}
+
+/// Returns the bytes of a model's weight files, headers included.
+pub(crate) fn file_bytes(checkpoint: &Checkpoint) -> Result<u64> {
+    let mut bytes = 0;
+    for file in checkpoint.files() {
+        bytes += fs::metadata(file).with_context(|| file.display().to_string())?.len();
+    }
+    Ok(bytes)
 }
 
 /// Refuses a model whose weights do not fit into memory.

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use dsmoe_core::Masks;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Checkpoint, TensorView, check_llama_tensors, is_router, open_model};
 use dsmoe_core::config::{Config, LayerShape, MoeConfig};
+use dsmoe_kernels::Precision;
 use dsmoe_train::eval::UsedShares;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -15,6 +16,7 @@ use crate::cli::model::Inspect;
 use crate::evaluation::used_weights;
 use crate::files::lossy;
 use crate::format::{self, Table};
+use crate::models::file_bytes;
 use crate::ui::Ui;
 
 /// The default context length.
@@ -57,6 +59,7 @@ struct InspectReport {
     tensors: usize,
     /// Bytes of the weight files, headers included.
     bytes: u64,
+    weight_bytes: InMemory,
     params_total: u64,
     params_non_ffn: u64,
     params_embedding: u64,
@@ -68,6 +71,13 @@ struct InspectReport {
     /// Lists keys of config.json that have no effect or that may be mistakes.
     notices: Vec<String>,
     layers: Vec<Layer>,
+}
+
+/// Least bytes of the weights in memory, by precision. Padding comes on top, which `eval` counts.
+#[derive(Debug, Serialize)]
+struct InMemory {
+    f32: u64,
+    bf16: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -141,10 +151,7 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
     let accounting = masks.as_ref().map_or(accounting, |masks| accounting.with_masks(masks));
     let active = active_experts(args, &config)?;
     let context = args.context.unwrap_or(CONTEXT.min(config.max_position));
-    let mut bytes = 0;
-    for file in checkpoint.files() {
-        bytes += std::fs::metadata(file).with_context(|| format!("{}", file.display()))?.len();
-    }
+    let in_memory = |precision: Precision| precision.bytes() as u64 * accounting.total;
     let layers = layers(&config, &checkpoint, masks.as_ref());
     let (rope, window_rope) = (&config.architecture.ropes[0], config.architecture.ropes.get(1));
     let report = InspectReport {
@@ -193,7 +200,8 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
         ),
         shards: checkpoint.files().count(),
         tensors: checkpoint.names().count(),
-        bytes,
+        bytes: file_bytes(&checkpoint)?,
+        weight_bytes: InMemory { f32: in_memory(Precision::F32), bf16: in_memory(Precision::Bf16) },
         params_total: accounting.total,
         params_non_ffn: accounting.non_ffn,
         params_embedding: accounting.embedding,
@@ -426,6 +434,9 @@ fn show(report: &InspectReport) -> String {
             report.dtype
         ),
     ));
+    let InMemory { f32, bf16 } = report.weight_bytes;
+    let [f32, bf16] = [f32, bf16].map(format::bytes);
+    fields.push(("memory", format!("{f32} of weights in f32, {bf16} in bf16, and padding")));
     fields.push((
         "parameters",
         format!(

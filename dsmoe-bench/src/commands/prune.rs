@@ -10,7 +10,7 @@ use dsmoe_baselines::{
     Budget, Configured, Counts, Job, Made, Partial, SettingValues, Source, method, read_settings,
 };
 use dsmoe_core::accounting::Accounting;
-use dsmoe_core::checkpoint::open_model;
+use dsmoe_core::checkpoint::{Checkpoint, open_model};
 use dsmoe_core::config::Config;
 use dsmoe_kernels::comm::Communicator;
 use dsmoe_train::identity_of;
@@ -20,7 +20,7 @@ use crate::calibration::{self, CalibrationReport, Stages};
 use crate::cli::prune::Prune;
 use crate::files::{check_output, lossy};
 use crate::format;
-use crate::models::show_config_notices;
+use crate::models::{file_bytes, show_config_notices};
 use crate::processes::check_alike;
 use crate::ui::Ui;
 
@@ -45,6 +45,11 @@ struct Report<'a> {
     source_activated: Option<f64>,
     params_total: f64,
     params_activated: f64,
+    /// Bytes of the weight files, headers included, of the result and of the source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source_bytes: Option<u64>,
     /// Parameters that are counted over those asked for.
     reached: f64,
     reached_by: String,
@@ -92,6 +97,9 @@ pub(crate) fn run(args: &Prune, comm: &Arc<dyn Communicator>, ui: &mut Ui) -> Re
             (plan, Vec::new())
         }
     };
+    // The process that writes the result sees it.
+    let written = out.filter(|_| comm.rank() == 0);
+    let stored = |model: &Path| file_bytes(&Checkpoint::open(model)?);
     let budget = asked.params(source.total);
     let (counts, is_dense) = (method.counts(), method.source() == Source::Dense);
     let counted = match counts {
@@ -109,6 +117,8 @@ pub(crate) fn run(args: &Prune, comm: &Arc<dyn Communicator>, ui: &mut Ui) -> Re
         source_activated: (!is_dense).then(|| source.activated(source.num_experts)),
         params_total: plan.total,
         params_activated: plan.activated,
+        bytes: written.map(stored).transpose()?,
+        source_bytes: written.map(|_| stored(&args.model)).transpose()?,
         reached: counted / budget,
         reached_by: plan.reached_by,
         resolved: plan.settings.into_iter().collect(),
@@ -212,6 +222,9 @@ fn show(report: &Report<'_>) -> String {
             format::percent(report.params_activated / dense.unwrap_or(1) as f64),
         ),
     };
+    if let (Some(now), Some(before)) = (report.bytes, report.source_bytes) {
+        text += &format!("  weights on disk: {}, {} before\n", format::bytes(now), format::bytes(before));
+    }
     for (name, value) in &report.resolved {
         text += &format!("  {name}: {value}\n");
     }

@@ -123,7 +123,7 @@ fn init_and_inspect() {
     agrees(&all, &json!({ "model_type": "dsmoe", "experts": { "num_experts": 4, "expert_width": 16 } }));
     assert_eq!(number(&all["params_activated"]) - number(&half["params_activated"]), 6144.0);
     assert!(number(&half["flops_per_token"]) < number(&dense["flops_per_token"]));
-    shows(&succeeds("inspect moe"), &["4 of width 16", "parameters"]);
+    shows(&succeeds("inspect moe"), &["4 of width 16", "parameters", "of weights in f32"]);
 
     let presets = json_of("init --list");
     let names = texts(&presets["presets"], "name");
@@ -176,9 +176,15 @@ fn eval_reports_the_whole_protocol() {
     agrees(&none, &json!({ "active_ratio": 0.0, "zero_active_share": 1.0 }));
     assert!(number(&none["params_activated"]) < number(&all["params_activated"]));
     // Held parameters beside those that a token uses, and the bytes that they take in memory.
-    assert_eq!(all["params_total"], json_of("inspect moe")["params_total"]);
+    let seen = json_of("inspect moe");
+    assert_eq!(all["params_total"], seen["params_total"]);
     let bytes = |precision: &str| number(&eval(&format!("moe --dtype {precision}"))["weight_bytes"]);
     assert!(bytes("f32") >= 4.0 * number(&all["params_total"]) && bytes("bf16") < bytes("f32"));
+    let least = |precision: &str| number(&seen["weight_bytes"][precision]);
+    assert_eq!((least("f32"), least("bf16")), (2.0 * least("bf16"), 2.0 * number(&all["params_total"])));
+    for precision in ["f32", "bf16"] {
+        assert!((least(precision)..1.5 * least(precision)).contains(&bytes(precision)), "{precision}");
+    }
     assert_eq!(eval("dense --stride 16")["predicted"], 999);
     let human = succeeds("eval moe --data text.txt --limit-tokens 500");
     shows(&human, &["perplexity", "active share", "activated of", "in memory"]);

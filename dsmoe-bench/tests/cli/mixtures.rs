@@ -77,11 +77,17 @@ fn experts_are_merged_and_dropped_and_the_model_serves_on() {
         assert_eq!((&planned["params_total"], &planned["budget"]), (&made["params_total"], &made["budget"]));
         let share = number(&made["params_total"]) / held;
         assert!((0.5..0.7).contains(&share), "{method}: {share}");
+        // Merged experts are stored once.
+        assert_eq!(made["source_bytes"], json_of("inspect many")["bytes"]);
+        let stored = number(&made["bytes"]) / number(&made["source_bytes"]);
+        assert!((stored - share).abs() < 0.05, "{method}: {stored} of the bytes, {share} of the parameters");
         // Experts of one function: what is left of them is that function.
         assert!((nll("fewer") - before).abs() < 1e-5, "{method} {set}");
         succeeds("generate fewer --prompt Once --max-tokens 4 --temperature 0");
         let text = succeeds(&format!("{line} --dry-run"));
         assert!(text.contains("parameters held") && text.contains("held before"), "{text}");
+        let text = succeeds(&format!("{line} --force --out fewer"));
+        assert!(text.contains("weights on disk: ") && text.contains("parameters held"), "{text}");
     }
     fails(
         &format!("prune many --method seer-moe --budget 10% {calib} --out many-none"),

@@ -50,6 +50,7 @@ fn every_method_makes_a_model_that_the_other_commands_take() {
         assert!((plan - used).abs() < 1e-3 * plan, "{method}: {used} of {plan}");
         let seen = json_of(&format!("inspect {out}"));
         assert_eq!(number(&seen["params_total"]), number(&made["params_total"]), "{method}: {made}");
+        assert_eq!((&made["bytes"], planned.get("bytes")), (&seen["bytes"], None), "{method}: {made}");
         if !method.starts_with("dense") {
             assert!((0.8..1.1).contains(&number(&made["reached"])), "{method}: {made}");
         }
