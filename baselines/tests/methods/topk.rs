@@ -92,7 +92,7 @@ fn assert_same(got: &[f32], want: &[f32], what: &str) {
     let largest = want.iter().fold(0.0f32, |a, b| a.max(b.abs()));
     assert!(largest > 0.0);
     for (got, want) in got.iter().zip(want) {
-        assert!((got - want).abs() <= 1e-5 * largest, "{what}: {got} {want}");
+        assert!((got - want).abs() <= 1e-6 * largest, "{what}: {got} {want}");
     }
 }
 

@@ -128,6 +128,39 @@ fn published_totals_of_other_families() {
     }
 }
 
+/// Mixtral-8x7B, Qwen1.5-MoE-A2.7B and OLMoE-1B-7B: what they hold, and what a token uses.
+#[test]
+fn published_totals_of_mixtures() {
+    let experts = |key: &str, count: usize, top_k: usize| {
+        let mut keys = serde_json::json!({"num_experts_per_tok": top_k});
+        keys[key] = count.into();
+        keys
+    };
+    let mut qwen = experts("num_experts", 60, 4);
+    qwen["moe_intermediate_size"] = 1408.into();
+    qwen["shared_expert_intermediate_size"] = 5632.into();
+    for (family, sizes, more, held, activated) in [
+        (
+            "mixtral",
+            [32_000, 4096, 14_336, 32, 32, 8, 128],
+            experts("num_local_experts", 8, 2),
+            46_702_792_704,
+            12_879_925_248.0,
+        ),
+        ("qwen2_moe", [151_936, 2048, 5632, 24, 16, 16, 128], qwen, 14_315_784_192, 2_689_173_504.0),
+        (
+            "olmoe",
+            [50_304, 2048, 1024, 16, 16, 16, 128],
+            experts("num_experts", 64, 8),
+            6_919_161_856,
+            1_282_017_280.0,
+        ),
+    ] {
+        let counts = of_family(family, sizes, more);
+        assert_eq!((counts.total, counts.activated(0.0)), (held, activated), "{family}");
+    }
+}
+
 #[test]
 fn biases_are_parameters_and_no_operations() {
     let sizes = [100, 8, 12, 3, 4, 2, 6];

@@ -15,14 +15,16 @@ use dsmoe_core::init::{InitOptions, init};
 use dsmoe_core::model::{Batch, Cache, Inference, Model, StepArgs, TrainWorkspace, Workspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
-use dsmoe_kernels::testing::refused;
+use dsmoe_kernels::testing::{assert_close, f64s, refused};
 use serde_json::{Value, json};
 
 use crate::gradients::recomputes_the_same;
-use crate::{TOLERANCE, worst};
+use crate::worst;
 
 pub(crate) const MIXTURES: [&str; 4] = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"];
 pub(crate) const LENGTH: usize = 8;
+/// The largest difference of a logit. Those of f32 and of f64 differ by up to 1e-5 here, with one order of sums.
+pub(crate) const MIXTURE_TOLERANCE: f32 = 1e-4;
 
 pub(crate) fn case(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/moe").join(name)
@@ -66,7 +68,7 @@ fn compare(name: &str, dir: &Path) {
         let found = logits(&model, &golden.rows, piece);
         assert_eq!(found.len(), golden.logits.len());
         let differs = worst(&found, golden.logits.iter().copied());
-        assert!(differs < TOLERANCE, "{name}, {piece} tokens at a time: {differs}");
+        assert!(differs < MIXTURE_TOLERANCE, "{name}, {piece} tokens at a time: {differs}");
     }
     for kv_cache in [true, false] {
         let options = GenerateOptions { max_tokens: golden.greedy.len(), kv_cache, ..Default::default() };
@@ -279,8 +281,8 @@ fn an_upcycled_model_has_the_logits_of_the_dense_one() {
             let model = Inference::load(dir, Precision::F32).unwrap();
             logits(&model, &rows, LENGTH)
         });
-        let differs = worst(&b, a.iter().copied());
-        assert!(differs < 1e-5 && a.iter().any(|z| z.abs() > 0.5), "{keys}: {differs}");
+        assert_close(&keys.to_string(), &b, &f64s(&a), 1e-6);
+        assert!(a.iter().any(|z| z.abs() > 0.5), "{keys}");
         // Equal arguments make equal bytes, and routers differ by layer and by seed.
         let again = work.path().join("again");
         upcycle(&from, &again, &options(family, 5, 2), &mut |_| {}).unwrap();

@@ -15,11 +15,13 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::comm::alone;
 use dsmoe_kernels::rng::Rng;
-use dsmoe_kernels::testing::{assert_close_f64, refused};
+use dsmoe_kernels::testing::{assert_close, assert_close_f64, f64s, refused};
 use serde_json::{Value, json};
 
-use crate::moe::{LENGTH, MIXTURES, batch, case, changed, dense, golden, logits, options, tensors};
-use crate::{TOLERANCE, worst};
+use crate::moe::{
+    LENGTH, MIXTURE_TOLERANCE, MIXTURES, batch, case, changed, dense, golden, logits, options, tensors,
+};
+use crate::worst;
 
 fn surgery_case(name: &str) -> Value {
     serde_json::from_slice(&fs::read(case(name).join("surgery.json")).unwrap()).unwrap()
@@ -63,10 +65,8 @@ fn merged_experts_have_the_logits_of_transformers_with_copies_tied() {
         let (golden, out) = (surgery_case(name), work.path().join(name));
         let layers = merged(&golden);
         let report = run(&case(name), &out, &layers);
-        let want = floats(&golden["logits"]);
         let found = logits_of(&out, name);
-        let differs = worst(&found, want.iter().copied());
-        assert!(differs < TOLERANCE, "{name}: {differs}");
+        assert_close(name, &found, &f64s(&floats(&golden["logits"])), 1e-5);
         let config = Config::load(&out).unwrap();
         assert_eq!((config.model_type(), config.num_experts()), ("dsmoe", Some(3)));
         assert_eq!(config.family().model_type, name);
@@ -106,15 +106,15 @@ fn what_tokens_say_of_experts_is_what_numpy_computes() {
                 ("weighted_norm", of(&|sums| sums.weighted_norms)),
                 ("ean", of(&ean)),
             ] {
-                assert_close_f64(&format!("{name} layer {i} {key}"), &got, &list(key), 1e-5);
+                assert_close_f64(&format!("{name} layer {i} {key}"), &got, &list(key), 1e-6);
             }
             let means: Vec<Vec<f64>> = serde_json::from_value(want["mean_all"].clone()).unwrap();
             let correlations: Vec<Vec<f64>> = serde_json::from_value(want["correlation"].clone()).unwrap();
             for e in 0..n {
                 let got: Vec<f64> = stats.experts[e].outputs.iter().map(|sum| sum / tokens).collect();
-                assert_close_f64(&format!("{name} layer {i} mean {e}"), &got, &means[e], 1e-5);
+                assert_close_f64(&format!("{name} layer {i} mean {e}"), &got, &means[e], 1e-6);
                 let got: Vec<f64> = (0..n).map(|other| stats.correlation(e, other)).collect();
-                assert_close_f64(&format!("{name} layer {i} correlation {e}"), &got, &correlations[e], 1e-5);
+                assert_close_f64(&format!("{name} layer {i} correlation {e}"), &got, &correlations[e], 1e-6);
             }
             stream.join_experts(&weights, &experts);
         }
@@ -148,7 +148,7 @@ fn fewer_experts_stay_in_the_format_of_the_family() {
             .collect();
         run(&case(name), &out, &layers);
         let differs = worst(&logits_of(&out, name), floats(&golden["logits_of_kept"]).into_iter());
-        assert!(differs < TOLERANCE, "{name}: {differs}");
+        assert!(differs < MIXTURE_TOLERANCE, "{name}: {differs}");
         let config = Config::load(&out).unwrap();
         assert_eq!(config.model_type(), name);
         let json: Value = serde_json::from_str(&config.to_json()).unwrap();
@@ -227,8 +227,8 @@ fn equal_experts_may_be_dropped_and_merged_at_will() {
     {
         let out = work.path().join(format!("out-{i}"));
         let report = run(&moe, &out, layers);
-        let differs = worst(&logits_of(&out, "mixtral"), before.iter().copied());
-        assert!(differs < 1e-5, "{i}: {differs}");
+        // Within a millionth of the largest logit, about ten of its last bits.
+        assert_close(&format!("{i}"), &logits_of(&out, "mixtral"), &f64s(&before), 1e-6);
         // d 12, width 9, two layers: what is held and what runs, by hand.
         let config = Config::load(&out).unwrap();
         let experts: usize = layers.iter().map(|layer| layer.experts.len()).sum();

@@ -4,6 +4,7 @@ mod common;
 mod continual;
 mod determinism;
 mod evaluation;
+mod frozen;
 mod held;
 mod lanes;
 mod masked;
