@@ -55,9 +55,9 @@ pub(crate) struct DomainResult {
     pub(crate) active_ratio_per_layer: Option<Vec<f64>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) zero_active_share: Option<f64>,
-    /// Entropy of the load of a layer's experts, nats, mean over layers; absent without routers, and not stored.
+    /// Entropies of the loads of the layers' experts, nats; absent without routers, and not stored.
     #[serde(skip)]
-    pub(crate) load_entropy: Option<f64>,
+    pub(crate) load_entropies: Option<Vec<f64>>,
     /// Sum of negative log-likelihoods, and predicted tokens, of every window.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub(crate) windows: Vec<(f64, u64)>,
@@ -112,7 +112,7 @@ pub(crate) fn text(
             active_ratio: report.active_ratio,
             active_ratio_per_layer: report.active_ratio_per_layer,
             zero_active_share: report.zero_active_share,
-            load_entropy: detail.load_entropies.map(|of| of.iter().sum::<f64>() / layers),
+            load_entropies: detail.load_entropies,
             documents: part.documents[..windows.len().min(part.documents.len())].to_vec(),
             windows,
             agreement: None,

@@ -89,9 +89,11 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
     }
     assert_eq!(claims, 27);
     // Of 6 experts the load has an entropy of ln 6 at the most.
-    for (experiment, column, most) in
-        [("seer-moe", "load entropy, 6 of 8", 6f64), ("uncurl", "load entropy, task, 4 of 8", 4.0)]
-    {
+    for (experiment, column, most) in [
+        ("hc-smoe", "load entropy, 6 of 8", 6f64),
+        ("seer-moe", "load entropy, 6 of 8", 6.0),
+        ("uncurl", "load entropy, task, 4 of 8", 4.0),
+    ] {
         let found = experiments.iter().find(|found| found["name"] == experiment).unwrap();
         let cells = list(&found["rows"]).iter().flat_map(|row| list(&row["cells"]));
         let entropies: Vec<f64> =
@@ -100,12 +102,15 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
         let range = 0.0..=most.ln() + 1e-9;
         assert!(entropies.iter().all(|entropy| range.contains(entropy)), "{experiment}: {entropies:?}");
     }
+    let mixture = list(&experiments[0]["rows"]).last().unwrap();
+    let evenness = number(&mixture["cells"][0]["mean"]);
+    assert!(mixture["name"] == "the whole mixture" && (0.1..=1.0).contains(&evenness), "{mixture}");
     let report = read("related/whole/report.md");
     shows(
         &report,
         &["paper's claim", "HC-SMoE", "UNCURL", "SEER-MoE", "TEAL", "LESA", "random clusters merged"],
     );
-    shows(&report, &["load entropy, 6 of 8", "load entropy, task, 4 of 8"]);
+    shows(&report, &["load entropy, 6 of 8", "load entropy, task, 4 of 8", "least even layer"]);
     assert!(!report.contains("NaN"), "{report}");
     let run: Value = read_json("related/whole/runs/lesa-s1.json");
     assert_eq!((run["seed"].as_u64(), list(&run["values"]).len()), (Some(1), 12));

@@ -1,7 +1,10 @@
 //! HC-SMoE (Chen et al., arXiv 2410.08589): experts with like mean outputs are merged, without training.
 
-use super::experiment::{Claim, Experiment};
+use anyhow::Result;
+
+use super::experiment::{Claim, Experiment, Value};
 use super::experts::{self, EAN, HARD, HC_SMOE, RANDOM, RANDOM_CLUSTERS, REAP};
+use super::lab::Lab;
 
 const ROWS: [&str; 8] = [
     HC_SMOE,
@@ -14,13 +17,19 @@ const ROWS: [&str; 8] = [
     RANDOM,
 ];
 const LEFT: [usize; 3] = [6, 4, 2];
+/// The mixture with all of its experts.
+const WHOLE: &str = "the whole mixture";
+const EVENNESS: &str = "evenness of its least even layer";
 
 pub(super) const EXPERIMENT: Experiment = Experiment {
     name: "hc-smoe",
     title: "HC-SMoE",
     setting: "The dense model becomes a mixture of eight copies of its FFN, two of which run, and is trained. Every row holds fewer \
-              experts of that mixture, chosen on calibration text of all sources, and is not trained again.",
-    numbers: "increase of the held-out loss over the whole mixture, nats, by the experts that a layer holds",
+              experts of that mixture, chosen on calibration text of all sources, and is not trained again. Uneven use favours \
+              removal, so that the last row says how even that of the whole mixture is: below 0.9 some experts hardly run.",
+    numbers: "increase of the held-out loss over the whole mixture, nats, by the experts that a layer holds; the entropy of the load \
+              of a layer's experts, nats, ln n if all n of them run for as many tokens; and that entropy of the least even layer of \
+              the whole mixture over ln 8",
     claims: &[
         Claim {
             paper: "merging by mean outputs loses less than every removal, without training (Qwen1.5-MoE with 25 % fewer experts: \
@@ -44,5 +53,13 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
         },
     ],
     plan: |sketch| experts::plan(sketch, &ROWS, &LEFT, "all"),
-    measure: |lab| experts::increases(lab, &ROWS, &LEFT),
+    measure,
 };
+
+fn measure(lab: &mut Lab<'_, '_>) -> Result<Vec<Value>> {
+    let mut values = experts::increases(lab, &ROWS, &LEFT)?;
+    values.extend(experts::entropies(lab, &ROWS, &LEFT)?);
+    let mixture = lab.mixture()?;
+    values.push(Value::new(WHOLE, EVENNESS, lab.losses(&mixture)?.evenness()?));
+    Ok(values)
+}

@@ -65,8 +65,10 @@ pub(crate) struct Losses {
     pub(crate) activated: f64,
     /// By source.
     pub(crate) sources: Vec<(String, f64)>,
-    /// Entropy of the load of a layer's experts by source, nats, mean over layers; empty without routers.
-    entropies: Vec<(String, f64)>,
+    /// Entropies of the loads of the layers' experts by source, nats; empty without routers.
+    entropies: Vec<(String, Vec<f64>)>,
+    /// Experts of layers; empty without routers.
+    experts: Vec<usize>,
 }
 
 impl Losses {
@@ -83,12 +85,25 @@ impl Losses {
         mean(&others)
     }
 
-    /// Returns the entropy of the load of a layer's experts on one source, or the mean over all of them, each as much as another.
+    /// Returns the entropy of the load of a layer's experts, mean over layers, on one source, or the mean over all of them, each as
+    /// much as another.
     pub(crate) fn entropy(&self, source: Option<&str>) -> Result<f64> {
         let wanted = self.entropies.iter().filter(|(name, _)| source.is_none_or(|source| source == name));
-        let found: Vec<f64> = wanted.map(|(_, entropy)| *entropy).collect();
+        let found: Vec<f64> = wanted.map(|(_, layers)| mean(layers)).collect();
         ensure!(!found.is_empty(), "no load of experts on {}", source.unwrap_or("any text"));
         Ok(mean(&found))
+    }
+
+    /// Returns the entropy of the load of the least even layer over that of an even load: 1 if all its experts run for as many
+    /// tokens, 0 if one runs alone. It is the mean over sources, and that of all text together is not less.
+    pub(crate) fn evenness(&self) -> Result<f64> {
+        ensure!(!self.entropies.is_empty(), "no load of experts on any text");
+        let of_layer = |(layer, experts): (usize, &usize)| {
+            let by_source: Vec<f64> = self.entropies.iter().map(|(_, layers)| layers[layer]).collect();
+            mean(&by_source) / (*experts as f64).ln()
+        };
+        let layers = self.experts.iter().enumerate().filter(|(_, experts)| **experts > 1);
+        Ok(layers.map(of_layer).fold(1.0, f64::min))
     }
 }
 
@@ -259,15 +274,18 @@ impl<'b> Lab<'_, 'b> {
     pub(crate) fn losses(&mut self, model: &Model) -> Result<Losses> {
         let inputs = self.inputs();
         let precision = inputs.precision().name();
-        let settings = json!([model.key, inputs.text.key, inputs.windows(), precision, "with entropies"]);
+        let settings = json!([model.key, inputs.text.key, inputs.windows(), precision, "loads by layer"]);
         let dir = model.dir.clone();
         let (losses, _) = self.stage("losses", &settings, inputs.costs.text(), |_| {
             let model = Inference::load_on(&dir, inputs.precision(), inputs.options.device)?;
             let (text, _) = measure::text(&model, &inputs.text.held_out, inputs.costs.seq, inputs.windows())?;
             let sources = text.domains.iter().map(|domain| (domain.name.clone(), domain.nll)).collect();
-            let entropies = text.domains.iter().filter_map(|of| Some((of.name.clone(), of.load_entropy?)));
+            let entropies = text.domains.into_iter().filter_map(|of| Some((of.name, of.load_entropies?)));
             let entropies = entropies.collect();
-            Ok(Losses { mean: text.means.nll, activated: text.means.params_activated, sources, entropies })
+            let layers = 0..model.config().num_layers;
+            let experts = layers.filter_map(|layer| model.config().layer_experts(layer)).collect();
+            let (mean, activated) = (text.means.nll, text.means.params_activated);
+            Ok(Losses { mean, activated, sources, entropies, experts })
         })?;
         Ok(losses)
     }
@@ -297,13 +315,20 @@ mod tests {
     fn entropies_are_means_over_sources() {
         let pair = |name: &str, value: f64| (name.to_owned(), value);
         let sources = vec![pair("web", 3.0), pair("code", 2.0), pair("math", 1.0)];
-        let entropies = vec![pair("web", 4f64.ln()), pair("code", 2f64.ln()), pair("math", 0.0)];
-        let found = Losses { mean: 2.0, activated: 1.0, sources, entropies };
-        assert_eq!(found.entropy(Some("web")).unwrap(), 4f64.ln());
-        assert!((found.entropy(None).unwrap() - 2f64.ln()).abs() < 1e-12);
+        // Two layers of four experts.
+        let of = |name: &str, layers: [f64; 2]| (name.to_owned(), layers.to_vec());
+        let [none, half, all] = [0.0, 2f64.ln(), 4f64.ln()];
+        let entropies = vec![of("web", [all, all]), of("code", [all, none]), of("math", [none, none])];
+        let found = Losses { mean: 2.0, activated: 1.0, sources, entropies, experts: vec![4, 4] };
+        for (source, wanted) in [(Some("web"), all), (Some("code"), half), (None, half)] {
+            assert!((found.entropy(source).unwrap() - wanted).abs() < 1e-12, "{source:?}");
+        }
+        // The second layer: a third of that of an even load.
+        assert!((found.evenness().unwrap() - 1.0 / 3.0).abs() < 1e-12);
         assert_eq!(found.without("web"), 1.5);
         assert!(found.entropy(Some("art")).unwrap_err().to_string().contains("no load of experts on art"));
-        let dense = Losses { entropies: Vec::new(), ..found };
+        let dense = Losses { entropies: Vec::new(), experts: Vec::new(), ..found };
         assert!(dense.entropy(None).unwrap_err().to_string().contains("any text"));
+        assert!(dense.evenness().unwrap_err().to_string().contains("any text"));
     }
 }
