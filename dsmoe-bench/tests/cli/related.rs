@@ -105,6 +105,14 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
     let mixture = list(&experiments[0]["rows"]).last().unwrap();
     let evenness = number(&mixture["cells"][0]["mean"]);
     assert!(mixture["name"] == "the whole mixture" && (0.1..=1.0).contains(&evenness), "{mixture}");
+    // What knows the optimum comes nearer to it than what does not.
+    let memtl = experiments.iter().find(|found| found["name"] == "memtl").unwrap();
+    let error = |row: usize, column: usize| number(&memtl["rows"][row]["cells"][column]["mean"]);
+    assert_eq!(memtl["rows"][3]["name"], "three heads, the nearest to the optimum, no method");
+    for (column, name) in [(0, "squared error"), (3, "squared error, 5 users")] {
+        assert_eq!(memtl["rows"][0]["cells"][column]["column"], name);
+        assert!(error(3, column) <= error(1, column), "{memtl}");
+    }
     let report = read("related/whole/report.md");
     shows(
         &report,
