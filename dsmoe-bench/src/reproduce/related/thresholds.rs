@@ -8,11 +8,18 @@ use super::experiment::{Claim, Experiment, Value};
 use super::lab::{Lab, Pruned};
 use super::sketch::Sketch;
 
-/// Ways to choose thresholds, and the shares of the weights of linears that a token uses with them.
+/// Ways to choose thresholds and controls, and the shares of the weights of linears that a token uses with them.
 type Rows = &'static [(&'static str, &'static [f64])];
 
 const SHARES: &[f64] = &[0.8, 0.65];
-const ROWS: Rows = &[("uniform", SHARES), ("teal", SHARES), ("cats", SHARES), ("search", SHARES)];
+const ROWS: Rows = &[
+    ("uniform", SHARES),
+    ("teal", SHARES),
+    ("cats", SHARES),
+    ("search", SHARES),
+    (MAGNITUDE, SHARES),
+    (DSMOE, SHARES),
+];
 const SHARES_OF_A_PRETRAINED_MODEL: &[f64] = &[0.9, 0.7, 0.5, 0.4];
 /// Of searches there is one, whose tolerance is given. Skipped neurons alone leave half of the weights.
 const ROWS_OF_A_PRETRAINED_MODEL: Rows = &[
@@ -21,6 +28,10 @@ const ROWS_OF_A_PRETRAINED_MODEL: Rows = &[
     ("cats", &[0.9, 0.7]),
 ];
 const DENSE: &str = "dense";
+/// Weights that no token uses any more, in place of inputs that a token skips.
+const MAGNITUDE: &str = "magnitude pruning";
+/// Experts that a router chooses, as they are made on the same text.
+const DSMOE: &str = "DSMoE, as made";
 /// Steps of the greedy shares on the pretrained model, twice as long as by default.
 const COARSE: &str = "step=0.1";
 
@@ -52,7 +63,8 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
     name: "thresholds",
     title: "R-LLM, TEAL, CATS",
     setting: "Thresholds of the dense model are chosen on calibration text for a share of the weights of all linears; no weight \
-              changes.",
+              changes. Magnitude pruning leaves that share of the weights, the same for all tokens. DSMoE is made of the dense model on \
+              the same text and not trained; its experts are of the FFNs, so that attention is whole.",
     numbers: "increase of the held-out loss over the dense model, nats, by the share of the linears' weights that a token uses",
     claims: &[
         Claim {
@@ -81,6 +93,24 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
             margin: 0.0,
             agrees: "neurons with small gates add little",
             differs: WHOLE_GATES,
+        },
+        Claim {
+            paper: "(ours) weights that a token does not need are more than those that none needs: thresholds beat magnitude pruning",
+            row: "teal",
+            controls: &[MAGNITUDE],
+            columns: &["0.80 used", "0.65 used"],
+            margin: 0.0,
+            agrees: "another token uses what one skips",
+            differs: "small weights are needed least by every token of so small a model",
+        },
+        Claim {
+            paper: "(ours) experts of the FFNs that a router chooses, as made, beat thresholds of all linears",
+            row: DSMOE,
+            controls: &["uniform", "teal", "search"],
+            columns: &["0.80 used", "0.65 used"],
+            margin: 0.0,
+            agrees: "what is left out together is chosen together, and the output of the rest is fitted to the text",
+            differs: "thresholds see the inputs that they skip, and attention bears its part; experts are made for the training that follows",
         },
     ],
     plan: |sketch| plan(sketch, ROWS),
@@ -180,11 +210,13 @@ fn measure(lab: &mut Lab<'_, '_>, rows: Rows, by_source: bool) -> Result<Vec<Val
         for share in *shares {
             let params = (counts.total as f64 - linears * (1.0 - share)).round();
             let choose = format!("choose={row}");
-            let mut settings = vec![&choose[..]];
-            if by_source && *row == "teal" {
-                settings.push(COARSE);
-            }
-            let how = Pruned { method: "thresholds", settings: &settings, params, source: None };
+            let (method, settings) = match *row {
+                MAGNITUDE => ("magnitude", vec![]),
+                DSMOE => ("dsmoe", vec![]),
+                "teal" if by_source => ("thresholds", vec![&choose[..], COARSE]),
+                _ => ("thresholds", vec![&choose[..]]),
+            };
+            let how = Pruned { method, settings: &settings, params, source: None };
             let pruned = lab.prune(&dense, how)?;
             let found = lab.losses(&pruned)?;
             let column = format!("{share:.2} used");
