@@ -87,7 +87,7 @@ fn every_claim_has_a_verdict_that_its_numbers_give() {
             claims += 1;
         }
     }
-    assert_eq!(claims, 29);
+    assert_eq!(claims, 32);
     // Of 6 experts the load has an entropy of ln 6 at the most.
     for (experiment, column, most) in [
         ("hc-smoe", "load entropy, 6 of 8", 6f64),
