@@ -110,7 +110,7 @@ pub(super) const EXPERIMENT: Experiment = Experiment {
             columns: &["0.80 used", "0.65 used"],
             margin: 0.0,
             agrees: "what is left out together is chosen together, and the output of the rest is fitted to the text",
-            differs: "thresholds see the inputs that they skip, and attention bears its part; experts are made for the training that follows",
+            differs: "thresholds see the inputs that they skip, and attention bears its part; experts are made to be trained",
         },
     ],
     plan: |sketch| plan(sketch, ROWS),
