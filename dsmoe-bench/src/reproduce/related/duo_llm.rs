@@ -5,7 +5,6 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::{Inference, Model as Weights};
-use dsmoe_kernels::Precision;
 use dsmoe_train::TrainConfig;
 use dsmoe_train::oracle::{self, LevelReport, Oracle, OracleOptions, OracleReport, RouteKind, RouteSpace};
 use serde::{Deserialize, Serialize};
