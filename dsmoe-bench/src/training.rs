@@ -151,7 +151,7 @@ pub(crate) fn memory_plan(
 ) -> Vec<MemoryUse> {
     let active = match config.budget() {
         _ if model.moe.is_none() => {
-            model.fixed_active().zip(model.num_experts()).map_or(1.0, |(active, of)| active / of as f64)
+            model.fixed_active().map_or(1.0, |active| active / Accounting::of(model).num_experts)
         }
         Budget::Target(share) | Budget::Range(_, share) => share,
         Budget::Weight(_) => 1.0,

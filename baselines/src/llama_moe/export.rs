@@ -161,6 +161,8 @@ fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
     } else if let Some(rows) = spec.gate.hidden {
         let problem = format!("is {rows}, and LLaMA-MoE's gate has a row for each expert in both matrices");
         ("ffn.gate_hidden", problem)
+    } else if !(0..config.num_layers).all(|layer| config.layer_experts(layer) == config.num_experts()) {
+        ("ffn.experts_per_layer", "says that layers have different numbers of experts".to_owned())
     } else if family != "llama" || !config.architecture.differences().is_empty() {
         ("base_model_type", format!("is {family}, and LLaMA-MoE's models are LLaMA's without biases"))
     } else if theta != ROPE_THETA || rope.scaling != RopeScaling::None {

@@ -6,7 +6,7 @@
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 
-use super::{Shape, shape};
+use super::{Shape, shape, shares};
 use crate::error::{Error, Result};
 use crate::method::Budget;
 
@@ -61,27 +61,18 @@ impl Held {
         self.largest(budget, least..=most, of)
     }
 
-    /// Returns the largest number of experts of all layers together, at least `fewest` of each, that the budget has room for;
-    /// those of all layers are of one size.
+    /// Divides the largest number of experts of all layers together that the budget has room for among layers: `fewest` of each, or
+    /// all that it has, and otherwise those of the largest `values` of all layers ([`shares`]).
     ///
     /// # Errors
     /// There is no room for `fewest`.
-    pub(super) fn of_all(&self, budget: Budget, fewest: usize) -> Result<usize> {
+    pub(super) fn of_all(&self, budget: Budget, values: &[Vec<f64>], fewest: usize) -> Result<Vec<usize>> {
         let least = self.experts.iter().map(|&held| held.min(fewest)).sum();
         let most = self.experts.iter().sum();
-        // Of one size, any of them will do.
-        let of = |experts: usize| {
-            let mut left = experts;
-            let take = |&held: &usize| {
-                let taken = held.min(left);
-                left -= taken;
-                taken
-            };
-            self.experts.iter().map(take).collect()
-        };
-        Ok(self.largest(budget, least..=most, of)?.iter().sum())
+        self.largest(budget, least..=most, |experts| shares(values, experts, fewest))
     }
 
+    /// Returns what `of` makes of the largest number in `range` for which there is room; it needs more for a larger one.
     fn largest(
         &self,
         budget: Budget,
@@ -90,12 +81,21 @@ impl Held {
     ) -> Result<Vec<usize>> {
         let params = budget.params(self.total);
         let least = self.params(&of(*range.start()));
-        let fits = range.rev().map(of).find(|experts| self.params(experts) <= params);
-        fits.ok_or_else(|| {
+        if least > params {
             let percent = 100.0 * least / self.total as f64;
             let problem =
                 format!("is less than the model holds with the fewest experts of a layer, {least:.0}");
-            Error::budget(budget, problem, format!("give {percent:.1}% of the {} held or more", self.total))
-        })
+            let help = format!("give {percent:.1}% of the {} held or more", self.total);
+            return Err(Error::budget(budget, problem, help));
+        }
+        let (mut fits, mut most) = range.into_inner();
+        while fits < most {
+            let middle = fits + (most - fits).div_ceil(2);
+            match self.params(&of(middle)) <= params {
+                true => fits = middle,
+                false => most = middle - 1,
+            }
+        }
+        Ok(of(fits))
     }
 }

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::budget::Held;
 use super::linkage::{Linkage, agglomerate};
 use super::{
-    Allocation, Seen, Survey, align, aligned, entropy, groups_of, made, mixture, plan, shares, survey, write,
+    Allocation, Seen, Survey, align, aligned, entropy, groups_of, made, mixture, plan, survey, write,
 };
 use crate::error::{Error, Result};
 use crate::method::{Budget, Configured, Counts, Job, Made, Plan, Progress, Source};
@@ -141,7 +141,7 @@ impl Configured for HcSmoe {
             Allocation::Layer => held.per_layer(budget, 1)?,
             Allocation::Global => {
                 let even = experts.iter().map(|&held| vec![1.0; held]).collect::<Vec<_>>();
-                shares(&even, held.of_all(budget, 1)?, 1)
+                held.of_all(budget, &even, 1)?
             }
         };
         let layers: Vec<LayerSurgery> =
@@ -164,7 +164,7 @@ impl Configured for HcSmoe {
             Allocation::Layer => held.per_layer(job.budget, 1)?,
             Allocation::Global => {
                 let usage: Vec<Vec<f64>> = layers.iter().map(|layer| layer.usage.clone()).collect();
-                shares(&usage, held.of_all(job.budget, 1)?, 1)
+                held.of_all(job.budget, &usage, 1)?
             }
         };
         let mut surgeries: Vec<LayerSurgery> =

@@ -93,8 +93,7 @@ struct Shape {
     gate: usize,
     /// Experts that a token runs, where their number is fixed.
     top_k: Option<usize>,
-    /// True if the experts were made to be variants of each other; otherwise they are parts of one FFN, and all layers have as
-    /// many.
+    /// True if the experts were made to be variants of each other; otherwise they are parts of one FFN.
     is_mixture: bool,
 }
 
@@ -116,26 +115,27 @@ fn shape(config: &Config) -> Result<Shape> {
             is_mixture: true,
         });
     }
-    let layers = 0..config.num_layers;
-    let (blocks, always, gate, top_k): (_, Vec<usize>, _, _) = match (&config.moe, config.ffn.as_deref()) {
+    let layers = || 0..config.num_layers;
+    let (always, gate, top_k): (Vec<usize>, _, _) = match (&config.moe, config.ffn.as_deref()) {
         (Some(moe), _) => {
             let gate = moe.parts.router_rank.unwrap_or(config.hidden) + usize::from(moe.router_bias);
-            (moe.router.num_experts, layers.map(|layer| moe.core(layer)).collect(), gate, None)
+            (layers().map(|layer| moe.core(layer)).collect(), gate, None)
         }
         (None, Some(spec)) => {
             let Some(spec) = topk::spec_of(spec) else {
                 return Err(Error::model("its experts cannot be changed one by one", HELP));
             };
             let always = vec![spec.router.num_residual; config.num_layers];
-            (spec.all_experts(), always, spec.gate(config.hidden).params_of_expert(), Some(spec.router.top_k))
+            (always, spec.gate(config.hidden).params_of_expert(), Some(spec.router.top_k))
         }
         (None, None) => return Err(Error::model("it is dense, and this method changes experts", HELP)),
     };
     // A neuron has a row in each projection, and a bias in two of them.
     let neuron = 3 * config.hidden + if config.architecture.mlp_bias { 2 } else { 0 };
-    let widths: Vec<usize> = config.layers().map(|layer| layer.intermediate / blocks).collect();
+    let blocks: Vec<usize> = layers().map(|layer| config.layer_experts(layer).unwrap_or(1)).collect();
+    let widths: Vec<usize> = config.layers().zip(&blocks).map(|(layer, n)| layer.intermediate / n).collect();
     Ok(Shape {
-        experts: always.iter().map(|always| blocks - always).collect(),
+        experts: blocks.iter().zip(&always).map(|(blocks, always)| blocks - always).collect(),
         always,
         sizes: widths.iter().map(|width| neuron * width).collect(),
         widths,

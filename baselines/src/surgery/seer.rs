@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::budget::Held;
 use super::{Allocation, Shape, Survey, entropy, made, plan, shape, shares, survey, write};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::method::{Budget, Configured, Counts, Job, Made, Plan, Progress, Source};
 use crate::settings::{Entry, SettingValues, Settings as _, settings};
 
@@ -92,7 +92,6 @@ impl Configured for Seer {
     }
 
     fn plan(&self, config: &Config, budget: Budget) -> Result<Plan> {
-        self.check(config)?;
         let even: Vec<Vec<f64>> = shape(config)?.experts.iter().map(|&n| vec![1.0; n]).collect();
         self.planned(config, &self.kept(config, budget, &even)?)
     }
@@ -130,15 +129,6 @@ impl Configured for Seer {
 }
 
 impl Seer {
-    /// Refuses what only mixtures have.
-    fn check(&self, config: &Config) -> Result<()> {
-        if self.0.allocation == Allocation::Layer || shape(config)?.is_mixture {
-            return Ok(());
-        }
-        let problem = "cannot be global for experts that are parts of one FFN, as many in every layer";
-        Err(Error::setting("allocation", problem, "set it to layer"))
-    }
-
     fn needs_outputs(&self) -> bool {
         matches!(self.0.score, Score::Ean | Score::Reap | Score::MeanNorm)
     }
@@ -156,7 +146,7 @@ impl Seer {
         let (held, fewest) = (Held::of(config, false)?, shape(config)?.top_k.unwrap_or(1));
         let counts = match self.0.allocation {
             Allocation::Layer => held.per_layer(budget, fewest)?,
-            Allocation::Global => shares(scores, held.of_all(budget, fewest)?, fewest),
+            Allocation::Global => held.of_all(budget, scores, fewest)?,
         };
         Ok(scores.iter().zip(counts).map(|(scores, count)| largest(scores, count)).collect())
     }

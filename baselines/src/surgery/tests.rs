@@ -291,7 +291,13 @@ fn budgets_hold_what_the_fixture_says() {
     let share = held(false).params(&[6; 5]) / all;
     assert_eq!(held(false).per_layer(Budget::Share(share + 1e-9), 2).unwrap(), [6; 5]);
     assert_eq!(held(false).per_layer(Budget::Share(share - 1e-6), 2).unwrap(), [5; 5]);
-    assert_eq!(held(false).of_all(Budget::Share(share - 1e-6), 2).unwrap(), 29);
+    // Of all layers one expert more than that stays behind, the last of the least values.
+    let values: Vec<Vec<f64>> = (0..5).map(|layer| vec![f64::from(layer); 8]).collect();
+    let of_all =
+        |lost: f64, fewest| held(false).of_all(Budget::Share(share - lost), &values, fewest).unwrap();
+    assert_eq!(of_all(-1e-9, 2), [2, 4, 8, 8, 8]);
+    assert_eq!(of_all(1e-6, 2), [2, 3, 8, 8, 8]);
+    assert_eq!(of_all(1e-6, 5), [5, 5, 5, 6, 8]);
     assert_eq!(held(true).per_layer(Budget::Share(1.0), 1).unwrap(), [8; 5]);
     let error = held(false).per_layer(Budget::Share(0.1), 2).unwrap_err().to_string();
     assert!(error.contains("budget 0.1: is less than the model holds with the fewest experts"), "{error}");
@@ -332,6 +338,15 @@ fn budgets_of_gated_experts_count_the_core_and_leave_it() {
     assert_eq!(held.per_layer(share(1.5), 1).unwrap(), [3, 2, 2]);
     assert_eq!(held.per_layer(share(3.0), 1).unwrap(), [2, 1, 1]);
     assert!(held.per_layer(share(3.1), 1).unwrap_err().to_string().contains("fewest experts of a layer"));
+    // The wide experts of the last layer take the place of more than one of the others.
+    let values = |last: f64| [vec![1.0; 5], vec![1.0; 4], vec![last; 4]];
+    let of_all = |params: f64, last| held.of_all(Budget::Params(params), &values(last), 1).unwrap();
+    let (narrow, wide) = (4.0 * neurons + 4.0, 6.0 * neurons + 4.0);
+    assert_eq!(of_all(all - 3.0 * narrow, 2.0), [5, 1, 4]);
+    assert_eq!(of_all(all - 3.0 * narrow, 0.5), [5, 4, 1]);
+    assert_eq!(of_all(all - 3.0 * wide, 0.5), [5, 4, 1]);
+    assert_eq!(of_all(all - 3.0 * wide - 1.0, 0.5), [5, 3, 1]);
+    assert!(held.of_all(Budget::Params(1.0), &values(1.0), 1).is_err());
     // Biases of gate and up are of neurons, and a full router has a row of the width of the states.
     let config = gated(&json!({ "format_version": 1 }), &json!({ "mlp_bias": true }));
     let all = dsmoe_core::accounting::Accounting::of(&config).total as f64;

@@ -11,6 +11,7 @@ use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved};
 
+use super::layers::TopkLayers;
 use super::router::{RouterSaved, TopkRouter};
 use super::spec::TopkSpec;
 
@@ -20,6 +21,8 @@ use super::spec::TopkSpec;
 pub struct TopkMoeFfn {
     gated: Gated,
     spec: TopkSpec,
+    /// The settings of the model, where its layers have different numbers of experts.
+    layers: Option<Arc<TopkLayers>>,
 }
 
 /// Values that the backward pass needs.
@@ -46,7 +49,16 @@ impl TopkMoeFfn {
         let (intermediate, num_experts) = (gated.intermediate, spec.all_experts());
         let even = num_experts > 0 && intermediate.is_multiple_of(num_experts);
         assert!(even, "top-k ffn: {intermediate} neurons in {num_experts} experts");
-        TopkMoeFfn { gated, spec }
+        TopkMoeFfn { gated, spec, layers: None }
+    }
+
+    /// Creates the FFN of a layer of a model whose layers have different numbers of experts.
+    ///
+    /// # Panics
+    /// Those of [`TopkMoeFfn::new`]; there is no such layer.
+    pub(super) fn of_layers(gated: Gated, layers: Arc<TopkLayers>, layer: usize) -> TopkMoeFfn {
+        let ffn = TopkMoeFfn::of(gated, layers.layer(layer));
+        TopkMoeFfn { layers: Some(layers), ..ffn }
     }
 
     fn router(&self) -> TopkRouter {
@@ -121,7 +133,10 @@ impl Ffn for TopkMoeFfn {
     }
 
     fn kind(&self) -> Option<FfnKind> {
-        Some(FfnKind::Spec(Arc::new(self.spec)))
+        Some(FfnKind::Spec(match &self.layers {
+            Some(layers) => Arc::<TopkLayers>::clone(layers),
+            None => Arc::new(self.spec),
+        }))
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {

@@ -3,17 +3,18 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use dsmoe_core::config::Config;
+use dsmoe_core::config::{Config, experts_of_layers};
 use dsmoe_core::ffn::{Ffn, FfnReader, FfnSpec, Gated};
 use dsmoe_router::topk::{Scores, TopKConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::ffn::TopkMoeFfn;
+use super::layers::{TopkLayers, with_experts};
 use super::spec::{GateNetwork, GateSpec, TopkSpec};
 
 /// The `type`.
-const KIND: &str = "topk";
+pub(super) const KIND: &str = "topk";
 /// The most rows of a gate's first matrix that a file is believed.
 const MOST_GATE_ROWS: usize = 1 << 16;
 
@@ -22,6 +23,8 @@ const MOST_GATE_ROWS: usize = 1 << 16;
 #[serde(deny_unknown_fields)]
 struct Stored {
     num_experts: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    experts_per_layer: Option<Vec<usize>>,
     top_k: usize,
     num_residual: usize,
     scores: Scores,
@@ -42,6 +45,7 @@ impl TopkSpec {
         let GateSpec { network, normalize, noise, bias, hidden } = self.gate;
         Stored {
             num_experts,
+            experts_per_layer: None,
             top_k,
             num_residual,
             scores,
@@ -93,7 +97,7 @@ impl TopkSpec {
     }
 }
 
-/// Returns the settings of `spec` if it is a top-k FFN.
+/// Returns the settings of `spec` if it is a top-k FFN: those of the layer of most experts, where layers differ.
 pub(crate) fn spec_of(spec: &dyn FfnSpec) -> Option<TopkSpec> {
     let stored = Stored::deserialize(&Value::Object(spec.settings())).ok()?;
     TopkSpec::of(&stored).ok().filter(|_| spec.kind() == KIND)
@@ -127,15 +131,15 @@ impl FfnSpec for TopkSpec {
         Some(Arc::new(TopkSpec { router: TopKConfig { top_k, ..self.router }, ..*self }))
     }
 
-    fn with_experts(&self, count: usize) -> Option<Arc<dyn FfnSpec>> {
-        Some(Arc::new(TopkSpec::with_experts(self, count)))
+    fn with_experts(&self, counts: &[usize]) -> Option<Arc<dyn FfnSpec>> {
+        Some(with_experts(self, counts))
     }
 
     fn active_experts(&self) -> Option<f64> {
         Some(TopkSpec::active_experts(self) as f64)
     }
 
-    fn blocks(&self) -> Option<usize> {
+    fn blocks(&self, _layer: usize) -> Option<usize> {
         Some(self.all_experts())
     }
 }
@@ -151,6 +155,9 @@ fn read(path: &Path, config: &Config, settings: &Map<String, Value>) -> dsmoe_co
     let stored = Stored::deserialize(&Value::Object(settings.clone()))
         .map_err(|cause| wrong("ffn", format!("is not of type {KIND}: {}", one_line(&cause)), again))?;
     let spec = TopkSpec::of(&stored).map_err(|cause| wrong("ffn:", cause.to_string(), again))?;
+    let layers =
+        stored.experts_per_layer.is_some().then(|| layers(path, config, &stored, spec)).transpose()?;
+    let in_layer = |layer: usize| layers.as_ref().map_or(spec, |layers| layers.layer(layer));
     // Bounded before it is added to or divided by.
     let most = config.layers().map(|shape| shape.intermediate).max().unwrap_or(0);
     if spec.router.num_residual > most || spec.router.num_experts > most {
@@ -158,15 +165,32 @@ fn read(path: &Path, config: &Config, settings: &Map<String, Value>) -> dsmoe_co
         return Err(wrong("ffn.num_experts and ffn.num_residual", problem, again));
     }
     for (layer, shape) in config.layers().enumerate() {
-        if !shape.intermediate.is_multiple_of(spec.all_experts()) {
-            let (experts, neurons) = (spec.all_experts(), shape.intermediate);
+        let (experts, neurons) = (in_layer(layer).all_experts(), shape.intermediate);
+        if !neurons.is_multiple_of(experts) {
             let problem = format!(
                 "make {experts} experts, and layer {layer} has {neurons} neurons, which they do not divide"
             );
             return Err(wrong("ffn.num_experts and ffn.num_residual", problem, again));
         }
     }
-    Ok(Arc::new(spec))
+    Ok(match layers {
+        Some(layers) => Arc::new(layers),
+        None => Arc::new(spec),
+    })
+}
+
+/// Returns the settings of layers of different numbers of experts; `spec` is of the layer of most.
+fn layers(path: &Path, config: &Config, stored: &Stored, spec: TopkSpec) -> dsmoe_core::Result<TopkLayers> {
+    let experts = stored.experts_per_layer.as_deref();
+    let experts = experts_of_layers(path, "ffn.", experts, [stored.num_experts, config.num_layers])?;
+    let layers = TopkLayers::of(spec, experts);
+    let (top_k, fewest) = (spec.router.top_k, layers.fewest());
+    if top_k > fewest {
+        let problem = format!("is {top_k} and a layer has {fewest} experts to choose from");
+        let help = format!("use an integer from 1 to {fewest}");
+        return Err(dsmoe_core::Error::field(path, "ffn.top_k", problem, help));
+    }
+    Ok(layers)
 }
 
 /// A parser's message, whatever is in the file, as one line of bounded length.

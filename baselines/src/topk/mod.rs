@@ -5,6 +5,7 @@ mod ffn;
 pub(crate) mod fit;
 mod gate;
 mod kind;
+mod layers;
 mod router;
 mod spec;
 

@@ -10,8 +10,12 @@ use dsmoe_core::calibrate::LayerStream;
 use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::config::MixtureSpec;
 use dsmoe_core::convert::{ConvertOptions, UpcycleOptions, convert, upcycle};
+use dsmoe_core::export::{ExportAs, ExportOptions, export};
+use dsmoe_core::model::{Batch, StepArgs, TrainWorkspace};
 use dsmoe_core::surgery::{LayerSurgery, NewExpert, Part, RouterRule, operate};
 use dsmoe_core::{Config, Model};
+use dsmoe_kernels::Precision;
+use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::testing::assert_close;
 use serde_json::{Value, json};
 
@@ -183,11 +187,9 @@ fn seer_moe_drops_experts_of_dsmoe_as_if_they_gave_nothing() {
     let again = work.path().join("again");
     run("seer-moe", &["rounds=each"], fewer, &text).run(&moe, &again).unwrap();
     assert_eq!(logits(&again, &text[0]), b);
-    for (method, set, part) in [
-        ("seer-moe", &["allocation=global"][..], "allocation: cannot be global"),
-        ("hc-smoe", &[], "no variants of each other"),
-        ("uncurl", &[], "router: cannot be map"),
-    ] {
+    for (method, set, part) in
+        [("hc-smoe", &[][..], "no variants of each other"), ("uncurl", &[], "router: cannot be map")]
+    {
         run(method, set, fewer, &text).fails(&moe, &zeroed, &[part]);
     }
 }
@@ -269,11 +271,9 @@ fn top_k_models_lose_experts_that_are_never_chosen_without_a_trace() {
             Model::load(&fewer).unwrap().save(&saved, Dtype::F32).unwrap();
             assert_eq!(logits(&saved, &text[0]), logits(&fewer, &text[0]), "{method} {other}");
         }
-        for (other, set, part) in [
-            ("seer-moe", &["allocation=global"][..], "allocation: cannot be global"),
-            ("uncurl", &[], "router: cannot be map"),
-            ("hc-smoe", &[], "no variants of each other"),
-        ] {
+        for (other, set, part) in
+            [("uncurl", &[][..], "router: cannot be map"), ("hc-smoe", &[], "no variants of each other")]
+        {
             let none = work.path().join("none");
             run(other, set, Budget::Share(0.9), &text).fails(&moe, &none, &[part]);
         }
@@ -323,17 +323,134 @@ fn experts_in_any_order_are_the_same_top_k_model() {
         let [a, b] = [&moe, &turned].map(|dir| logits(dir, &text[0]));
         let worst = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
         assert!(worst < 1e-5, "{method}: {worst}");
-        for (router, kept, part) in [
-            (RouterRule::Map, [gates, gates], "gates that share experts"),
-            (RouterRule::Rows, [gates, gates - 1], "layers of different numbers of experts"),
+        let shared = LayerSurgery { router: RouterRule::Map, ..LayerSurgery::keep(0..gates) };
+        let none = work.path().join("none");
+        let error = operate(&moe, &none, (&[shared.clone(), shared], None), false, &mut |_| {});
+        let error = error.unwrap_err().to_string();
+        let part = "a model with experts of type topk with gates that share experts";
+        assert!(error.contains(part) && !none.exists(), "{error}");
+    }
+}
+
+/// The experts of both layers that a token of `text` runs on average, the core among them.
+fn opened(dir: &Path, text: &[Vec<u32>]) -> f64 {
+    let config = Config::load(dir).unwrap();
+    let mut stream = LayerStream::open_experts(dir, text).unwrap();
+    let mut open = 0.0;
+    for layer in 0..2 {
+        let (weights, experts) = (stream.layer(layer).unwrap(), stream.experts(layer).unwrap());
+        stream.attend(&weights).unwrap();
+        let stats = stream.expert_stats(&weights, &experts, false);
+        let hard: f64 = stats.experts.iter().map(|sums| sums.hard).sum();
+        open += config.moe.as_ref().unwrap().core(layer) as f64 + hard / stats.tokens as f64;
+        stream.join_experts(&weights, &experts);
+    }
+    open
+}
+
+#[test]
+fn layers_of_top_k_models_keep_different_numbers_of_experts() {
+    let work = tempfile::tempdir().unwrap();
+    let source = dense(work.path());
+    let text = tokens(16, 24);
+    let few = [text[0][..2].to_vec()];
+    for (method, set) in [
+        ("llama-moe", &[][..]),
+        ("random-k", &[]),
+        ("cmoe", &["experts=8"]),
+        ("factorllm", &["epochs=1", "experts=8"]),
+    ] {
+        let [moe, out, saved, even] =
+            ["", "-out", "-saved", "-even"].map(|end| work.path().join(format!("{method}{end}")));
+        Run::new(method, set, 0.7, &text).run(&source, &moe).unwrap();
+        let config = Config::load(&moe).unwrap();
+        let (before, experts) = (Accounting::of(&config), config.num_experts().unwrap());
+        let one = (before.total as f64 - without(&config, 1).params(0)) / 2.0;
+        // Two tokens leave at least two experts of each layer without one.
+        let budget = Budget::Params(before.total as f64 - 3.0 * one);
+        let result = run("seer-moe", &["allocation=global"], budget, &few).run(&moe, &out).unwrap();
+        let after = Config::load(&out).unwrap();
+        let left = [0, 1].map(|layer| after.layer_experts(layer).unwrap());
+        assert!(left[0] + left[1] == 2 * experts - 3 && left[0] != left[1], "{method}: {left:?}");
+        assert_eq!(after.num_experts(), left.into_iter().max(), "{method}");
+        let counts = Accounting::of(&after);
+        assert_eq!(
+            (result.plan.total, counts.total as f64),
+            (budget.params(0), budget.params(0)),
+            "{method}"
+        );
+        // A token runs as many experts as before, beside fewer gates.
+        let rest = |counts: &Accounting| counts.activated(0.0) - counts.router as f64;
+        assert!((rest(&counts) - rest(&before)).abs() < 1e-6, "{method}");
+        assert_eq!(logits(&out, &few[0]), logits(&moe, &few[0]), "{method}");
+        let stats = loaded(&out).new_stats().unwrap();
+        assert_eq!(stats.summary().load_per_layer.iter().map(Vec::len).collect::<Vec<_>>(), left, "{method}");
+        // It trains: without noise as the model of all experts does.
+        let [whole, model] = [&moe, &out].map(|dir| Model::load(dir).unwrap());
+        let batch = Batch { inputs: &few[0][..1], targets: &few[0][1..], seq: 1 };
+        let args = StepArgs { loss_scale: 1.0, balance_scale: 0.0, ..StepArgs::default() };
+        let [all, some] = [&whole, &model].map(|model| {
+            let mut grads = Buf::zeros(model.params().len());
+            let mut workspace = TrainWorkspace::new(model, 1, Precision::F32);
+            let step = model.train_step(&mut grads, batch, &args, &mut workspace).unwrap();
+            assert!(step.loss_sum.is_finite() && grads.iter().all(|g| g.is_finite()), "{method}");
+            grads
+        });
+        assert!(some.iter().any(|&g| g != 0.0), "{method}");
+        for entry in model.layout().entries().iter().filter(|_| method != "llama-moe") {
+            let old = whole.layout().get(&entry.spec.name).unwrap();
+            if old.spec.shape == entry.spec.shape {
+                let want: Vec<f64> = all[old.range.clone()].iter().map(|&g| f64::from(g)).collect();
+                assert_close(
+                    &format!("{method} {}", entry.spec.name),
+                    &some[entry.range.clone()],
+                    &want,
+                    1e-5,
+                );
+            }
+        }
+        fs::create_dir(&saved).unwrap();
+        model.save(&saved, Dtype::F32).unwrap();
+        assert!(crate::common::tensors(&saved) == crate::common::tensors(&out), "{method}");
+        assert_eq!(Config::load(&saved).unwrap().ffn, after.ffn, "{method}");
+        // Fewer experts of a token are of all layers.
+        let mut lower = after.clone();
+        lower.lower_top_k(1).unwrap();
+        let lower = lower.ffn.unwrap();
+        assert_eq!((lower.top_k(), lower.num_experts(0), lower.num_experts(1)), (Some(1), left[0], left[1]));
+        // Formats of other programs have as many experts in every layer.
+        let none = work.path().join("none");
+        let refused = export(&out, &none, &ExportOptions::new(ExportAs::Transformers), &mut |_| {});
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("ffn.experts_per_layer") && !none.exists(), "{refused}");
+        assert!(dsmoe_baselines::llama_moe::export(&out, &none, None, false, &mut |_| {}).is_err());
+        export(&out, &none, &ExportOptions::new(ExportAs::Native), &mut |_| {}).unwrap();
+        fs::remove_dir_all(&none).unwrap();
+        // As many again in every layer are settings without the key.
+        let residual = experts - gates_of(&config);
+        let fewest = *left.iter().min().unwrap() - residual;
+        let layers = vec![LayerSurgery::keep(0..fewest); 2];
+        operate(&out, &even, (&layers, None), false, &mut |_| {}).unwrap();
+        let even = Config::load(&even).unwrap().ffn.unwrap();
+        assert!(even.settings().get("experts_per_layer").is_none(), "{method}");
+        let mut wrong: Value = serde_json::from_str(&after.to_json()).unwrap();
+        let k = after.ffn.as_ref().unwrap().top_k().unwrap();
+        for (key, value, part) in [
+            ("top_k", json!(fewest + 1), format!("ffn.top_k is {} and a layer has {fewest}", fewest + 1)),
+            ("experts_per_layer", json!([k]), "ffn.experts_per_layer has 1 entries".to_owned()),
         ] {
-            let layers = kept.map(|kept| LayerSurgery { router, ..LayerSurgery::keep(0..kept) });
-            let none = work.path().join("none");
-            let error = operate(&moe, &none, (&layers, None), false, &mut |_| {}).unwrap_err().to_string();
-            let kind = "a model with experts of type topk with";
-            assert!(error.contains(part) && error.contains(kind) && !none.exists(), "{error}");
+            wrong["ffn"][key] = value;
+            let error =
+                Config::from_json(Path::new("config.json"), &wrong.to_string()).unwrap_err().to_string();
+            assert!(error.contains(&part), "{method}: {error}");
+            wrong["ffn"]["top_k"] = json!(k);
         }
     }
+}
+
+/// The experts of every layer that have a gate.
+fn gates_of(config: &Config) -> usize {
+    config.ffn.as_ref().unwrap().settings()["num_experts"].as_u64().unwrap() as usize
 }
 
 #[test]
@@ -353,21 +470,27 @@ fn seer_moe_leaves_the_core_and_measures_the_budgets() {
     let moe_after = after.moe.as_ref().unwrap();
     assert_eq!((moe_after.router.num_experts, &moe_after.parts.core), (7, &before.parts.core));
     // The budget in use opens on the same text the share that it says.
-    let mut open = 0.0;
-    let mut stream = LayerStream::open_experts(&out, &text).unwrap();
-    for layer in 0..2 {
-        let (weights, experts) = (stream.layer(layer).unwrap(), stream.experts(layer).unwrap());
-        stream.attend(&weights).unwrap();
-        let stats = stream.expert_stats(&weights, &experts, false);
-        let hard: f64 = stats.experts.iter().map(|sums| sums.hard).sum();
-        open += before.core(layer) as f64 + hard / stats.tokens as f64;
-        stream.join_experts(&weights, &experts);
-    }
     let share = moe_after.active_target.unwrap();
-    assert!((open / 14.0 - share).abs() < 0.05, "{} opened of {share}", open / 14.0);
+    let open = opened(&out, &text) / 14.0;
+    assert!((open - share).abs() < 0.05, "{open} opened of {share}");
     for new in &moe_after.parts.budgets {
         assert!(before.parts.budgets.iter().any(|old| old.thresholds == new.thresholds), "{new:?}");
     }
+    // One expert of the whole model less.
+    let uneven = work.path().join("uneven");
+    let total = Accounting::of(&config).total as f64;
+    let fewer = Budget::Params(total - (total - budget.params(0)) / 2.0);
+    let result = run("seer-moe", &["allocation=global"], fewer, &text).run(&moe, &uneven).unwrap();
+    let after = Config::load(&uneven).unwrap();
+    assert_eq!(result.plan.total, fewer.params(0));
+    assert_eq!(result.plan.total, Accounting::of(&after).total as f64);
+    let mut left = [0, 1].map(|layer| after.layer_experts(layer).unwrap());
+    left.sort_unstable();
+    assert_eq!(left, [7, 8]);
+    let after = after.moe.as_ref().unwrap();
+    assert_eq!((after.router.num_experts, &after.parts.core), (8, &before.parts.core));
+    let (open, share) = (opened(&uneven, &text) / 15.0, after.active_target.unwrap());
+    assert!((open - share).abs() < 0.05, "{open} opened of {share}");
     // Gates are merged where that is asked for.
     let result = run("uncurl", &["router=mean"], budget, &text).run(&moe, &merged).unwrap();
     assert_eq!(result.plan.total, budget.params(0));

@@ -83,6 +83,9 @@ struct InMemory {
 #[derive(Debug, Serialize)]
 struct Experts {
     num_experts: usize,
+    /// Experts of each layer; empty where all have as many.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    experts_per_layer: Vec<usize>,
     expert_width: usize,
     /// None where thresholds are stored by layer and budget.
     threshold: Option<f32>,
@@ -149,7 +152,7 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
     let masks = Masks::load(&args.model)?;
     let accounting = Accounting::of(&config);
     let accounting = masks.as_ref().map_or(accounting, |masks| accounting.with_masks(masks));
-    let active = active_experts(args, &config)?;
+    let active = active_experts(args, &config, accounting.num_experts)?;
     let context = args.context.unwrap_or(CONTEXT.min(config.max_position));
     let in_memory = |precision: Precision| precision.bytes() as u64 * accounting.total;
     let layers = layers(&config, &checkpoint, masks.as_ref());
@@ -216,8 +219,8 @@ pub(crate) fn run(args: &Inspect, ui: &mut Ui) -> Result<()> {
     ui.result(&report, show)
 }
 
-/// Returns the number of active experts to count with; none for a dense model.
-fn active_experts(args: &Inspect, config: &Config) -> Result<Option<f64>> {
+/// Returns the number of active experts to count with, of the `mean` number of experts of a layer; none for a dense model.
+fn active_experts(args: &Inspect, config: &Config, mean: f64) -> Result<Option<f64>> {
     match (config.num_experts(), config.fixed_active(), args.mean_active) {
         (None, _, None) => Ok(None),
         (None, _, Some(_)) => bail!("--mean-active: {} has no experts; leave it out", args.model.display()),
@@ -225,13 +228,13 @@ fn active_experts(args: &Inspect, config: &Config) -> Result<Option<f64>> {
         (Some(experts), Some(fixed), Some(_)) => {
             bail!("--mean-active: every token runs {fixed} of {experts} experts; leave it out")
         }
-        (Some(experts), None, None) => {
+        (Some(_), None, None) => {
             // The thresholds in use are those of a budget, or may open all.
             let budget = config.moe.as_ref().and_then(MoeConfig::budget);
-            Ok(Some(budget.unwrap_or(1.0) * experts as f64))
+            Ok(Some(budget.unwrap_or(1.0) * mean))
         }
-        (Some(experts), None, Some(k)) if (0.0..=experts as f64).contains(&k) => Ok(Some(k)),
-        (Some(experts), None, Some(k)) => bail!("--mean-active {k} is out of range; use 0 to {experts}"),
+        (Some(_), None, Some(k)) if (0.0..=mean).contains(&k) => Ok(Some(k)),
+        (Some(_), None, Some(k)) => bail!("--mean-active {k} is out of range; use 0 to {mean}"),
     }
 }
 
@@ -239,7 +242,11 @@ fn experts(config: &Config) -> Option<Experts> {
     let moe = config.moe.as_ref()?;
     Some(Experts {
         num_experts: moe.router.num_experts,
-        expert_width: config.intermediate / moe.router.num_experts,
+        experts_per_layer: moe.parts.experts.clone(),
+        expert_width: (0..config.num_layers)
+            .map(|layer| config.layer(layer).intermediate / moe.experts(layer))
+            .max()
+            .unwrap_or(0),
         threshold: moe.threshold(),
         core: moe.parts.core.clone(),
         router_rank: moe.parts.router_rank,
@@ -389,8 +396,13 @@ fn show(report: &InspectReport) -> String {
         fields.push((
             "experts",
             format!(
-                "{} of width {} per layer, {} partition, {}, {} gates, rescale {}, {} at zero active, \
+                "{}{} of width {} per layer, {} partition, {}, {} gates, rescale {}, {} at zero active, \
                  router {bias} bias{}",
+                experts
+                    .experts_per_layer
+                    .iter()
+                    .min()
+                    .map_or(String::new(), |fewest| format!("{fewest} to ")),
                 experts.num_experts,
                 experts.expert_width,
                 experts.partition,

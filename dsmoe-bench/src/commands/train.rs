@@ -278,16 +278,15 @@ fn plan(args: &Train, config: TrainConfig, texts: &[Text], processes: usize) -> 
     let config = config.resolve_for(&model)?;
     let accounting = Accounting::of(&model);
     let (tokens_per_step, steps) = (config.tokens_per_step(), config.steps.unwrap_or(0));
-    let all_experts = model.num_experts().map_or(0.0, |experts| experts as f64);
     // Backward is twice the forward.
-    let flops_per_token = 3.0 * accounting.mean_flops_per_token(all_experts, config.seq);
+    let flops_per_token = 3.0 * accounting.mean_flops_per_token(accounting.num_experts, config.seq);
     let share = match config.budget() {
         Budget::Target(share) => share,
         Budget::Range(low, high) => (low + high) / 2.0,
         // The share that a fixed weight leads to is not known before.
         Budget::Weight(_) => 1.0,
     };
-    let share = model.fixed_active().zip(model.num_experts()).map_or(share, |(k, n)| k / n as f64);
+    let share = model.fixed_active().map_or(share, |active| active / accounting.num_experts);
     let tokens = (steps * tokens_per_step) as f64;
     let shares = (share, config.router_gradient.computed());
     let mut flops = tokens * training_flops(&accounting, model.num_experts().is_some(), shares, config.seq);

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use dsmoe_core::Inference;
+use dsmoe_core::accounting::Accounting;
 use dsmoe_core::model::{Batch, Workspace};
 use dsmoe_kernels::cross_entropy::IGNORE;
 use serde::{Deserialize, Serialize};
@@ -128,7 +129,7 @@ impl Profiling<'_> {
             }
             Ok(all)
         })?;
-        let of_all = (stats.num_layers() * stats.num_experts() * seq) as f64;
+        let of_all = stats.num_layers() as f64 * Accounting::of(model.config()).num_experts * seq as f64;
         let share = |active: &[u32]| active.iter().map(|&count| f64::from(count)).sum::<f64>() / of_all;
         let shares = stats.active_of_tokens().chunks(seq).map(share).collect();
         Ok(Point { active: stats.active_ratio(), shares, losses, times: Times::default() })

@@ -269,14 +269,15 @@ pub fn check_llama_tensors(config: &Config, checkpoint: &Checkpoint) -> Result<L
 /// Returns the partition of every layer of a DSMoE checkpoint; empty for a dense one.
 pub(crate) fn read_partitions(config: &Config, checkpoint: &Checkpoint) -> Result<Vec<Partition>> {
     let Some(moe) = &config.moe else { return Ok(Vec::new()) };
-    let num_experts = moe.router.num_experts;
     let read = |layer| match moe.partition {
-        PartitionKind::Contiguous => Partition::contiguous(config.layer(layer).intermediate, num_experts),
+        PartitionKind::Contiguous => {
+            Partition::contiguous(config.layer(layer).intermediate, moe.experts(layer))
+        }
         PartitionKind::Permuted => {
             let name = partition_name(layer);
             let order = checkpoint.read_i32(&name)?;
             let unsigned = order.iter().map(|&i| u32::try_from(i).unwrap_or(u32::MAX)).collect();
-            Partition::from_order(unsigned, num_experts).map_err(|cause| {
+            Partition::from_order(unsigned, moe.experts(layer)).map_err(|cause| {
                 let help = "convert the model again";
                 Error::tensor(checkpoint.path(), &name, format!("is no partition ({cause})"), help)
             })

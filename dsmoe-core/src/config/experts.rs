@@ -1,9 +1,12 @@
-//! The experts of a mixture, as config.json describes them.
+//! The experts of a mixture, as config.json describes them, and the numbers of experts of layers.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use dsmoe_router::expert_map::ExpertMap;
 use dsmoe_router::mixture::MixtureConfig;
+
+use crate::error::{Error, Result};
 
 /// Experts of one width in every layer, of which a router gives every token k, and an expert that all tokens run beside them.
 ///
@@ -81,4 +84,38 @@ impl MixtureSpec {
     pub(crate) fn fits_family(&self) -> bool {
         self.is_even() && self.maps.is_none()
     }
+}
+
+/// Returns the number of experts of every layer: those of the key `experts_per_layer` where it is `stored`, of which `most`, the key
+/// `num_experts`, is the largest, and otherwise as many in each. `path` is that of config.json and `prefix` that of both keys,
+/// for messages.
+///
+/// # Errors
+/// There is not one number for each layer, one is not from 1 to `most`, or none is `most`.
+pub fn experts_of_layers(
+    path: &Path,
+    prefix: &str,
+    stored: Option<&[usize]>,
+    [most, num_layers]: [usize; 2],
+) -> Result<Vec<usize>> {
+    const KEY: &str = "experts_per_layer";
+    let Some(experts) = stored else { return Ok(vec![most; num_layers]) };
+    if experts.len() != num_layers {
+        let problem = format!("has {} entries and num_hidden_layers is {num_layers}", experts.len());
+        return Err(Error::field(path, format!("{prefix}{KEY}"), problem, "give one number for each layer"));
+    }
+    if let Some(layer) = experts.iter().position(|experts| !(1..=most).contains(experts)) {
+        let problem = format!("is {} for layer {layer}", experts[layer]);
+        return Err(Error::field(
+            path,
+            format!("{prefix}{KEY}"),
+            problem,
+            format!("use 1 to num_experts, {most}"),
+        ));
+    }
+    if !experts.contains(&most) {
+        let problem = format!("is {most} and no entry of {KEY} is");
+        return Err(Error::field(path, format!("{prefix}num_experts"), problem, "use the largest of them"));
+    }
+    Ok(experts.to_vec())
 }

@@ -8,6 +8,7 @@ use dsmoe_router::mixture::MixtureConfig;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::experts::experts_of_layers;
 use super::fields::Fields;
 use super::{BASE_KEY, Config, LayerShape, MixtureSpec};
 use crate::error::{Error, Result, shown};
@@ -92,7 +93,8 @@ impl Fields<'_> {
             return Err(self.wrong("shared_width", is, help));
         }
         self.bounded("expert_width", width, self.dimension("num_experts")?)?;
-        let experts = self.stored_experts(&stored, num_layers)?;
+        let (most, experts) = (stored.num_experts, stored.experts_per_layer.as_deref());
+        let experts = experts_of_layers(self.path, self.prefix, experts, [most, num_layers])?;
         let maps = stored.expert_map.map(|maps| self.stored_maps(maps, &experts)).transpose()?;
         let Stored { top_k, renormalise, .. } = stored;
         let balance_weight = self.not_negative("balance_weight")?.unwrap_or(0.0);
@@ -103,25 +105,6 @@ impl Fields<'_> {
             self.wrong("top_k", problem, format!("use an integer from 1 to {fewest}"))
         })?;
         Ok(spec)
-    }
-
-    fn stored_experts(&self, stored: &Stored, num_layers: usize) -> Result<Vec<usize>> {
-        const KEY: &str = "experts_per_layer";
-        let most = stored.num_experts;
-        let Some(experts) = &stored.experts_per_layer else { return Ok(vec![most; num_layers]) };
-        if experts.len() != num_layers {
-            let problem = format!("has {} entries and num_hidden_layers is {num_layers}", experts.len());
-            return Err(self.wrong(KEY, problem, "give one number for each layer"));
-        }
-        if let Some(layer) = experts.iter().position(|experts| !(1..=most).contains(experts)) {
-            let problem = format!("is {} for layer {layer}", experts[layer]);
-            return Err(self.wrong(KEY, problem, format!("use 1 to num_experts, {most}")));
-        }
-        if !experts.contains(&most) {
-            let problem = format!("is {most} and no entry of {KEY} is");
-            return Err(self.wrong("num_experts", problem, "use the largest of them"));
-        }
-        Ok(experts.clone())
     }
 
     fn stored_maps(&self, maps: Vec<Vec<u32>>, experts: &[usize]) -> Result<Vec<Arc<ExpertMap>>> {

@@ -32,7 +32,7 @@ use crate::kept::LayerThresholds;
 use crate::partition;
 pub use arch::{Architecture, LayerAttention, Norms, QkNorm};
 pub use dsmoe_kernels::Activation;
-pub use experts::MixtureSpec;
+pub use experts::{MixtureSpec, experts_of_layers};
 use fields::Fields;
 use moe::MoeSizes;
 pub use moe::{Budget, MoeConfig, MoeParts, PartitionKind};
@@ -265,7 +265,7 @@ impl Config {
         config.check_size(&fields)?;
         if let Some(moe) = &config.moe {
             for i in 0..config.num_layers {
-                partition::check_divisible(config.layer(i).intermediate, moe.router.num_experts, Some(path))?;
+                partition::check_divisible(config.layer(i).intermediate, moe.experts(i), Some(path))?;
             }
         }
         let ffn = match mixture {
@@ -412,7 +412,7 @@ impl Config {
     /// # Panics
     /// There is no such layer.
     pub fn layer_experts(&self, layer: usize) -> Option<usize> {
-        let moe = self.moe.as_ref().map(|moe| moe.router.num_experts);
+        let moe = self.moe.as_ref().map(|moe| moe.experts(layer));
         moe.or_else(|| self.ffn.as_ref().map(|spec| spec.num_experts(layer)))
     }
 

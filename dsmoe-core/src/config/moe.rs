@@ -4,6 +4,7 @@ use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::experts::experts_of_layers;
 use super::fields::Fields;
 use crate::error::{Error, Result, shown};
 
@@ -57,7 +58,7 @@ pub enum PartitionKind {
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct MoeConfig {
-    /// Settings of the routers, with the number of all experts of a layer.
+    /// Settings of the routers, with the number of all experts of a layer, the largest where layers differ.
     pub router: RouterConfig,
     /// Order of the neurons.
     pub partition: PartitionKind,
@@ -93,6 +94,8 @@ pub struct MoeConfig {
 /// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MoeParts {
+    /// The experts of each layer, the core included, where layers have different numbers of them; empty where all have as many.
+    pub experts: Vec<usize>,
     /// The leading experts of each layer that every token runs with the factor 1 and that no router knows; empty for
     /// none at all.
     pub core: Vec<usize>,
@@ -123,7 +126,7 @@ pub struct MoeParts {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Budget {
-    /// The share of active experts, mean over layers, the core included.
+    /// The active share of the experts of all layers, the core included, mean over tokens.
     pub active: f64,
     /// The threshold of the gates' logits in each layer. A gate is open where its logit is larger.
     pub thresholds: Vec<f32>,
@@ -135,6 +138,8 @@ pub struct Budget {
 struct StoredMoe {
     format_version: u64,
     num_experts: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    experts_per_layer: Option<Vec<usize>>,
     threshold: f64,
     partition: PartitionKind,
     router_bias: bool,
@@ -183,6 +188,27 @@ impl MoeConfig {
             untrained: false,
             parts: MoeParts::default(),
         }
+    }
+
+    /// Returns the number of experts of a layer, the core included.
+    ///
+    /// ```
+    /// use dsmoe_core::config::{MoeConfig, MoeParts};
+    /// use dsmoe_router::RouterConfig;
+    ///
+    /// let parts = MoeParts { experts: vec![8, 6], ..MoeParts::default() };
+    /// let moe = MoeConfig { parts, ..MoeConfig::new(RouterConfig::new(8)) };
+    /// assert_eq!([moe.experts(0), moe.experts(1)], [8, 6]);
+    /// ```
+    pub fn experts(&self, layer: usize) -> usize {
+        self.parts.experts.get(layer).copied().unwrap_or(self.router.num_experts)
+    }
+
+    /// Sets the number of experts of every layer, the core included.
+    pub(crate) fn set_experts(&mut self, experts: Vec<usize>) {
+        self.router.num_experts = experts.iter().copied().max().unwrap_or(0);
+        let is_even = experts.iter().all(|&experts| experts == self.router.num_experts);
+        self.parts.experts = if is_even { Vec::new() } else { experts };
     }
 
     /// Returns the number of leading experts of a layer that every token runs.
@@ -247,11 +273,16 @@ impl MoeConfig {
         };
         let budgets =
             (!parts.budgets.is_empty()).then(|| parts.budgets.iter().map(budget).collect::<Vec<_>>());
-        let has_parts =
-            core.is_some() || parts.router_rank.is_some() || parts.correction || budgets.is_some();
+        let experts_per_layer = (!parts.experts.is_empty()).then(|| parts.experts.clone());
+        let has_parts = experts_per_layer.is_some()
+            || core.is_some()
+            || parts.router_rank.is_some()
+            || parts.correction
+            || budgets.is_some();
         json!(StoredMoe {
             format_version: if has_parts { FORMAT_WITH_PARTS } else { PLAIN_FORMAT },
             num_experts: router.num_experts,
+            experts_per_layer,
             threshold: decimal(router.threshold),
             partition: self.partition,
             router_bias: self.router_bias,
@@ -323,6 +354,7 @@ pub(super) fn read(fields: &Fields<'_>, sizes: MoeSizes) -> Result<Option<MoeCon
 /// Checks and returns what stands beside routed experts.
 fn parts(fields: &Fields<'_>, stored: &StoredMoe, sizes: MoeSizes) -> Result<MoeParts> {
     let keys = [
+        ("experts_per_layer", stored.experts_per_layer.is_some()),
         ("core", stored.core.is_some()),
         ("router_rank", stored.router_rank.is_some()),
         ("correction", stored.correction),
@@ -333,7 +365,10 @@ fn parts(fields: &Fields<'_>, stored: &StoredMoe, sizes: MoeSizes) -> Result<Moe
         let problem = format!("needs format_version {FORMAT_WITH_PARTS} and has {}", stored.format_version);
         return Err(fields.wrong(&format!("dsmoe.{key}"), problem, "convert the model again"));
     }
-    let core = core(fields, stored, sizes.num_layers)?;
+    let (most, prefix) = (stored.num_experts, format!("{}dsmoe.", fields.prefix));
+    let experts = stored.experts_per_layer.as_deref();
+    let experts = experts_of_layers(fields.path, &prefix, experts, [most, sizes.num_layers])?;
+    let core = core(fields, stored, &experts)?;
     if let Some(rank) = stored.router_rank.filter(|rank| !(1..=sizes.hidden).contains(rank)) {
         let help = format!("use an integer from 1 to hidden_size {}", sizes.hidden);
         return Err(fields.wrong("dsmoe.router_rank", format!("is {rank}"), help));
@@ -343,10 +378,14 @@ fn parts(fields: &Fields<'_>, stored: &StoredMoe, sizes: MoeSizes) -> Result<Moe
         return Err(fields.wrong("dsmoe.correction", problem, "add router_rank, or set it to false"));
     }
     let budgets = budgets(fields, stored, sizes.num_layers)?;
-    Ok(MoeParts { core, router_rank: stored.router_rank, correction: stored.correction, budgets })
+    // Equal numbers are those of the router.
+    let experts = if experts.iter().all(|&experts| experts == most) { Vec::new() } else { experts };
+    Ok(MoeParts { experts, core, router_rank: stored.router_rank, correction: stored.correction, budgets })
 }
 
-fn core(fields: &Fields<'_>, stored: &StoredMoe, num_layers: usize) -> Result<Vec<usize>> {
+/// Checks and returns the core of every layer of so many `experts`.
+fn core(fields: &Fields<'_>, stored: &StoredMoe, experts: &[usize]) -> Result<Vec<usize>> {
+    let num_layers = experts.len();
     let core = match &stored.core {
         None => return Ok(Vec::new()),
         Some(StoredCore::Every(core)) => vec![*core; num_layers],
@@ -356,9 +395,9 @@ fn core(fields: &Fields<'_>, stored: &StoredMoe, num_layers: usize) -> Result<Ve
         let problem = format!("has {} entries and num_hidden_layers is {num_layers}", core.len());
         return Err(fields.wrong("dsmoe.core", problem, "give one number, or one for each layer"));
     }
-    match core.iter().position(|&core| core >= stored.num_experts) {
+    match core.iter().zip(experts).position(|(core, experts)| core >= experts) {
         Some(layer) => {
-            let problem = format!("is {} in layer {layer} of {} experts", core[layer], stored.num_experts);
+            let problem = format!("is {} in layer {layer} of {} experts", core[layer], experts[layer]);
             let help = "leave at least one expert to the router";
             Err(fields.wrong("dsmoe.core", problem, help))
         }

@@ -196,7 +196,10 @@ impl Card<'_> {
 fn method(moe: &MoeConfig) -> String {
     let router = &moe.router;
     let mut parts = vec![
-        format!("DSMoE, {} experts per layer", router.num_experts),
+        match moe.parts.experts.iter().min() {
+            None => format!("DSMoE, {} experts per layer", router.num_experts),
+            Some(fewest) => format!("DSMoE, {fewest} to {} experts per layer", router.num_experts),
+        },
         match moe.threshold() {
             Some(threshold) => format!("gates above {threshold}"),
             None => "gates above the threshold of their layer".to_owned(),

@@ -62,9 +62,9 @@ impl Dense {
         let fail = |field: &str, problem: String, help| {
             Err(Error::field(&dir.join(CONFIG_FILE), field, problem, help))
         };
-        let blocks = match (&config.moe, &config.ffn) {
-            (Some(moe), _) => moe.router.num_experts,
-            (None, Some(spec)) => match (spec.blocks(), fold) {
+        match (&config.moe, &config.ffn) {
+            (Some(_), _) => {}
+            (None, Some(spec)) => match (spec.blocks(0), fold) {
                 (None, _) => {
                     return fail("ffn.type", format!("is {:?}, which has no dense form", spec.kind()), help);
                 }
@@ -73,13 +73,13 @@ impl Dense {
                         format!("is {:?}, and without its gates it computes something else", spec.kind());
                     return fail("ffn.type", problem, KEEP_OR_FOLD);
                 }
-                (Some(blocks), Some(_)) => blocks,
+                (Some(_), Some(_)) => {}
             },
             (None, None) => {
                 let problem = format!("is {} already, without experts", config.model_type());
                 return fail("model_type", problem, help);
             }
-        };
+        }
         let mut orders: Vec<Option<Vec<u32>>> =
             read_partitions(config, checkpoint)?.iter().map(|partition| partition.inverse()).collect();
         // A kind of FFN without a partition keeps its neurons as they are stored.
@@ -91,9 +91,12 @@ impl Dense {
         if let Some(moe) = &config.moe {
             check_no_correction(dir, moe)?;
         }
-        let fits = |means: &Vec<f64>| means.len() == blocks && means.iter().all(|mean| mean.is_finite());
-        if fold.len() != config.num_layers || !fold.iter().all(fits) {
-            let problem = format!("factors are not of {} layers and {blocks} experts", config.num_layers);
+        let fits = |(layer, means): (usize, &Vec<f64>)| {
+            config.layer_experts(layer) == Some(means.len()) && means.iter().all(|mean| mean.is_finite())
+        };
+        if fold.len() != config.num_layers || !fold.iter().enumerate().all(fits) {
+            let experts = config.num_experts().unwrap_or(0);
+            let problem = format!("factors are not of {} layers and {experts} experts", config.num_layers);
             return Err(Error::argument(problem, "measure them with this model"));
         }
         let factors = config.layers().zip(fold).zip(&orders).map(|((shape, means), order)| {
@@ -149,7 +152,7 @@ fn all_open(config: &Config, moe: &MoeConfig, checkpoint: &Checkpoint) -> Result
         if !moe.router_bias {
             return Ok(false);
         }
-        let routed = moe.router.num_experts - moe.core(layer);
+        let routed = moe.experts(layer) - moe.core(layer);
         let (name, len) = match moe.parts.router_rank {
             None => (router_name(layer), routed * config.hidden),
             Some(rank) => (ffn_name(layer, "router.b.weight"), routed * rank),

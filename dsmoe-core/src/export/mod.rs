@@ -173,15 +173,24 @@ fn check_longrope(model: &Path, config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a mixture that its family's own format does not hold: transformers has no class for it.
-fn check_mixture(model: &Path, config: &Config) -> Result<()> {
+/// Refuses experts that transformers does not run: those of a mixture that its family's own format does not hold, and different
+/// numbers of them in the layers of DSMoE and of FFNs of another kind, which the code for transformers does not know.
+fn check_experts(model: &Path, config: &Config) -> Result<()> {
     if let Some(spec) =
-        config.ffn.as_ref().filter(|spec| spec.as_mixture().is_none() && spec.blocks().is_none())
+        config.ffn.as_ref().filter(|spec| spec.as_mixture().is_none() && spec.blocks(0).is_none())
     {
         let problem = format!("is {:?}, which transformers does not know", spec.kind());
         return Err(Error::field(&model.join(CONFIG_FILE), "ffn.type", problem, "export it {as} native"));
     }
-    if config.mixture().is_none() || config.model_type() != "dsmoe" {
+    if config.mixture().is_none() {
+        if (0..config.num_layers).all(|layer| config.layer_experts(layer) == config.num_experts()) {
+            return Ok(());
+        }
+        let field = if config.moe.is_some() { "dsmoe.experts_per_layer" } else { "ffn.experts_per_layer" };
+        let problem = "says that layers have different numbers of experts, which the code for transformers does not know";
+        return Err(Error::field(&model.join(CONFIG_FILE), field, problem, "export it {as} native"));
+    }
+    if config.model_type() != "dsmoe" {
         return Ok(());
     }
     let problem = "is \"mixture\", with gates that share experts or layers of different numbers of experts, which \
@@ -221,7 +230,7 @@ pub fn export(
     }
     if form == ExportAs::Transformers {
         check_longrope(model, &config)?;
-        check_mixture(model, &config)?;
+        check_experts(model, &config)?;
     }
     let checkpoint = open_model(model, &config)?;
     check_llama_tensors(&config, &checkpoint)?;

@@ -120,14 +120,10 @@ impl DsmoeFfn {
         }
     }
 
-    /// Returns the derivative of the loss by one gate of this layer, from that of a layer without a core: the layer's
-    /// loss is a mean over the gates that it has.
+    /// Returns the derivative of the loss by one gate of this layer, from that of a layer of most experts without a core: the
+    /// layer's loss is a mean over the gates that it has.
     fn sparsity(&self, of_all: SparsityGrad) -> SparsityGrad {
-        SparsityGrad { weight: of_all.weight * self.sparsity_factor(), ..of_all }
-    }
-
-    fn sparsity_factor(&self) -> f32 {
-        if self.form.core == 0 { 1.0 } else { self.form.sparsity_factor() }
+        SparsityGrad { weight: of_all.weight * self.form.sparsity_factor(), ..of_all }
     }
 }
 
@@ -299,7 +295,8 @@ impl Ffn for DsmoeFfn {
         let width = self.gated.intermediate / self.form.router.num_experts;
         let gated = Gated { intermediate: num_experts * width, ..self.gated };
         let router = RouterConfig { num_experts, ..self.form.router.clone() };
-        let ffn = DsmoeFfn::of(gated, DsmoeForm { router, ..self.form.clone() });
+        let form = DsmoeForm { router, most_experts: num_experts, ..self.form.clone() };
+        let ffn = DsmoeFfn::of(gated, form);
         // Gates stay as open as they are.
         Some(Box::new(DsmoeFfn { bar: self.bar, centre: self.centre, ..ffn }))
     }
@@ -428,7 +425,7 @@ impl Ffn for DsmoeFfn {
             self.sparsity(sparsity),
             ArrayViewMut2::from_shape(shape, dlogits).expect(of_logits),
         );
-        pull.add(of_layer, f64::from(self.sparsity_factor()));
+        pull.add(of_layer, f64::from(self.form.sparsity_factor()));
         separability::backward(
             routed.logits.view(),
             self.bar,

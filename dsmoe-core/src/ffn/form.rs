@@ -22,6 +22,9 @@ use crate::config::MoeConfig;
 pub struct DsmoeForm {
     /// The gates, with the number of all experts of the layer.
     pub router: RouterConfig,
+    /// The number of experts of the layer of its model that has most of them. The sparsity loss is a mean over layers of the means
+    /// over their gates, and its weight is given for one gate among as many.
+    pub most_experts: usize,
     /// True if the router has a bias.
     pub router_bias: bool,
     /// The leading experts that every token runs with the factor 1; the router has the others.
@@ -35,13 +38,15 @@ pub struct DsmoeForm {
 impl DsmoeForm {
     /// Describes routed experts with a full router and nothing beside them.
     pub fn new(router: RouterConfig, router_bias: bool) -> DsmoeForm {
-        DsmoeForm { router, router_bias, core: 0, router_rank: None, correction: false }
+        let most_experts = router.num_experts;
+        DsmoeForm { router, most_experts, router_bias, core: 0, router_rank: None, correction: false }
     }
 
     /// Returns the form of a layer.
     pub(crate) fn of_layer(moe: &MoeConfig, layer: usize) -> DsmoeForm {
         DsmoeForm {
-            router: moe.router.clone(),
+            router: RouterConfig { num_experts: moe.experts(layer), ..moe.router.clone() },
+            most_experts: moe.router.num_experts,
             router_bias: moe.router_bias,
             core: moe.core(layer),
             router_rank: moe.parts.router_rank,
@@ -80,9 +85,9 @@ impl DsmoeForm {
         }
     }
 
-    /// Returns the factor of a layer's part in the sparsity loss, which is a mean over the gates that it has: that of all
-    /// experts over that of the routed ones.
+    /// Returns the factor of a layer's part in the sparsity loss, which is a mean over the gates that it has: the largest number of
+    /// experts of a layer over that of the routed ones.
     pub(crate) fn sparsity_factor(&self) -> f32 {
-        self.router.num_experts as f32 / self.routed() as f32
+        self.most_experts as f32 / self.routed() as f32
     }
 }

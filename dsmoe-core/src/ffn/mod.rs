@@ -338,15 +338,15 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
         None
     }
 
-    /// Returns the settings with `count` experts that have a gate, 1 or more, in every layer and the same beside them, whose FFNs
+    /// Returns the settings with so many experts of every layer that have a gate, 1 or more, and the same beside them, whose FFNs
     /// are those of [`Ffn::with_experts`]; none for mixtures, which [`Config::set_mixture`] changes, and where the number is fixed.
-    fn with_experts(&self, _count: usize) -> Option<Arc<dyn FfnSpec>> {
+    fn with_experts(&self, _counts: &[usize]) -> Option<Arc<dyn FfnSpec>> {
         None
     }
 
-    /// Returns the number of equal blocks of neurons, in the order of the rows, that are the experts of an FFN whose
+    /// Returns the number of equal blocks of neurons of a layer, in the order of the rows, that are the experts of an FFN whose
     /// output is the sum of theirs, each times its coefficient; none for another FFN.
-    fn blocks(&self) -> Option<usize> {
+    fn blocks(&self, _layer: usize) -> Option<usize> {
         None
     }
 }

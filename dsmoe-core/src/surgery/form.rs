@@ -87,7 +87,8 @@ impl Form {
             }
             None => {
                 let parts = (0..config.num_layers).map(|layer| of_layer(config, layer).expert_parts());
-                let changes = config.ffn.as_ref().is_none_or(|spec| spec.with_experts(1).is_some());
+                let one_each = vec![1; config.num_layers];
+                let changes = config.ffn.as_ref().is_none_or(|spec| spec.with_experts(&one_each).is_some());
                 match parts.collect::<Option<Vec<_>>>().filter(|_| changes) {
                     Some(parts) => Ok(Form::Blocks(parts)),
                     None => {
@@ -218,14 +219,14 @@ fn other_blocks(path: &Path, config: &Config, parts: &[ExpertParts], surgery: Su
         None => "a DSMoE model".to_owned(),
     };
     let refused = match layers.first().map(|layer| layer.router) {
-        _ if top_k.is_some() && config.ffn.is_none() => Some("a fixed number of experts for each token"),
-        Some(RouterRule::Map) => Some("gates that share experts"),
-        _ if counts.iter().any(|&count| count != counts[0]) => Some("layers of different numbers of experts"),
+        _ if top_k.is_some() && config.ffn.is_none() => {
+            Some(("a fixed number of experts for each token", "let thresholds choose"))
+        }
+        Some(RouterRule::Map) => Some(("gates that share experts", "give each expert a gate of its own")),
         _ => None,
     };
-    if let Some(with) = refused {
+    if let Some((with, help)) = refused {
         let problem = format!("surgery to {of_kind} with {with}, for which there is no format");
-        let help = "keep as many experts in every layer, each with a gate of its own";
         return Err(Error::argument(problem, help));
     }
     let mut after = config.clone();
@@ -234,19 +235,19 @@ fn other_blocks(path: &Path, config: &Config, parts: &[ExpertParts], surgery: Su
         ..config.layer(i)
     };
     after.set_layers(counts.iter().zip(parts).enumerate().map(shape).collect());
-    if let (Some(moe), Some(&count)) = (&mut after.moe, counts.first()) {
+    if let Some(moe) = &mut after.moe {
         // The share that was trained for is of other experts; budgets have theirs.
         moe.active_target = moe.budget();
-        shares::of_other_experts(moe, count, shares);
-        moe.router.num_experts = count;
+        shares::of_other_experts(moe, &counts, shares);
+        moe.set_experts(counts);
         // The neurons are not all of the dense model's.
         (moe.partition, moe.untrained) = (PartitionKind::Contiguous, false);
     }
-    if let (Some(spec), Some(layer)) = (&config.ffn, layers.first()) {
-        let experts = layer.experts.len();
-        let top_k = top_k.or(spec.top_k());
-        top_k.map_or(Ok(()), |top_k| check_top_k(top_k, experts))?;
-        let fewer = spec.with_experts(experts);
+    if let Some(spec) = &config.ffn {
+        let experts: Vec<usize> = layers.iter().map(|layer| layer.experts.len()).collect();
+        let (top_k, fewest) = (top_k.or(spec.top_k()), experts.iter().copied().min().unwrap_or(0));
+        top_k.map_or(Ok(()), |top_k| check_top_k(top_k, fewest))?;
+        let fewer = spec.with_experts(&experts);
         after.ffn = fewer.map(|spec| top_k.and_then(|top_k| spec.with_top_k(top_k)).unwrap_or(spec));
     }
     Config::from_json(path, &after.to_json())

@@ -18,7 +18,7 @@
 //! `Rows` keeps the row, bias and threshold of a sigmoid gate. A gate that is left opens for the same tokens with the same
 //! value, and dropping experts that never open changes no logit (but with the rescaling of eq. 8, whose n is that of the
 //! experts that are left). Budgets keep their thresholds, and their shares are of the experts that are left
-//! ([`Surgery::shares`]). `Mean` has a logit that is the mean of its parts' logits for every token, since logits are linear in
+//! ([`Surgery::shares`]), in all layers together where their numbers differ. `Mean` has a logit that is the mean of its parts' logits for every token, since logits are linear in
 //! rows and biases, and the threshold of a layer is one for all of its gates: the merged gate opens where its parts open on
 //! average, and equal parts have equal values before and after. A mean of sigmoids is no sigmoid of a linear map, so that no
 //! other rule has a format; a gate that is open where any of its parts is would be `Map`, which sigmoid gates have no format

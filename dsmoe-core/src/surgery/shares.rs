@@ -8,15 +8,16 @@
 //! f  = (a n - c) / (n - c)            the share of gates that are open: n experts, of which a are active, a core of c
 //! a' = (c + f (n' - c)) / n'          n' experts, with the same core
 //! ```
-//! c is a mean over layers.
+//! n, n' and c are means over layers.
 
 use crate::config::MoeConfig;
 
-/// Replaces the shares of the budgets of `moe`, and the one in use, by those of a model of `left` experts in a layer, `measured`
+/// Replaces the shares of the budgets of `moe`, and the one in use, by those of a model of `left` experts in its layers, `measured`
 /// or not.
-pub(super) fn of_other_experts(moe: &mut MoeConfig, left: usize, measured: Option<&[f64]>) {
-    let n = moe.router.num_experts;
-    let Some(in_use) = moe.budget().filter(|_| left != n) else { return };
+pub(super) fn of_other_experts(moe: &mut MoeConfig, left: &[usize], measured: Option<&[f64]>) {
+    let held: Vec<usize> = (0..left.len()).map(|layer| moe.experts(layer)).collect();
+    let Some(in_use) = moe.budget().filter(|_| left != held) else { return };
+    let [n, left] = [&held[..], left].map(mean);
     let before: Vec<f64> = moe.parts.budgets.iter().map(|budget| budget.active).collect();
     let own = before.iter().position(|&active| active == in_use);
     let core = mean(&moe.parts.core);
@@ -39,13 +40,12 @@ pub(super) fn of_other_experts(moe: &mut MoeConfig, left: usize, measured: Optio
     moe.active_target = Some(active.clamp(least, most));
 }
 
-fn mean(cores: &[usize]) -> f64 {
-    cores.iter().sum::<usize>() as f64 / cores.len().max(1) as f64
+fn mean(counts: &[usize]) -> f64 {
+    counts.iter().sum::<usize>() as f64 / counts.len().max(1) as f64
 }
 
 /// Returns the share `active` after a change from n to n' experts, if gates that go are open as often as those that stay.
-fn as_often(active: f64, core: f64, [n, left]: [usize; 2]) -> f64 {
-    let (n, left) = (n as f64, left as f64);
+fn as_often(active: f64, core: f64, [n, left]: [f64; 2]) -> f64 {
     let open = (active * n - core) / (n - core);
     ((core + open * (left - core)) / left).min(1.0)
 }
@@ -104,7 +104,7 @@ mod tests {
         // Of six gates 2, 4 and 6 are open; of three that are 1, 2 and 3, beside the core of two.
         for (in_use, want) in [(0.5, 0.6), (0.625, 0.7), (1.0, 1.0)] {
             let mut moe = moe(in_use);
-            of_other_experts(&mut moe, 5, None);
+            of_other_experts(&mut moe, &[5; 3], None);
             let found = shares(&moe);
             assert!(found.iter().zip([0.6, 0.8, 1.0]).all(|(a, b)| (a - b).abs() < 1e-12), "{found:?}");
             assert!((moe.active_target.unwrap() - want).abs() < 1e-12, "{moe:?}");
@@ -112,12 +112,22 @@ mod tests {
             assert_eq!(moe.parts.budgets[0].thresholds, [1.0; 3]);
         }
         let mut same = moe(0.625);
-        of_other_experts(&mut same, 8, Some(&[0.1, 0.2, 0.3]));
+        of_other_experts(&mut same, &[8; 3], Some(&[0.1, 0.2, 0.3]));
         assert_eq!(same, moe(0.625));
         let mut coreless = moe(0.5);
         coreless.parts.core.clear();
-        of_other_experts(&mut coreless, 2, None);
+        of_other_experts(&mut coreless, &[2; 3], None);
         assert_eq!(shares(&coreless), [0.5, 0.75, 1.0]);
+        // Of 18 gates beside a core of 6 a third is open; of 7 that are left in layers of 3, 4 and 6 experts, a third too.
+        let mut uneven = moe(0.5);
+        of_other_experts(&mut uneven, &[3, 4, 6], None);
+        let found = shares(&uneven);
+        let want = [(6.0 + 7.0 / 3.0) / 13.0, (6.0 + 14.0 / 3.0) / 13.0, 1.0];
+        assert!(found.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-12), "{found:?}");
+        // Fewer in one layer alone are other experts, too.
+        let mut one = moe(0.5);
+        of_other_experts(&mut one, &[8, 8, 7], None);
+        assert!(shares(&one)[0] > 0.5, "{one:?}");
     }
 
     #[test]
@@ -133,7 +143,7 @@ mod tests {
             (0.75, [0.8, 0.7, 1.0], vec![(0.7, 0.0), (1.0, -9.0)], 0.7),
         ] {
             let mut moe = moe(in_use);
-            of_other_experts(&mut moe, 5, Some(&measured));
+            of_other_experts(&mut moe, &[5; 3], Some(&measured));
             let found: Vec<(f64, f32)> =
                 moe.parts.budgets.iter().map(|budget| (budget.active, budget.thresholds[0])).collect();
             assert_eq!(found, want, "{measured:?}");
@@ -141,7 +151,7 @@ mod tests {
         }
         // Where the budget in use opens nothing, shares are not those that were measured.
         let mut nothing = moe(0.5);
-        of_other_experts(&mut nothing, 5, Some(&[0.0, 0.7, 1.0]));
+        of_other_experts(&mut nothing, &[5; 3], Some(&[0.0, 0.7, 1.0]));
         assert_eq!(nothing.parts.budgets.len(), 3);
     }
 }

@@ -74,6 +74,11 @@ fn models(dir: &Path) -> Vec<(String, PathBuf)> {
         let kept = [LayerSurgery::keep([0, 1, 3]), LayerSurgery::keep([0, 1, 2, 4, 6])];
         operate(&from, &out, (&kept, None), false, &mut |_| {}).unwrap();
         all.push((format!("{name}, experts dropped"), out));
+        // Layers of different numbers of experts.
+        let out = dir.join(format!("{name}-uneven"));
+        let kept = [LayerSurgery::keep([0, 1, 3]), LayerSurgery::keep([0, 2, 4])];
+        operate(&from, &out, (&kept, None), false, &mut |_| {}).unwrap();
+        all.push((format!("{name}, different numbers of experts"), out));
     }
     all
 }

@@ -3,6 +3,7 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod gradients;
+mod layers;
 mod moe;
 mod reference;
 mod small;

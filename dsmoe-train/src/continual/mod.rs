@@ -463,9 +463,8 @@ fn report_of(
     learnt: Learnt,
     (config, replay): (&TrainConfig, Vec<Window>),
 ) -> TaskReport {
-    let experts = model.config().num_experts().map_or(0.0, |n| n as f64);
-    let active = learnt.active.map_or(experts, |share| share * experts);
     let counts = dsmoe_core::accounting::Accounting::of(model.config());
+    let active = learnt.active.unwrap_or(1.0) * counts.num_experts;
     let forward = counts.mean_flops_per_token(active, config.seq);
     // Backward is twice the forward.
     let flops = forward * (3.0 * learnt.tokens as f64 + learnt.scored_tokens as f64);
