@@ -74,6 +74,58 @@ impl ExpertMap {
         &self.of_gates
     }
 
+    /// Returns the gates of an expert, ascending.
+    pub fn gates_of(&self, expert: usize) -> impl Iterator<Item = usize> + '_ {
+        let of_gates = self.of_gates.iter().enumerate();
+        of_gates.filter(move |&(_, &of)| of as usize == expert).map(|(gate, _)| gate)
+    }
+
+    /// Returns whether each gate runs the expert of its own number, as without a map.
+    pub fn is_plain(&self) -> bool {
+        self.of_gates.iter().enumerate().all(|(gate, &expert)| gate == expert as usize)
+    }
+
+    /// Returns the map of the same gates after the experts themselves were merged, `merge` being the map of experts to new ones.
+    ///
+    /// # Panics
+    /// `merge` is of another number of experts.
+    ///
+    /// ```
+    /// use dsmoe_router::expert_map::ExpertMap;
+    ///
+    /// let once = ExpertMap::new(vec![0, 1, 0, 2], 3)?;
+    /// let twice = once.then(&ExpertMap::new(vec![0, 1, 1], 2)?);
+    /// assert_eq!((twice.of_gates(), twice.num_experts()), (&[0, 1, 0, 1][..], 2));
+    /// # Ok::<(), dsmoe_router::Error>(())
+    /// ```
+    #[must_use]
+    pub fn then(&self, merge: &ExpertMap) -> ExpertMap {
+        assert_eq!(merge.num_gates(), self.num_experts, "expert map: experts");
+        let of_gates = self.of_gates.iter().map(|&expert| merge.of_gates[expert as usize]).collect();
+        ExpertMap { of_gates, num_experts: merge.num_experts }
+    }
+
+    /// Returns the gates of some of the experts, expert after expert, and the map of these gates to them.
+    ///
+    /// # Panics
+    /// There is no such expert.
+    ///
+    /// ```
+    /// use dsmoe_router::expert_map::ExpertMap;
+    ///
+    /// let (gates, map) = ExpertMap::new(vec![0, 1, 0, 2], 3)?.keep(&[2, 0]);
+    /// assert_eq!((&gates[..], map.of_gates()), (&[3, 0, 2][..], &[0, 1, 1][..]));
+    /// # Ok::<(), dsmoe_router::Error>(())
+    /// ```
+    pub fn keep(&self, kept: &[usize]) -> (Vec<usize>, ExpertMap) {
+        assert!(kept.iter().all(|&expert| expert < self.num_experts), "expert map: experts {kept:?}");
+        let gates = kept.iter().map(|&expert| self.gates_of(expert).collect::<Vec<_>>());
+        let gates: Vec<Vec<usize>> = gates.collect();
+        let of = |(new, gates): (usize, &Vec<usize>)| vec![new as u32; gates.len()];
+        let of_gates = gates.iter().enumerate().flat_map(of).collect();
+        (gates.concat(), ExpertMap { of_gates, num_experts: kept.len() })
+    }
+
     /// Sets `experts` to what the experts run where `gates` is the routing of their gates. Coefficients of one expert are
     /// added in the order of the gates.
     ///
@@ -136,6 +188,24 @@ mod tests {
         let mut experts = Routing::default();
         ExpertMap::new(vec![0, 1, 2], 3).unwrap().route(&gates, &mut experts);
         assert_eq!(experts, gates);
+    }
+
+    #[test]
+    fn maps_of_maps_run_what_both_say() {
+        let map = ExpertMap::new(vec![0, 1, 0, 2, 2], 3).unwrap();
+        assert!(map.gates_of(2).eq([3, 4]) && map.gates_of(1).eq([1]));
+        let merge = ExpertMap::new(vec![1, 0, 1], 2).unwrap();
+        let mask = array![[true, false, true, false, true], [false, true, false, true, true]];
+        let gates = Routing::from_mask(mask.view(), |t, e| 0.25 + (5 * t + e) as f32);
+        let [mut once, mut twice, mut both] = [0; 3].map(|_| Routing::default());
+        map.route(&gates, &mut once);
+        merge.route(&once, &mut twice);
+        map.then(&merge).route(&gates, &mut both);
+        assert_eq!(both, twice);
+        // Experts that each keep one gate have no need of a map.
+        let (gates, kept) = map.keep(&[1]);
+        assert!(gates == [1] && kept.is_plain() && !map.is_plain());
+        assert_eq!(map.keep(&[0, 1, 2]).1.of_gates(), [0, 0, 1, 2, 2]);
     }
 
     #[test]

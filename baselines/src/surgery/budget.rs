@@ -1,7 +1,8 @@
 //! Numbers of experts that a budget in held parameters has room for.
 //!
 //! `held = rest + sum over layers of (s_l r_l + g g_l)`, r_l experts of s_l parameters and g_l gates of a layer. What all tokens run
-//! is of the rest: a core, residual experts, and what gates have in common.
+//! is of the rest: a core, residual experts, and what gates have in common. Where gates share experts and go with them, g_l is that of
+//! the r_l experts that have most: which stay is not known before.
 
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
@@ -23,6 +24,8 @@ pub(super) struct Held {
     experts: Vec<usize>,
     /// Experts of layers that all tokens run.
     always: Vec<usize>,
+    /// The gates of each expert of layers, descending.
+    gates: Vec<Vec<usize>>,
     /// True if all gates stay.
     keeps_gates: bool,
     total: u64,
@@ -31,21 +34,26 @@ pub(super) struct Held {
 impl Held {
     /// Returns what `config` holds, of which all gates stay or not.
     pub(super) fn of(config: &Config, keeps_gates: bool) -> Result<Held> {
-        let Shape { experts, always, sizes, gate, .. } = shape(config)?;
+        let Shape { experts, mut gates, always, sizes, gate, .. } = shape(config)?;
+        for gates in &mut gates {
+            gates.sort_unstable();
+            gates.reverse();
+        }
         let total = Accounting::of(config).total;
         let (sizes, gate): (Vec<f64>, _) = (sizes.into_iter().map(|size| size as f64).collect(), gate as f64);
-        let mut held = Held { rest: 0.0, sizes, gate, experts, always, keeps_gates, total };
+        let mut held = Held { rest: 0.0, sizes, gate, experts, always, gates, keeps_gates, total };
         held.rest = total as f64 - held.params(&held.experts);
         Ok(held)
     }
 
-    /// Returns the parameters that are held with as many experts of each layer.
+    /// Returns the parameters that are held with as many experts of each layer, at most.
     pub(super) fn params(&self, experts: &[usize]) -> f64 {
-        let gates = if self.keeps_gates { &self.experts[..] } else { experts };
-        let of_layer = |((&experts, &gates), &size): ((&usize, &usize), &f64)| {
+        let of_layer = |((&experts, gates), &size): ((&usize, &Vec<usize>), &f64)| {
+            let left = if self.keeps_gates { gates.len() } else { experts };
+            let gates: usize = gates.iter().take(left).sum();
             experts as f64 * size + gates as f64 * self.gate
         };
-        self.rest + experts.iter().zip(gates).zip(&self.sizes).map(of_layer).sum::<f64>()
+        self.rest + experts.iter().zip(&self.gates).zip(&self.sizes).map(of_layer).sum::<f64>()
     }
 
     /// Returns the largest numbers of experts, at least `fewest` in every layer, that the budget has room for: all layers have

@@ -69,8 +69,8 @@ const HELP: &str =
 /// Returns the experts of a mixture, whose gates can share them.
 fn mixture(config: &Config) -> Result<&MixtureSpec> {
     match config.mixture() {
-        Some(spec) if spec.maps.is_none() => Ok(spec),
-        _ => {
+        Some(spec) => Ok(spec),
+        None => {
             shape(config)?;
             let problem =
                 "its experts are parts of one FFN and no variants of each other, and have a gate each";
@@ -79,17 +79,19 @@ fn mixture(config: &Config) -> Result<&MixtureSpec> {
     }
 }
 
-/// The experts of a model that each have a gate, and what its tokens run besides.
+/// The experts of a model that have gates, and what its tokens run besides.
 struct Shape {
     /// Experts of layers.
     experts: Vec<usize>,
+    /// The gates of each expert, layer by layer.
+    gates: Vec<Vec<usize>>,
     /// Experts of layers that all tokens run: a core, or residual ones.
     always: Vec<usize>,
     /// Neurons of an expert of each layer.
     widths: Vec<usize>,
     /// Parameters of an expert of each layer.
     sizes: Vec<usize>,
-    /// Parameters of the gate of an expert.
+    /// Parameters of a gate.
     gate: usize,
     /// Experts that a token runs, where their number is fixed.
     top_k: Option<usize>,
@@ -100,13 +102,14 @@ struct Shape {
 /// Returns the experts of a mixture, of a DSMoE model, or of a model with FFNs of type top-k.
 fn shape(config: &Config) -> Result<Shape> {
     if let Some(spec) = config.mixture() {
-        if spec.maps.is_some() {
-            let help = "use the model before its experts were merged";
-            return Err(Error::model("its gates share experts already", help));
-        }
         let layers = config.num_layers;
+        let gates = |(layer, &experts): (usize, &usize)| match spec.map(layer) {
+            Some(map) => (0..experts).map(|expert| map.gates_of(expert).count()).collect(),
+            None => vec![1; experts],
+        };
         return Ok(Shape {
             experts: spec.experts.clone(),
+            gates: spec.experts.iter().enumerate().map(gates).collect(),
             always: vec![0; layers],
             widths: vec![spec.width; layers],
             sizes: vec![3 * config.hidden * spec.width; layers],
@@ -134,8 +137,10 @@ fn shape(config: &Config) -> Result<Shape> {
     let neuron = 3 * config.hidden + if config.architecture.mlp_bias { 2 } else { 0 };
     let blocks: Vec<usize> = layers().map(|layer| config.layer_experts(layer).unwrap_or(1)).collect();
     let widths: Vec<usize> = config.layers().zip(&blocks).map(|(layer, n)| layer.intermediate / n).collect();
+    let experts: Vec<usize> = blocks.iter().zip(&always).map(|(blocks, always)| blocks - always).collect();
     Ok(Shape {
-        experts: blocks.iter().zip(&always).map(|(blocks, always)| blocks - always).collect(),
+        gates: experts.iter().map(|&experts| vec![1; experts]).collect(),
+        experts,
         always,
         sizes: widths.iter().map(|width| neuron * width).collect(),
         widths,

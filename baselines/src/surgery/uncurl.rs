@@ -113,6 +113,10 @@ impl Configured for Uncurl {
 impl Uncurl {
     fn held(&self, config: &Config) -> Result<Held> {
         let keeps_gates = self.0.router == Gates::Map;
+        if !keeps_gates && config.mixture().is_some_and(|spec| spec.maps.is_some()) {
+            let problem = "cannot be mean for gates that share experts already";
+            return Err(Error::setting("router", problem, "set it to map"));
+        }
         if keeps_gates && !shape(config)?.is_mixture {
             let problem = "cannot be map for experts that are parts of one FFN, each with a gate of its own";
             return Err(Error::setting("router", problem, "set it to mean, or use a mixture of experts"));

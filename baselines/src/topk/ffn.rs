@@ -147,12 +147,12 @@ impl Ffn for TopkMoeFfn {
     fn expert_parts(&self) -> Option<ExpertParts> {
         let (gated, blocks) = (self.gated, self.spec.all_experts());
         let (routed, gates) = (0..self.spec.router.num_experts, self.router().gate().rows_of_experts());
-        Some(ExpertParts { gated, blocks, routed, gates })
+        Some(ExpertParts { gated, blocks, routed, map: None, gates })
     }
 
-    fn with_experts(&self, count: usize) -> Option<Box<dyn Ffn>> {
+    fn keep_experts(&self, kept: &[usize]) -> Option<Box<dyn Ffn>> {
         let width = self.gated.intermediate / self.spec.all_experts();
-        let spec = self.spec.with_experts(count);
+        let spec = self.spec.with_experts(kept.len());
         let gated = Gated { intermediate: spec.all_experts() * width, ..self.gated };
         Some(Box::new(TopkMoeFfn::of(gated, spec)))
     }

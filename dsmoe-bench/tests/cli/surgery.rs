@@ -27,7 +27,6 @@ fn experts_that_cannot_be_changed_are_refused() {
     for method in ["hc-smoe", "uncurl", "seer-moe"] {
         for (model, budget, parts) in [
             ("dense", "70%", &["it is dense, and this method changes experts", "sparse upcycling"][..]),
-            ("surgery-merged", "60%", &["its gates share experts already", "before its experts were merged"]),
             ("surgery-many", "held:5%", &["budget 0.05", "fewest experts of a layer", "held or more"]),
             ("surgery-many", "1000", &["budget 1000", "fewest experts of a layer"]),
             ("surgery-many", "activated:70%", &["counts held parameters", "held:0.7"]),
@@ -41,12 +40,16 @@ fn experts_that_cannot_be_changed_are_refused() {
     // Pruning leaves as many experts as a token runs; merging may leave fewer gates than that, and says so.
     let dropped = format!("prune surgery-many --method seer-moe --budget 40% {calib} --out surgery-none");
     fails(&dropped, &["fewest experts of a layer"]);
-    // Parts of one FFN have a gate each, as many in every layer.
+    // Parts of one FFN have a gate each.
     for (model, method, parts) in [
         ("surgery-top-k", "hc-smoe", &["parts of one FFN and no variants of each other"][..]),
         ("surgery-top-k", "uncurl", &["router: cannot be map for experts that are parts of one FFN", "mean"]),
         ("moe", "uncurl", &["router: cannot be map"]),
-        ("surgery-top-k", "seer-moe --set allocation=global", &["allocation: cannot be global", "layer"]),
+        (
+            "surgery-merged",
+            "uncurl --set router=mean",
+            &["cannot be mean for gates that share experts already"],
+        ),
         ("surgery-duo", "seer-moe", &["its experts cannot be changed one by one"]),
     ] {
         fails(&format!("prune {model} --method {method} --budget 90% {calib} --out surgery-none"), parts);
@@ -117,6 +120,40 @@ fn parts_of_one_ffn_are_dropped_and_the_model_serves_on() {
         let line = format!("prune {from} --method uncurl --set router=mean --budget 92% {calib}");
         succeeds(&format!("{line} --out {from}-merged"));
         succeeds(&format!("generate {from}-merged --prompt Once --max-tokens 4 --temperature 0"));
+    }
+}
+
+/// Layers of different numbers of experts, in the commands that read them.
+#[test]
+fn one_expert_of_a_whole_model_is_dropped() {
+    let (calib, text) = (calib(), on_text());
+    for (out, made) in
+        [("uneven-gated", "dsmoe --set experts=8"), ("uneven-chosen", "llama-moe --set experts=8")]
+    {
+        succeeds(&format!("prune dense --method {made} --budget 0.85 {calib} --out {out}-source"));
+        let line =
+            format!("prune {out}-source --method seer-moe --set allocation=global --budget held:99.9%");
+        let report = json_of(&format!("{line} {calib} --out {out}"));
+        let seen = json_of(&format!("inspect {out}"));
+        assert_eq!(number(&seen["params_total"]), number(&report["params_total"]), "{report}");
+        let of = if out == "uneven-gated" { &seen["experts"] } else { &seen["ffn"]["settings"] };
+        let mut layers: Vec<u64> = serde_json::from_value(of["experts_per_layer"].clone()).unwrap();
+        layers.sort_unstable();
+        assert_eq!((layers[0], &of["num_experts"]), (7, &json!(8)), "{of}");
+        assert!(layers[1..].iter().all(|&experts| experts == 8), "{layers:?}");
+        let nll =
+            |dir: &str| number(&json_of(&format!("eval {dir} --seq 32 --limit-tokens 600 {text}"))["nll"]);
+        let before = nll(out);
+        assert!(before.is_finite());
+        succeeds(&format!("generate {out} --prompt Once --max-tokens 4 --temperature 0"));
+        let steps = format!("{text} --steps 4 --batch 2 --seq 32 --lr 1e-3");
+        let trained = json_of(&format!("train {out} {steps} --out {out}-run"));
+        assert_eq!(number(&trained["steps"]), 4.0, "{trained}");
+        assert!(nll(&format!("{out}-run")).is_finite());
+        succeeds(&format!("export {out} --as native --out {out}-native"));
+        assert_eq!(nll(&format!("{out}-native")), before);
+        let refusal = &["experts_per_layer", "different numbers of experts", "--as native"];
+        fails(&format!("export {out} --as hf --out {out}-hf"), refusal);
     }
 }
 

@@ -27,7 +27,7 @@ use crate::model::block::Block;
 use crate::model::tensors::in_pool;
 use crate::params::{Layout, TensorSpec};
 
-/// The experts of one layer that have gates, and its router. A core, or residual experts, are no part of them: all tokens run
+/// The experts of one layer that have gates, and its router. Gates may share an expert, whose statistics are those of all of them. A core, or residual experts, are no part of them: all tokens run
 /// those, and only [`LayerStream::join_experts`] does.
 ///
 /// ```
@@ -177,7 +177,7 @@ impl LayerStream {
         for layer in 0..config.num_layers {
             if of_layer(&config, layer).expert_parts().is_none() {
                 let problem = "is of a model whose experts cannot be seen one by one";
-                return wrong(problem, "use experts that each have a gate of their own");
+                return wrong(problem, "use experts that have gates");
             }
         }
         LayerStream::open_model(comm, dir, config, sequences)
@@ -287,12 +287,16 @@ impl LayerExperts {
     /// Returns the layer with some of its experts alone, in order, and what all tokens run.
     ///
     /// # Panics
-    /// There are fewer experts than a token runs, or no such expert.
+    /// There are fewer gates left than a token opens, or no such expert.
     #[must_use]
     pub fn keep(&self, kept: &[usize]) -> LayerExperts {
-        let ffn = self.ffn.with_experts(kept.len()).expect("calibrate: a layer with experts");
+        let ffn = self.ffn.keep_experts(kept).expect("calibrate: a layer with experts");
         let parts = ffn.expert_parts().expect("calibrate: a layer with experts");
         let blocks = self.kept_blocks(kept);
+        let (num_gates, gates) = match &self.parts.map {
+            None => (self.num_experts(), kept.to_vec()),
+            Some(map) => (map.num_gates(), map.keep(kept).0),
+        };
         let (old, new) = (Layout::of(self.ffn.tensors()), Layout::of(ffn.tensors()));
         let mut params = Buf::zeros(new.len());
         for entry in new.entries() {
@@ -303,7 +307,7 @@ impl LayerExperts {
             let to = &mut params[entry.range.clone()];
             match place {
                 Some((number, end)) => to.copy_from_slice(from(&format!("experts.{}.{end}", kept[number]))),
-                None if parts.gates.contains(&&**name) => copy_rows(to, from(name), self.num_experts(), kept),
+                None if parts.gates.contains(&&**name) => copy_rows(to, from(name), num_gates, &gates),
                 None if IN_BLOCKS.contains(&&**name) => {
                     copy_rows(to, from(name), self.parts.blocks, &blocks);
                 }

@@ -102,9 +102,11 @@ pub struct Record<'a> {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Decision {
-    /// `[tokens, experts]`: the logits of the gates.
+    /// `[tokens, experts]`: the logits of the gates. The logit of an expert with several gates is the one whose exponential is the
+    /// sum of theirs.
     pub logits: Array2<f32>,
-    /// `[tokens, experts]`: their softmax over all experts, or their sigmoids, by the family of gates.
+    /// `[tokens, experts]`: their softmax over all experts, or their sigmoids, by the family of gates; that of an expert with
+    /// several gates is the sum.
     pub soft: Array2<f64>,
     /// The experts that run, with their coefficients.
     pub routing: Routing,

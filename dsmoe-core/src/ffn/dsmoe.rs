@@ -287,11 +287,11 @@ impl Ffn for DsmoeFfn {
             Some(_) => &["router.b.weight", "router.bias"],
         };
         let routed = *core..router.num_experts;
-        Some(ExpertParts { gated: self.gated, blocks: router.num_experts, routed, gates })
+        Some(ExpertParts { gated: self.gated, blocks: router.num_experts, routed, map: None, gates })
     }
 
-    fn with_experts(&self, count: usize) -> Option<Box<dyn Ffn>> {
-        let num_experts = self.form.core + count;
+    fn keep_experts(&self, kept: &[usize]) -> Option<Box<dyn Ffn>> {
+        let num_experts = self.form.core + kept.len();
         let width = self.gated.intermediate / self.form.router.num_experts;
         let gated = Gated { intermediate: num_experts * width, ..self.gated };
         let router = RouterConfig { num_experts, ..self.form.router.clone() };

@@ -131,15 +131,15 @@ pub trait Ffn: std::fmt::Debug + Send + Sync {
         None
     }
 
-    /// Returns which of its blocks of neurons are experts with a gate, and where the gates are; none without experts that each
-    /// have a gate of their own.
+    /// Returns which of its blocks of neurons are experts with gates, and where the gates are; none without experts that gates
+    /// open one by one.
     fn expert_parts(&self) -> Option<ExpertParts> {
         None
     }
 
-    /// Returns the form with that many experts that have a gate, 1 or more, and the same beside them; some where
-    /// [`Ffn::expert_parts`] are.
-    fn with_experts(&self, _count: usize) -> Option<Box<dyn Ffn>> {
+    /// Returns the form with some of the experts that have a gate, 1 or more, in that order, with their gates, and the same beside
+    /// them; some where [`Ffn::expert_parts`] are.
+    fn keep_experts(&self, _kept: &[usize]) -> Option<Box<dyn Ffn>> {
         None
     }
 
@@ -339,7 +339,7 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
     }
 
     /// Returns the settings with so many experts of every layer that have a gate, 1 or more, and the same beside them, whose FFNs
-    /// are those of [`Ffn::with_experts`]; none for mixtures, which [`Config::set_mixture`] changes, and where the number is fixed.
+    /// are those of [`Ffn::keep_experts`]; none for mixtures, which [`Config::set_mixture`] changes, and where the number is fixed.
     fn with_experts(&self, _counts: &[usize]) -> Option<Arc<dyn FfnSpec>> {
         None
     }

@@ -1,10 +1,13 @@
 //! Describes which blocks of an FFN are experts with gates, and which of them all tokens run.
 
 use std::ops::Range;
+use std::sync::Arc;
+
+use dsmoe_router::expert_map::ExpertMap;
 
 use super::Gated;
 
-/// The experts of an FFN that each have a gate, among equal blocks of its neurons.
+/// The experts of an FFN that have gates, among equal blocks of its neurons.
 ///
 /// ```
 /// use dsmoe_core::ffn::{DsmoeFfn, DsmoeForm, ExpertParts, Ffn, Gated};
@@ -22,8 +25,10 @@ pub struct ExpertParts {
     pub gated: Gated,
     /// Blocks of equally many neurons.
     pub blocks: usize,
-    /// The blocks that have a gate, in the order of the gates. All tokens run the others.
+    /// The blocks that have a gate, in the order of the gates where each has one. All tokens run the others.
     pub routed: Range<usize>,
+    /// The expert of every gate, of those that have gates; none where each has a gate of its own.
+    pub map: Option<Arc<ExpertMap>>,
     /// Names of the tensors that have a row, or a value, for every gate, as far as they are there.
     pub gates: &'static [&'static str],
 }

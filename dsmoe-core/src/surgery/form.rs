@@ -33,6 +33,15 @@ pub(super) enum Source {
     Gates { layer: usize },
 }
 
+/// A gate of the new model.
+#[derive(Debug)]
+pub(super) struct NewGate {
+    /// The old gates that it is made of, with their weights.
+    pub(super) parts: Vec<(usize, f64)>,
+    /// The new expert that it opens.
+    expert: usize,
+}
+
 /// The projection of experts that a tensor holds.
 #[derive(Debug)]
 pub(super) struct Projection {
@@ -76,10 +85,6 @@ impl Form {
         let wrong =
             |problem: String, help: &'static str| Err(Error::field(path, "model_type", problem, help));
         match config.mixture() {
-            Some(spec) if spec.maps.is_some() => {
-                let problem = "is of a model whose gates share experts already".to_owned();
-                wrong(problem, "use the model before its experts were merged")
-            }
             Some(spec) => Ok(Form::Mixture(spec.clone())),
             None if config.moe.is_none() && config.ffn.is_none() => {
                 let problem = format!("is {:?}, which has no experts", config.model_type());
@@ -108,6 +113,47 @@ impl Form {
         match self {
             Form::Mixture(_) => config.layer_experts(layer).unwrap_or(1),
             Form::Blocks(parts) => parts[layer].routed.len(),
+        }
+    }
+
+    /// Returns the old gates of an expert of a layer.
+    pub(super) fn gates_of(&self, layer: usize, expert: usize) -> Vec<usize> {
+        let map = match self {
+            Form::Mixture(spec) => spec.map(layer),
+            Form::Blocks(parts) => parts[layer].map.as_ref(),
+        };
+        map.map_or_else(|| vec![expert], |map| map.gates_of(expert).collect())
+    }
+
+    /// Returns the new gates of a layer of a surgery that was checked; none where all old ones stay.
+    pub(super) fn gates(&self, layer: usize, surgery: &LayerSurgery) -> Option<Vec<NewGate>> {
+        let of_expert = |(expert, NewExpert { parts }): (usize, &NewExpert)| -> Vec<NewGate> {
+            if parts.len() > 1 && surgery.router == RouterRule::Mean {
+                let of =
+                    |part: &Part| self.gates_of(layer, part.old).into_iter().map(|gate| (gate, part.weight));
+                return vec![NewGate { parts: parts.iter().flat_map(of).collect(), expert }];
+            }
+            let gates = self.gates_of(layer, parts[0].old).into_iter();
+            gates.map(|gate| NewGate { parts: vec![(gate, 1.0)], expert }).collect()
+        };
+        let all_stay = surgery.router == RouterRule::Map;
+        (!all_stay).then(|| surgery.experts.iter().enumerate().flat_map(of_expert).collect())
+    }
+
+    /// Returns the expert of every new gate of a layer.
+    fn map(&self, layer: usize, surgery: &LayerSurgery, held: usize) -> Result<ExpertMap> {
+        let experts = surgery.experts.len();
+        match self.gates(layer, surgery) {
+            Some(gates) => {
+                Ok(ExpertMap::new(gates.iter().map(|gate| gate.expert as u32).collect(), experts)?)
+            }
+            None => {
+                let merge = expert_map(surgery, held)?;
+                Ok(match self {
+                    Form::Mixture(MixtureSpec { maps: Some(maps), .. }) => maps[layer].then(&merge),
+                    Form::Mixture(_) | Form::Blocks(_) => merge,
+                })
+            }
         }
     }
 
@@ -184,12 +230,11 @@ impl Form {
             Form::Blocks(parts) => return other_blocks(path, config, parts, surgery),
         };
         let mut spec = spec.clone();
-        let is_map = layers.first().is_some_and(|layer| layer.router == RouterRule::Map);
-        let maps = is_map.then(|| {
-            let map = |(layer, &held): (&LayerSurgery, &usize)| expert_map(layer, held).map(Arc::new);
-            layers.iter().zip(&spec.experts).map(map).collect::<Result<Vec<_>>>()
-        });
-        spec.maps = maps.transpose()?;
+        let maps = layers.iter().zip(&spec.experts).enumerate();
+        let maps = maps.map(|(i, (layer, &held))| self.map(i, layer, held).map(Arc::new));
+        let maps = maps.collect::<Result<Vec<_>>>()?;
+        let all_stay = layers.first().is_some_and(|layer| layer.router == RouterRule::Map);
+        spec.maps = (all_stay || !maps.iter().all(|map| map.is_plain())).then_some(maps);
         spec.experts = layers.iter().map(|layer| layer.experts.len()).collect();
         spec.top_k = top_k.unwrap_or(spec.top_k);
         let fewest = (0..layers.len()).map(|layer| spec.gates(layer)).min().unwrap_or(0);

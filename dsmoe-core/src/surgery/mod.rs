@@ -10,7 +10,9 @@
 //! ```
 //! An expert of one part is copied bit for bit, where its neurons move too.
 //!
-//! The experts of a surgery are those that have a gate, numbered as the gates are. What all tokens run stays bit for bit: DSMoE's
+//! The experts of a surgery are those that have a gate, numbered as the gates are where each has one of its own. Gates that share an
+//! expert already stay or go with it: `Rows` keeps all gates of the first part, and maps of a surgery and of the one before are
+//! composed. A mean of gates is of experts that have one each. What all tokens run stays bit for bit: DSMoE's
 //! core, the residual experts of a top-k model, a shared expert, the bias and the correction of the output. So do the parts of a
 //! router that its gates have in common: the first matrix of a router of low rank, and the first of a gate of two matrices. Biases
 //! of gate and up are of neurons and follow them; the bias of down is of no expert.
@@ -161,8 +163,8 @@ pub struct Surgery<'a> {
     pub layers: &'a [LayerSurgery],
     /// The number of experts that a token runs, in place of the model's own; none where it is not fixed, or stays.
     pub top_k: Option<usize>,
-    /// The share of the new experts that is active at each budget that a DSMoE model stores, mean over layers and the core
-    /// included, where it was measured. Budgets whose shares are equal become one. Otherwise gates that go count as open as often
+    /// The share of the new experts of all layers that is active at each budget that a DSMoE model stores, the core included, where
+    /// it was measured. Budgets whose shares are equal become one. Otherwise gates that go count as open as often
     /// as those that stay.
     pub shares: Option<&'a [f64]>,
 }
@@ -304,6 +306,15 @@ fn check(form: &Form, config: &Config, surgery: Surgery<'_>) -> Result<()> {
         if let Err(problem) = layer.check(form.held(config, i), form.width(i)) {
             return refuse(format!("surgery of layer {i} {problem}"));
         }
+        let shared = |part: &&Part| form.gates_of(i, part.old).len() > 1;
+        let merged = layer.experts.iter().filter(|expert| expert.parts.len() > 1);
+        if layer.router == RouterRule::Mean
+            && let Some(part) = merged.flat_map(|expert| &expert.parts).find(shared)
+        {
+            let (old, count) = (part.old, form.gates_of(i, part.old).len());
+            let problem = format!("makes a mean of gates of expert {old}, which has {count} of them");
+            return refuse(format!("surgery of layer {i} {problem}"));
+        }
     }
     Ok(())
 }
@@ -372,7 +383,8 @@ pub fn operate_on(
                 experts(*layer).write(&mut writer, info, &blocks[*layer][range.clone()], which)?;
             }
             Source::Gates { layer } => {
-                experts(*layer).write_gates(&mut writer, info, &surgery.layers[*layer])?;
+                let gates = form.gates(*layer, &surgery.layers[*layer]);
+                experts(*layer).write_gates(&mut writer, info, gates.as_deref())?;
             }
         }
         meter.add(info.len_bytes() as usize);

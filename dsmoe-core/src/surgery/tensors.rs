@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use super::form::Projection;
-use super::{LayerSurgery, NewExpert, Part, RouterRule};
+use super::form::{NewGate, Projection};
+use super::{NewExpert, Part};
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer, check_finite, decode};
 use crate::error::Result;
 
@@ -132,24 +132,21 @@ impl<'a> Experts<'a> {
         writer.write_f32_chunk(&narrowed(&sums))
     }
 
-    /// Writes the gates of a layer: rows, or values of a vector.
+    /// Writes the gates of a layer, all old ones where none are given: rows, or values of a vector.
     pub(super) fn write_gates(
         &self,
         writer: &mut Writer,
         info: &TensorInfo,
-        layer: &LayerSurgery,
+        gates: Option<&[NewGate]>,
     ) -> Result<()> {
         let old = self.read(&info.name)?;
-        if layer.router == RouterRule::Map {
-            return writer.write(&info.name, &old.bytes);
-        }
+        let Some(gates) = gates else { return writer.write(&info.name, &old.bytes) };
         writer.begin(&info.name)?;
-        for NewExpert { parts } in &layer.experts {
-            match (&parts[..], layer.router) {
-                ([first, ..], RouterRule::Rows) => writer.write_chunk(old.row(first.old))?,
-                ([only], _) => writer.write_chunk(old.row(only.old))?,
+        for NewGate { parts, .. } in gates {
+            match &parts[..] {
+                [(only, _)] => writer.write_chunk(old.row(*only))?,
                 _ => {
-                    let rows = parts.iter().map(|part| (part.weight, old.row(part.old), old.dtype));
+                    let rows = parts.iter().map(|&(gate, weight)| (weight, old.row(gate), old.dtype));
                     writer.write_f32_chunk(&blend(rows))?;
                 }
             }

@@ -5,6 +5,7 @@ mod cuda;
 mod gradients;
 mod layers;
 mod moe;
+mod recut;
 mod reference;
 mod small;
 mod surgery;

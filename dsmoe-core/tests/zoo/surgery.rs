@@ -23,7 +23,7 @@ use crate::moe::{
 };
 use crate::worst;
 
-fn surgery_case(name: &str) -> Value {
+pub(crate) fn surgery_case(name: &str) -> Value {
     serde_json::from_slice(&fs::read(case(name).join("surgery.json")).unwrap()).unwrap()
 }
 
@@ -36,7 +36,7 @@ fn numbers(json: &Value) -> Vec<usize> {
 }
 
 /// The groups of a case, merged by its weights.
-fn merged(golden: &Value) -> Vec<LayerSurgery> {
+pub(crate) fn merged(golden: &Value) -> Vec<LayerSurgery> {
     let layer = |json: &Value| {
         let (map, weights): (Vec<usize>, Vec<f64>) =
             (numbers(&json["map"]), serde_json::from_value(json["weights"].clone()).unwrap());
@@ -50,11 +50,11 @@ fn merged(golden: &Value) -> Vec<LayerSurgery> {
     golden["layers"].as_array().unwrap().iter().map(layer).collect()
 }
 
-fn logits_of(dir: &Path, name: &str) -> Vec<f32> {
+pub(crate) fn logits_of(dir: &Path, name: &str) -> Vec<f32> {
     logits(&Inference::load(dir, Precision::F32).unwrap(), &golden(name).rows, LENGTH)
 }
 
-fn run(from: &Path, out: &Path, layers: &[LayerSurgery]) -> dsmoe_core::surgery::SurgeryReport {
+pub(crate) fn run(from: &Path, out: &Path, layers: &[LayerSurgery]) -> dsmoe_core::surgery::SurgeryReport {
     operate(from, out, (layers, None), false, &mut |_| {}).unwrap()
 }
 
@@ -124,15 +124,13 @@ fn what_tokens_say_of_experts_is_what_numpy_computes() {
 #[test]
 fn a_stream_of_experts_needs_experts() {
     let work = tempfile::tempdir().unwrap();
-    let (from, merged_once) = (work.path().join("dense"), work.path().join("merged"));
+    let from = work.path().join("dense");
     dense(&from, &json!({}));
     refused(
         LayerStream::open_experts(&from, &[vec![1, 2]]),
         &["of a model without experts", "use a model with"],
     );
     refused(LayerStream::open(&case("mixtral"), &[vec![1, 2]]), &["is of a model with experts"]);
-    run(&case("mixtral"), &merged_once, &merged(&surgery_case("mixtral")));
-    refused(LayerStream::open_experts(&merged_once, &[vec![1, 2]]), &["cannot be seen one by one"]);
 }
 
 #[test]
@@ -577,7 +575,7 @@ fn budgets_have_the_shares_that_were_measured() {
 #[test]
 fn what_surgery_cannot_do_is_refused() {
     let work = tempfile::tempdir().unwrap();
-    let [from, out, merged_once] = ["dense", "out", "merged"].map(|name| work.path().join(name));
+    let [from, out] = ["dense", "out"].map(|name| work.path().join(name));
     dense(&from, &json!({}));
     let keep = |kept: &[usize]| vec![LayerSurgery::keep(kept.iter().copied()); 2];
     let refused_by = |from: &Path, layers: &[LayerSurgery], k: Option<usize>, parts: &[&str]| {
@@ -591,13 +589,6 @@ fn what_surgery_cannot_do_is_refused() {
     refused_by(&case("mixtral"), &keep(&[0, 1])[..1], None, &["surgery of 1 layers, and there are 2"]);
     let mixed = [merged(&surgery_case("mixtral")).remove(0), LayerSurgery::keep([0, 1])];
     refused_by(&case("mixtral"), &mixed, None, &["all gates of some layers only"]);
-    run(&case("mixtral"), &merged_once, &merged(&surgery_case("mixtral")));
-    refused_by(
-        &merged_once,
-        &keep(&[0, 1]),
-        None,
-        &["gates share experts already", "before its experts were merged"],
-    );
 }
 
 #[test]

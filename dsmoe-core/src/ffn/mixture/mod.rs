@@ -170,21 +170,23 @@ impl Ffn for MixtureFfn {
     }
 
     fn expert_parts(&self) -> Option<ExpertParts> {
-        let (gated, blocks) = (self.gated, self.spec.experts[self.layer]);
-        let has_gates = self.spec.maps.is_none();
-        has_gates.then_some(ExpertParts { gated, blocks, routed: 0..blocks, gates: &["gate.weight"] })
+        let (gated, blocks, map) = (self.gated, self.spec.experts[self.layer], self.router.map.clone());
+        Some(ExpertParts { gated, blocks, routed: 0..blocks, map, gates: &["gate.weight"] })
     }
 
-    fn with_experts(&self, count: usize) -> Option<Box<dyn Ffn>> {
+    fn keep_experts(&self, kept: &[usize]) -> Option<Box<dyn Ffn>> {
         let mut spec = (*self.spec).clone();
-        (spec.experts[self.layer], spec.maps) = (count, None);
+        spec.experts[self.layer] = kept.len();
+        if let Some(maps) = &mut spec.maps {
+            maps[self.layer] = Arc::new(maps[self.layer].keep(kept).1);
+        }
         let gated = Gated { intermediate: spec.neurons(self.layer), ..self.gated };
         let balance_weight = self.router.balance_weight;
         Some(Box::new(MixtureFfn::new(gated, Arc::new(spec), self.layer, balance_weight)))
     }
 
     fn decide(&self, params: &[f32], x: &[f32]) -> Option<Decision> {
-        self.expert_parts().map(|_| self.router.decide(x, &params[self.starts()[0]..]))
+        Some(self.router.decide(x, &params[self.starts()[0]..]))
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
