@@ -146,6 +146,82 @@ impl ExpertMap {
         experts.rebuild(mask.view(), |token, expert| sums[[token, expert]] as f32);
     }
 
+    /// Returns the map of these gates and experts, and of as many others behind them as `others`, each of its own gate: experts that all
+    /// tokens run.
+    #[must_use]
+    pub fn before(&self, others: usize) -> ExpertMap {
+        let behind = (self.num_experts..self.num_experts + others).map(|expert| expert as u32);
+        let of_gates = self.of_gates.iter().copied().chain(behind).collect();
+        ExpertMap { of_gates, num_experts: self.num_experts + others }
+    }
+
+    /// Returns for every token and expert the logit whose exponential is the sum of those of its gates' `logits` `[T, n]`.
+    ///
+    /// # Panics
+    /// `logits` are of another number of gates.
+    pub fn log_sums(&self, logits: ArrayView2<'_, f32>) -> Array2<f32> {
+        self.of_experts(logits, |values| match values {
+            [only] => *only,
+            values => {
+                let most = values.iter().fold(f64::NEG_INFINITY, |most, &z| most.max(f64::from(z)));
+                (most + values.iter().map(|&z| (f64::from(z) - most).exp()).sum::<f64>().ln()) as f32
+            }
+        })
+    }
+
+    /// Returns for every token and expert the largest of its gates' `logits` `[T, n]`: it is above a threshold if any of them is.
+    ///
+    /// # Panics
+    /// Those of [`ExpertMap::log_sums`].
+    ///
+    /// ```
+    /// use dsmoe_router::expert_map::ExpertMap;
+    /// use ndarray::array;
+    ///
+    /// let map = ExpertMap::new(vec![0, 1, 0], 2)?;
+    /// assert_eq!(map.largest(array![[0.5, -1.0, 2.0]].view()), array![[2.0, -1.0]]);
+    /// # Ok::<(), dsmoe_router::Error>(())
+    /// ```
+    pub fn largest(&self, logits: ArrayView2<'_, f32>) -> Array2<f32> {
+        self.of_experts(logits, |values| values.iter().copied().fold(f32::NEG_INFINITY, f32::max))
+    }
+
+    /// Returns for every token and expert the sum of its gates' `values` `[T, n]`.
+    ///
+    /// # Panics
+    /// `values` are of another number of gates.
+    pub fn sums(&self, values: ArrayView2<'_, f64>) -> Array2<f64> {
+        self.of_experts(values, |values| values.iter().sum())
+    }
+
+    /// Returns what `of` makes of the values of the gates of every expert, token by token.
+    fn of_experts<T: Copy>(&self, values: ArrayView2<'_, T>, of: impl Fn(&[T]) -> T) -> Array2<T> {
+        assert_eq!(values.ncols(), self.num_gates(), "expert map: gates");
+        let gates: Vec<Vec<usize>> =
+            (0..self.num_experts).map(|expert| self.gates_of(expert).collect()).collect();
+        let mut of_expert = Vec::new();
+        Array2::from_shape_fn((values.nrows(), self.num_experts), |(token, expert)| {
+            of_expert.clear();
+            of_expert.extend(gates[expert].iter().map(|&gate| values[[token, gate]]));
+            of(&of_expert)
+        })
+    }
+
+    /// Returns the pairs of tokens and experts of a routing of the experts `[T, experts]`.
+    ///
+    /// # Panics
+    /// `experts` is of another number of experts.
+    pub fn mask(&self, experts: &Routing) -> Array2<bool> {
+        assert_eq!(experts.num_experts, self.num_experts, "expert map: experts");
+        let mut mask = Array2::from_elem((experts.num_tokens, self.num_experts), false);
+        for (expert, slots) in experts.offsets.windows(2).enumerate() {
+            for &token in &experts.tokens[slots[0]..slots[1]] {
+                mask[[token as usize, expert]] = true;
+            }
+        }
+        mask
+    }
+
     /// Returns the gradient by the coefficients of the gates `[T, n]` of that by the coefficients of the experts.
     ///
     /// # Panics
@@ -206,6 +282,25 @@ mod tests {
         let (gates, kept) = map.keep(&[1]);
         assert!(gates == [1] && kept.is_plain() && !map.is_plain());
         assert_eq!(map.keep(&[0, 1, 2]).1.of_gates(), [0, 0, 1, 2, 2]);
+    }
+
+    #[test]
+    fn values_of_experts_are_those_of_their_gates() {
+        let map = ExpertMap::new(vec![1, 0, 1], 2).unwrap();
+        let logits = array![[0.0f32, 3.0, 2.0], [-80.0, 1.0, -80.0]];
+        let joint = map.log_sums(logits.view());
+        assert_eq!([joint[[0, 0]], joint[[1, 0]]], [3.0, 1.0]);
+        assert!((joint[[0, 1]] - (1.0 + 2f32.exp()).ln()).abs() < 1e-6);
+        assert!((joint[[1, 1]] - (2f32.ln() - 80.0)).abs() < 1e-5);
+        assert_eq!(map.largest(logits.view()), array![[3.0, 2.0], [1.0, -80.0]]);
+        assert_eq!(map.sums(array![[0.5, 0.25, 1.0]].view()), array![[0.25, 1.5]]);
+        let mask = array![[true, false, true], [false, false, false]];
+        let mut experts = Routing::default();
+        map.route(&Routing::from_mask(mask.view(), |_, _| 1.0), &mut experts);
+        assert_eq!(map.mask(&experts), array![[false, true], [false, false]]);
+        // Experts that all tokens run come behind, each of its own.
+        let all = map.before(2);
+        assert_eq!((all.of_gates(), all.num_experts()), (&[1, 0, 1, 2, 3][..], 4));
     }
 
     #[test]

@@ -163,6 +163,8 @@ fn exportable(model: &Path, config: &Config) -> Result<TopkSpec> {
         ("ffn.gate_hidden", problem)
     } else if !(0..config.num_layers).all(|layer| config.layer_experts(layer) == config.num_experts()) {
         ("ffn.experts_per_layer", "says that layers have different numbers of experts".to_owned())
+    } else if config.ffn.as_ref().is_some_and(|spec| spec.settings().contains_key("expert_map")) {
+        ("ffn.expert_map", "says that gates share experts".to_owned())
     } else if family != "llama" || !config.architecture.differences().is_empty() {
         ("base_model_type", format!("is {family}, and LLaMA-MoE's models are LLaMA's without biases"))
     } else if theta != ROPE_THETA || rope.scaling != RopeScaling::None {

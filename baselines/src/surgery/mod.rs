@@ -2,7 +2,7 @@
 //! run. They see the model layer by layer on calibration text and leave the writing to [`dsmoe_core::surgery`].
 //!
 //! Experts of DSMoE and of top-k models are parts of one FFN: a token needs their sum, and a mean of two is neither of them. They
-//! are dropped, and merged only where that is asked for by name.
+//! are dropped, and merged by [`uncurl`] alone, which asks nothing of their outputs.
 
 mod align;
 mod budget;
@@ -21,6 +21,7 @@ use dsmoe_core::accounting::Accounting;
 use dsmoe_core::calibrate::{ExpertStats, LayerExperts, LayerStream, check_text};
 use dsmoe_core::config::{CONFIG_FILE, Config, MixtureSpec};
 use dsmoe_core::surgery::{self, LayerSurgery, RouterRule, Surgery};
+use dsmoe_router::expert_map::ExpertMap;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -72,8 +73,7 @@ fn mixture(config: &Config) -> Result<&MixtureSpec> {
         Some(spec) => Ok(spec),
         None => {
             shape(config)?;
-            let problem =
-                "its experts are parts of one FFN and no variants of each other, and have a gate each";
+            let problem = "its experts are parts of one FFN and no variants of each other";
             Err(Error::model(problem, HELP))
         }
     }
@@ -93,29 +93,23 @@ struct Shape {
     sizes: Vec<usize>,
     /// Parameters of a gate.
     gate: usize,
-    /// Experts that a token runs, where their number is fixed.
+    /// Gates that a token opens, where their number is fixed.
     top_k: Option<usize>,
-    /// True if the experts were made to be variants of each other; otherwise they are parts of one FFN.
-    is_mixture: bool,
 }
 
 /// Returns the experts of a mixture, of a DSMoE model, or of a model with FFNs of type top-k.
 fn shape(config: &Config) -> Result<Shape> {
     if let Some(spec) = config.mixture() {
         let layers = config.num_layers;
-        let gates = |(layer, &experts): (usize, &usize)| match spec.map(layer) {
-            Some(map) => (0..experts).map(|expert| map.gates_of(expert).count()).collect(),
-            None => vec![1; experts],
-        };
+        let maps = (0..layers).map(|layer| spec.map(layer).cloned());
         return Ok(Shape {
             experts: spec.experts.clone(),
-            gates: spec.experts.iter().enumerate().map(gates).collect(),
+            gates: maps.zip(&spec.experts).map(|(map, &experts)| gates_of(map.as_deref(), experts)).collect(),
             always: vec![0; layers],
             widths: vec![spec.width; layers],
             sizes: vec![3 * config.hidden * spec.width; layers],
             gate: config.hidden,
             top_k: Some(spec.top_k),
-            is_mixture: true,
         });
     }
     let layers = || 0..config.num_layers;
@@ -138,16 +132,28 @@ fn shape(config: &Config) -> Result<Shape> {
     let blocks: Vec<usize> = layers().map(|layer| config.layer_experts(layer).unwrap_or(1)).collect();
     let widths: Vec<usize> = config.layers().zip(&blocks).map(|(layer, n)| layer.intermediate / n).collect();
     let experts: Vec<usize> = blocks.iter().zip(&always).map(|(blocks, always)| blocks - always).collect();
+    let map = |layer: usize| match (&config.moe, &config.ffn) {
+        (Some(moe), _) => moe.map(layer).cloned(),
+        (None, Some(spec)) => spec.build(config, layer).expert_parts().and_then(|parts| parts.map),
+        (None, None) => None,
+    };
     Ok(Shape {
-        gates: experts.iter().map(|&experts| vec![1; experts]).collect(),
+        gates: layers().zip(&experts).map(|(i, &experts)| gates_of(map(i).as_deref(), experts)).collect(),
         experts,
         always,
         sizes: widths.iter().map(|width| neuron * width).collect(),
         widths,
         gate,
         top_k,
-        is_mixture: false,
     })
+}
+
+/// Returns the number of gates of each of so many experts of a layer.
+fn gates_of(map: Option<&ExpertMap>, experts: usize) -> Vec<usize> {
+    match map {
+        Some(map) => (0..experts).map(|expert| map.gates_of(expert).count()).collect(),
+        None => vec![1; experts],
+    }
 }
 
 /// The weights and statistics of one layer, which a method decides by.

@@ -7,9 +7,9 @@
 //! neurons    of a member in the order that is most like the most used member's
 //! merge      mean of the members by the tokens that run them; equal weights where nothing does
 //! ```
-//! The experts of DSMoE and of top-k models are parts of one FFN, of which a token needs the sum: a group of them that becomes its
-//! mean gives less than it did. They are merged with the mean of their gates, since no format has gates of theirs that share an
-//! expert; [`dsmoe_core::surgery`] says what that mean is.
+//! The experts of DSMoE and of top-k models are parts of one FFN, of which a token needs the sum. A group of them that becomes its mean
+//! gives less than it did where it has one gate. Where its gates share it, a token that opens several of them gets the mean as many
+//! times, which is the sum if their values are equal. [`dsmoe_core::surgery`] says what the mean of gates is.
 
 use dsmoe_core::Config;
 use dsmoe_core::calibrate::ExpertStats;
@@ -26,7 +26,7 @@ use crate::settings::{Entry, SettingValues, Settings as _, settings};
 /// The method `uncurl`.
 pub(crate) static UNCURL: Entry<Settings> = Entry {
     name: "uncurl",
-    summary: "experts merged by spectral clusters of their gates on a task's text (router=mean: of any model with experts); held parameters",
+    summary: "experts merged by spectral clusters of their gates on a task's text, of mixtures, DSMoE and top-k models; held parameters",
     source: Source::Experts,
     counts: Counts::Held,
     ..Entry::new(configure)
@@ -113,13 +113,9 @@ impl Configured for Uncurl {
 impl Uncurl {
     fn held(&self, config: &Config) -> Result<Held> {
         let keeps_gates = self.0.router == Gates::Map;
-        if !keeps_gates && config.mixture().is_some_and(|spec| spec.maps.is_some()) {
+        if !keeps_gates && shape(config)?.gates.iter().flatten().any(|&gates| gates > 1) {
             let problem = "cannot be mean for gates that share experts already";
             return Err(Error::setting("router", problem, "set it to map"));
-        }
-        if keeps_gates && !shape(config)?.is_mixture {
-            let problem = "cannot be map for experts that are parts of one FFN, each with a gate of its own";
-            return Err(Error::setting("router", problem, "set it to mean, or use a mixture of experts"));
         }
         Held::of(config, keeps_gates)
     }

@@ -1,4 +1,5 @@
-//! The FFN of LLaMA-MoE and MoEfication: experts cut from the dense FFN, a gate that gives every token exactly k.
+//! The FFN of LLaMA-MoE and MoEfication: experts cut from the dense FFN, a gate that gives every token exactly k. Where gates share
+//! experts, a token opens k gates, and an expert runs once with the sum of their coefficients.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use dsmoe_core::ffn::{
 use dsmoe_core::params::TensorSpec;
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::expert_ffn::{self, Dims, PackedWeights, Pairs, Saved};
+use dsmoe_router::expert_map::ExpertMap;
 
 use super::layers::TopkLayers;
 use super::router::{RouterSaved, TopkRouter};
@@ -20,8 +22,11 @@ use super::spec::TopkSpec;
 #[derive(Clone, Debug)]
 pub struct TopkMoeFfn {
     gated: Gated,
+    /// The settings, with the number of gates.
     spec: TopkSpec,
-    /// The settings of the model, where its layers have different numbers of experts.
+    /// The expert of every gate, residual ones left out; none where each expert has a gate of its own.
+    map: Option<Arc<ExpertMap>>,
+    /// The settings of the model, where its layers differ or gates share experts.
     layers: Option<Arc<TopkLayers>>,
 }
 
@@ -46,23 +51,38 @@ impl TopkMoeFfn {
     /// # Panics
     /// Those of [`TopkMoeFfn::new`].
     pub fn of(gated: Gated, spec: TopkSpec) -> TopkMoeFfn {
-        let (intermediate, num_experts) = (gated.intermediate, spec.all_experts());
-        let even = num_experts > 0 && intermediate.is_multiple_of(num_experts);
-        assert!(even, "top-k ffn: {intermediate} neurons in {num_experts} experts");
-        TopkMoeFfn { gated, spec, layers: None }
+        TopkMoeFfn::with_map(gated, spec, None)
     }
 
-    /// Creates the FFN of a layer of a model whose layers have different numbers of experts.
+    /// Creates the FFN of a layer of a model whose layers differ or whose gates share experts.
     ///
     /// # Panics
     /// Those of [`TopkMoeFfn::new`]; there is no such layer.
     pub(super) fn of_layers(gated: Gated, layers: Arc<TopkLayers>, layer: usize) -> TopkMoeFfn {
-        let ffn = TopkMoeFfn::of(gated, layers.layer(layer));
+        let ffn = TopkMoeFfn::with_map(gated, layers.layer(layer), layers.map(layer).cloned());
         TopkMoeFfn { layers: Some(layers), ..ffn }
     }
 
+    fn with_map(gated: Gated, spec: TopkSpec, map: Option<Arc<ExpertMap>>) -> TopkMoeFfn {
+        let ffn = TopkMoeFfn { gated, spec, map, layers: None };
+        let (intermediate, num_experts) = (gated.intermediate, ffn.experts());
+        let even = num_experts > 0 && intermediate.is_multiple_of(num_experts);
+        assert!(even, "top-k ffn: {intermediate} neurons in {num_experts} experts");
+        ffn
+    }
+
+    /// The number of experts, residual ones included.
+    fn experts(&self) -> usize {
+        self.routed() + self.spec.router.num_residual
+    }
+
+    /// The number of experts to choose from.
+    fn routed(&self) -> usize {
+        self.map.as_ref().map_or(self.spec.router.num_experts, |map| map.num_experts())
+    }
+
     fn router(&self) -> TopkRouter {
-        TopkRouter { hidden: self.gated.hidden, spec: self.spec }
+        TopkRouter { hidden: self.gated.hidden, spec: self.spec, map: self.map.clone() }
     }
 
     /// The index of the router's first parameter.
@@ -72,7 +92,7 @@ impl TopkMoeFfn {
 
     /// Only selected experts take part in the gradient (LLaMA-MoE has no straight-through rule).
     fn dims(&self, tokens: usize) -> Dims {
-        let num_experts = self.spec.all_experts();
+        let num_experts = self.experts();
         Dims { num_experts, all_pairs: false, ..self.gated.dims(tokens) }
     }
 }
@@ -129,7 +149,7 @@ impl Ffn for TopkMoeFfn {
     }
 
     fn num_experts(&self) -> Option<usize> {
-        Some(self.spec.all_experts())
+        Some(self.experts())
     }
 
     fn kind(&self) -> Option<FfnKind> {
@@ -140,21 +160,28 @@ impl Ffn for TopkMoeFfn {
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {
-        let (num_experts, gate) = (self.spec.all_experts(), Arc::new(self.router()));
+        let (num_experts, gate) = (self.experts(), Arc::new(self.router()));
         Some(DeviceFfn::Hosted { gated: self.gated, num_experts, gate })
     }
 
     fn expert_parts(&self) -> Option<ExpertParts> {
-        let (gated, blocks) = (self.gated, self.spec.all_experts());
-        let (routed, gates) = (0..self.spec.router.num_experts, self.router().gate().rows_of_experts());
-        Some(ExpertParts { gated, blocks, routed, map: None, gates })
+        let (gated, blocks, map) = (self.gated, self.experts(), self.map.clone());
+        let (routed, gates) = (0..self.routed(), self.router().gate().rows_of_experts());
+        Some(ExpertParts { gated, blocks, routed, map, gates })
     }
 
     fn keep_experts(&self, kept: &[usize]) -> Option<Box<dyn Ffn>> {
-        let width = self.gated.intermediate / self.spec.all_experts();
-        let spec = self.spec.with_experts(kept.len());
-        let gated = Gated { intermediate: spec.all_experts() * width, ..self.gated };
-        Some(Box::new(TopkMoeFfn::of(gated, spec)))
+        let width = self.gated.intermediate / self.experts();
+        let (gates, map) = match &self.map {
+            None => (kept.len(), None),
+            Some(map) => {
+                let (gates, map) = map.keep(kept);
+                (gates.len(), Some(Arc::new(map)))
+            }
+        };
+        let intermediate = (kept.len() + self.spec.router.num_residual) * width;
+        let gated = Gated { intermediate, ..self.gated };
+        Some(Box::new(TopkMoeFfn::with_map(gated, self.spec.with_experts(gates), map)))
     }
 
     fn decide(&self, params: &[f32], x: &[f32]) -> Option<Decision> {
@@ -199,7 +226,7 @@ impl Ffn for TopkMoeFfn {
         let FfnBackward { dx, grads, dy, saved, x, params, training, scratch, .. } = args;
         let saved = saved.downcast_mut::<TopkSaved>().expect("saved by a top-k FFN");
         let TopkSaved { experts: saved, router } = saved;
-        let routed = router.routed.as_ref().expect("a forward before the backward");
+        let routing = router.routing().expect("a forward before the backward");
         self.gated.add_output_bias_grad(grads, dy);
         let (weights, params) = params.split_at(self.router_start());
         let (grads, drouter) = grads.split_at_mut(self.router_start());
@@ -207,7 +234,7 @@ impl Ffn for TopkMoeFfn {
         let dims = self.dims(x.len() / self.gated.hidden);
         let FfnScratch { experts: scratch, dcoefficients: by_pair, .. } = scratch;
         by_pair.resize(dims.tokens * dims.num_experts);
-        let (dcoefficients, routes) = (Some(&mut by_pair[..]), routes(&routed.routing));
+        let (dcoefficients, routes) = (Some(&mut by_pair[..]), routes(routing));
         let pairs = Pairs::Routed(&routes);
         expert_ffn::Backward { dx, dcoefficients, grads, dy, saved, x, weights, pairs, dims, scratch }.run();
         let (grads, dcoefficients, saved) = (drouter, &by_pair[..], router);

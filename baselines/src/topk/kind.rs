@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use dsmoe_core::config::{Config, experts_of_layers};
+use dsmoe_core::config::{Config, experts_of_layers, maps_of_layers};
 use dsmoe_core::ffn::{Ffn, FfnReader, FfnSpec, Gated};
+use dsmoe_router::expert_map::ExpertMap;
 use dsmoe_router::topk::{Scores, TopKConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -18,7 +19,7 @@ pub(super) const KIND: &str = "topk";
 /// The most rows of a gate's first matrix that a file is believed.
 const MOST_GATE_ROWS: usize = 1 << 16;
 
-/// [`TopkSpec`] as it is stored; `num_experts` are those the gate chooses from.
+/// [`TopkSpec`] as it is stored; `num_experts` are those to choose from, and as many gates where none share one.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Stored {
@@ -37,6 +38,8 @@ struct Stored {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     gate_hidden: Option<usize>,
     balance_weight: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    expert_map: Option<Vec<Vec<u32>>>,
 }
 
 impl TopkSpec {
@@ -57,6 +60,7 @@ impl TopkSpec {
             bias,
             gate_hidden: hidden,
             balance_weight: self.balance_weight,
+            expert_map: None,
         }
     }
 
@@ -82,9 +86,11 @@ impl TopkSpec {
         if !(stored.balance_weight.is_finite() && stored.balance_weight >= 0.0) {
             return Err(wrong("balance_weight", stored.balance_weight, "0 or a positive number"));
         }
-        let router = TopKConfig::new(num_experts, top_k)?;
+        // Gates that share experts are more than these.
+        let lists = stored.expert_map.iter().flatten().map(Vec::len);
+        TopKConfig::new(lists.chain([num_experts]).max().unwrap_or(num_experts), top_k)?;
         Ok(TopkSpec {
-            router: TopKConfig { num_residual, scores, score_scale, ..router },
+            router: TopKConfig { num_experts, top_k, num_residual, scores, score_scale },
             gate: GateSpec {
                 network: stored.gate,
                 normalize: stored.normalize,
@@ -131,8 +137,8 @@ impl FfnSpec for TopkSpec {
         Some(Arc::new(TopkSpec { router: TopKConfig { top_k, ..self.router }, ..*self }))
     }
 
-    fn with_experts(&self, counts: &[usize]) -> Option<Arc<dyn FfnSpec>> {
-        Some(with_experts(self, counts))
+    fn with_experts(&self, counts: &[usize], maps: Option<Vec<Arc<ExpertMap>>>) -> Option<Arc<dyn FfnSpec>> {
+        Some(with_experts(self, counts, maps))
     }
 
     fn active_experts(&self) -> Option<f64> {
@@ -155,17 +161,19 @@ fn read(path: &Path, config: &Config, settings: &Map<String, Value>) -> dsmoe_co
     let stored = Stored::deserialize(&Value::Object(settings.clone()))
         .map_err(|cause| wrong("ffn", format!("is not of type {KIND}: {}", one_line(&cause)), again))?;
     let spec = TopkSpec::of(&stored).map_err(|cause| wrong("ffn:", cause.to_string(), again))?;
-    let layers =
-        stored.experts_per_layer.is_some().then(|| layers(path, config, &stored, spec)).transpose()?;
-    let in_layer = |layer: usize| layers.as_ref().map_or(spec, |layers| layers.layer(layer));
     // Bounded before it is added to or divided by.
     let most = config.layers().map(|shape| shape.intermediate).max().unwrap_or(0);
     if spec.router.num_residual > most || spec.router.num_experts > most {
         let problem = format!("are more than the {most} neurons of a layer");
         return Err(wrong("ffn.num_experts and ffn.num_residual", problem, again));
     }
+    let has_layers = stored.experts_per_layer.is_some() || stored.expert_map.is_some();
+    let spec: Arc<dyn FfnSpec> = match has_layers {
+        true => Arc::new(layers(path, config, stored, spec)?),
+        false => Arc::new(spec),
+    };
     for (layer, shape) in config.layers().enumerate() {
-        let (experts, neurons) = (in_layer(layer).all_experts(), shape.intermediate);
+        let (experts, neurons) = (spec.num_experts(layer), shape.intermediate);
         if !neurons.is_multiple_of(experts) {
             let problem = format!(
                 "make {experts} experts, and layer {layer} has {neurons} neurons, which they do not divide"
@@ -173,20 +181,19 @@ fn read(path: &Path, config: &Config, settings: &Map<String, Value>) -> dsmoe_co
             return Err(wrong("ffn.num_experts and ffn.num_residual", problem, again));
         }
     }
-    Ok(match layers {
-        Some(layers) => Arc::new(layers),
-        None => Arc::new(spec),
-    })
+    Ok(spec)
 }
 
-/// Returns the settings of layers of different numbers of experts; `spec` is of the layer of most.
-fn layers(path: &Path, config: &Config, stored: &Stored, spec: TopkSpec) -> dsmoe_core::Result<TopkLayers> {
+/// Returns the settings of layers of different numbers of experts, or of gates that share them; `spec` is of the layer of most.
+fn layers(path: &Path, config: &Config, stored: Stored, spec: TopkSpec) -> dsmoe_core::Result<TopkLayers> {
+    const PREFIX: &str = "ffn.";
     let experts = stored.experts_per_layer.as_deref();
-    let experts = experts_of_layers(path, "ffn.", experts, [stored.num_experts, config.num_layers])?;
-    let layers = TopkLayers::of(spec, experts);
+    let experts = experts_of_layers(path, PREFIX, experts, [stored.num_experts, config.num_layers])?;
+    let maps = stored.expert_map.map(|maps| maps_of_layers(path, PREFIX, maps, &experts)).transpose()?;
+    let layers = TopkLayers::of(spec, experts, maps);
     let (top_k, fewest) = (spec.router.top_k, layers.fewest());
     if top_k > fewest {
-        let problem = format!("is {top_k} and a layer has {fewest} experts to choose from");
+        let problem = format!("is {top_k} and a layer has {fewest} gates");
         let help = format!("use an integer from 1 to {fewest}");
         return Err(dsmoe_core::Error::field(path, "ffn.top_k", problem, help));
     }

@@ -2,24 +2,29 @@
 //! on the CPU, also if the experts run on a GPU.
 
 use std::any::Any;
+use std::sync::Arc;
 
 use dsmoe_core::ffn::{
     Decision, GateBackward, GateTraining, HostGate, HostRouted, block_len, split, split_mut,
 };
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::rng::Rng;
+use dsmoe_router::expert_map::ExpertMap;
 use dsmoe_router::topk::{self, Noise, TopKRouted};
-use dsmoe_router::{Fade, confidence};
+use dsmoe_router::{Fade, Routing, confidence};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
 use super::gate::{Gate, GateActs, GateGrads, GateWeights, NetworkBackward};
 use super::spec::TopkSpec;
 
 /// Routes inputs of width `hidden`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct TopkRouter {
     pub(super) hidden: usize,
+    /// The settings, with the number of gates.
     pub(super) spec: TopkSpec,
+    /// The expert of every gate, residual ones left out; none where each expert has a gate of its own.
+    pub(super) map: Option<Arc<ExpertMap>>,
 }
 
 /// Values that the backward pass needs.
@@ -29,6 +34,15 @@ pub(super) struct RouterSaved {
     /// The softmax over all experts, where its entropy has a weight.
     soft: Option<Array2<f64>>,
     pub(super) routed: Option<TopKRouted>,
+    /// The routing of the experts, where gates share them.
+    mapped: Option<Routing>,
+}
+
+impl RouterSaved {
+    /// The routing of the experts, after a forward pass.
+    pub(super) fn routing(&self) -> Option<&Routing> {
+        self.mapped.as_ref().or(self.routed.as_ref().map(|routed| &routed.routing))
+    }
 }
 
 impl TopkRouter {
@@ -49,7 +63,11 @@ impl TopkRouter {
         self.gate().forward(&mut logits, &mut acts, x, self.weights(params, false), false);
         let logits = matrix(&logits, x.len() / self.hidden, self.spec.router.num_experts).to_owned();
         let TopKRouted { routing, .. } = topk::route(&self.spec.router, logits.view(), None, Fade::NONE);
-        Decision { soft: confidence::softmax(logits.view()), logits, routing }
+        let soft = confidence::softmax(logits.view());
+        let Some(map) = &self.map else { return Decision { soft, logits, routing } };
+        let mut experts = Routing::default();
+        map.before(self.spec.router.num_residual).route(&routing, &mut experts);
+        Decision { soft: map.sums(soft.view()), logits: map.log_sums(logits.view()), routing: experts }
     }
 
     fn weights<'a>(&self, params: &'a [f32], noisy: bool) -> GateWeights<'a> {
@@ -89,7 +107,8 @@ impl HostGate for TopkRouter {
         params: &[f32],
         training: Option<GateTraining>,
     ) -> HostRouted<'a> {
-        let RouterSaved { acts, soft, routed } = saved.downcast_mut().expect("saved by a top-k router");
+        let RouterSaved { acts, soft, routed, mapped } =
+            saved.downcast_mut().expect("saved by a top-k router");
         let (tokens, n) = (x.len() / self.hidden, self.spec.router.num_experts);
         let noisy = training.filter(|_| self.spec.gate.noise);
         let mut logits = Buf::default();
@@ -107,20 +126,32 @@ impl HostGate for TopkRouter {
         let gate_entropy = soft.as_ref().map_or(0.0, |soft| confidence::of_softmax(soft.view()));
         let weight = training.map_or(0.0, |training| self.balance_weight(training));
         let balance_loss = weight * topk::balance_loss(routed);
-        HostRouted { routing: &routed.routing, balance_loss, gate_entropy }
+        let routing = match &self.map {
+            None => &routed.routing,
+            Some(map) => {
+                let mapped = mapped.get_or_insert_default();
+                map.before(self.spec.router.num_residual).route(&routed.routing, mapped);
+                mapped
+            }
+        };
+        HostRouted { routing, balance_loss, gate_entropy }
     }
 
     fn backward(&self, args: GateBackward<'_>) {
         let GateBackward { dx, grads, dcoefficients, saved, x, params, training } = args;
-        let RouterSaved { acts, soft, routed } = saved.downcast_ref().expect("saved by a top-k router");
+        let RouterSaved { acts, soft, routed, .. } = saved.downcast_ref().expect("saved by a top-k router");
         let routed = routed.as_ref().expect("a forward before the backward");
         let (tokens, n, noisy) = (x.len() / self.hidden, self.spec.router.num_experts, self.spec.gate.noise);
         let mut dlogits = vec![0.0; tokens * n];
         let mut dstd = noisy.then(|| Array2::zeros((tokens, n)));
+        let map = self.map.as_ref().map(|map| map.before(self.spec.router.num_residual));
+        let experts = map.as_ref().map_or(self.spec.all_experts(), ExpertMap::num_experts);
+        let by_expert = matrix(dcoefficients, tokens, experts);
+        let by_gate = map.as_ref().map(|map| map.backward(by_expert));
         topk::backward(
             &self.spec.router,
             routed,
-            matrix(dcoefficients, tokens, self.spec.all_experts()),
+            by_gate.as_ref().map_or(by_expert, |by_gate| by_gate.view()),
             self.balance_weight(training),
             ArrayViewMut2::from_shape((tokens, n), &mut dlogits).expect("tokens * experts values"),
             dstd.as_mut().map(|dstd| dstd.view_mut()),

@@ -5,6 +5,7 @@ mod duo;
 mod duo_budget;
 mod llama_moe_golden;
 mod llm_pruner;
+mod mapped;
 mod neurons;
 mod sparse;
 mod start;

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use dsmoe_core::Masks;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::checkpoint::{Checkpoint, TensorView, check_llama_tensors, is_router, open_model};
-use dsmoe_core::config::{Config, LayerShape, MoeConfig};
+use dsmoe_core::config::{Config, LayerShape, MoeConfig, lists_of_maps};
 use dsmoe_kernels::Precision;
 use dsmoe_train::eval::UsedShares;
 use serde::Serialize;
@@ -89,6 +89,9 @@ struct Experts {
     expert_width: usize,
     /// None where thresholds are stored by layer and budget.
     threshold: Option<f32>,
+    /// The expert of every gate of each layer, behind the core; empty where each expert has a gate of its own.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    expert_map: Vec<Vec<u32>>,
     /// Leading experts of each layer that always run; empty without a core.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     core: Vec<usize>,
@@ -248,6 +251,7 @@ fn experts(config: &Config) -> Option<Experts> {
             .max()
             .unwrap_or(0),
         threshold: moe.threshold(),
+        expert_map: moe.parts.maps.as_deref().map(lists_of_maps).unwrap_or_default(),
         core: moe.parts.core.clone(),
         router_rank: moe.parts.router_rank,
         correction: moe.parts.correction,
@@ -282,6 +286,12 @@ impl Experts {
         if let (Some(least), Some(most)) = (self.core.iter().min(), self.core.iter().max()) {
             let core = if least == most { least.to_string() } else { format!("{least}-{most}") };
             parts.push(format!("a core of {core} experts that always run"));
+        }
+        if let (Some(least), Some(most)) =
+            (self.expert_map.iter().map(Vec::len).min(), self.expert_map.iter().map(Vec::len).max())
+        {
+            let gates = if least == most { least.to_string() } else { format!("{least}-{most}") };
+            parts.push(format!("{gates} gates that share experts"));
         }
         parts.extend(self.router_rank.map(|rank| format!("routers of rank {rank}")));
         parts.extend(self.correction.then(|| "a correction of the output".to_owned()));

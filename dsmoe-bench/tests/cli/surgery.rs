@@ -40,11 +40,10 @@ fn experts_that_cannot_be_changed_are_refused() {
     // Pruning leaves as many experts as a token runs; merging may leave fewer gates than that, and says so.
     let dropped = format!("prune surgery-many --method seer-moe --budget 40% {calib} --out surgery-none");
     fails(&dropped, &["fewest experts of a layer"]);
-    // Parts of one FFN have a gate each.
+    // Parts of one FFN are no variants of each other.
     for (model, method, parts) in [
         ("surgery-top-k", "hc-smoe", &["parts of one FFN and no variants of each other"][..]),
-        ("surgery-top-k", "uncurl", &["router: cannot be map for experts that are parts of one FFN", "mean"]),
-        ("moe", "uncurl", &["router: cannot be map"]),
+        ("moe", "hc-smoe", &["parts of one FFN and no variants of each other"]),
         (
             "surgery-merged",
             "uncurl --set router=mean",
@@ -115,12 +114,31 @@ fn parts_of_one_ffn_are_dropped_and_the_model_serves_on() {
     ));
     let ffn = json_of("inspect fewer-chosen-out")["ffn"]["settings"].clone();
     assert_eq!((&ffn["gate_hidden"], &ffn["gate"]), (&json!(8), &json!("mlp")), "{ffn}");
-    // What was merged has a gate for each expert that is left.
+    // What was merged has a gate for each expert that is left, or all gates.
     for from in ["fewer-gated", "fewer-chosen"] {
-        let line = format!("prune {from} --method uncurl --set router=mean --budget 92% {calib}");
-        succeeds(&format!("{line} --out {from}-merged"));
-        succeeds(&format!("generate {from}-merged --prompt Once --max-tokens 4 --temperature 0"));
+        for router in ["mean", "map"] {
+            let out = format!("{from}-{router}");
+            let line = format!("prune {from} --method uncurl --set router={router} --budget 92% {calib}");
+            succeeds(&format!("{line} --out {out}"));
+            succeeds(&format!("generate {out} --prompt Once --max-tokens 4 --temperature 0"));
+            let seen = json_of(&format!("inspect {out}"));
+            let map = match from {
+                "fewer-gated" => &seen["experts"]["expert_map"],
+                _ => &seen["ffn"]["settings"]["expert_map"],
+            };
+            assert_eq!(map.is_array(), router == "map", "{out}: {seen}");
+        }
+        let steps = format!("{} --steps 4 --batch 2 --seq 32 --lr 1e-3", on_text());
+        let trained = json_of(&format!("train {from}-map {steps} --out {from}-map-run"));
+        assert_eq!(number(&trained["steps"]), 4.0, "{trained}");
+        succeeds(&format!("export {from}-map --as native --out {from}-map-native"));
+        let refusal = &["expert_map says that gates share experts", "--as native"];
+        fails(&format!("export {from}-map --as hf --out {from}-map-hf"), refusal);
     }
+    fails(
+        &format!("eval fewer-gated-map --router oracle --seq 32 --limit-tokens 300 {}", on_text()),
+        &["gates that another router could stand in for"],
+    );
 }
 
 /// Layers of different numbers of experts, in the commands that read them.

@@ -86,6 +86,37 @@ impl MixtureSpec {
     }
 }
 
+/// Returns the maps of the key `expert_map`: one list for each layer, of the expert of every gate, among so many `experts`. `path` is
+/// that of config.json and `prefix` that of the key, for messages.
+///
+/// # Errors
+/// There is not one list for each layer, a gate has an expert that there is not, or an expert has no gate.
+pub fn maps_of_layers(
+    path: &Path,
+    prefix: &str,
+    stored: Vec<Vec<u32>>,
+    experts: &[usize],
+) -> Result<Vec<Arc<ExpertMap>>> {
+    let wrong = |problem: String, help: &'static str| {
+        Error::field(path, format!("{prefix}expert_map"), problem, help)
+    };
+    if stored.len() != experts.len() {
+        let problem = format!("has {} lists and num_hidden_layers is {}", stored.len(), experts.len());
+        return Err(wrong(problem, "give one list for each layer"));
+    }
+    let map = |(layer, (of_gates, &experts)): (usize, (Vec<u32>, &usize))| {
+        ExpertMap::new(of_gates, experts)
+            .map(Arc::new)
+            .map_err(|cause| wrong(format!("is wrong in layer {layer} ({cause})"), "make the model again"))
+    };
+    stored.into_iter().zip(experts).enumerate().map(map).collect()
+}
+
+/// Returns the lists of the key `expert_map`.
+pub fn lists_of_maps(maps: &[Arc<ExpertMap>]) -> Vec<Vec<u32>> {
+    maps.iter().map(|map| map.of_gates().to_vec()).collect()
+}
+
 /// Returns the number of experts of every layer: those of the key `experts_per_layer` where it is `stored`, of which `most`, the key
 /// `num_experts`, is the largest, and otherwise as many in each. `path` is that of config.json and `prefix` that of both keys,
 /// for messages.

@@ -3,12 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use dsmoe_router::expert_map::ExpertMap;
 use dsmoe_router::mixture::MixtureConfig;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::experts::experts_of_layers;
+use super::experts::{experts_of_layers, lists_of_maps, maps_of_layers};
 use super::fields::Fields;
 use super::{BASE_KEY, Config, LayerShape, MixtureSpec};
 use crate::error::{Error, Result, shown};
@@ -46,10 +45,7 @@ impl MixtureSpec {
             expert_width: self.width,
             shared_width: self.shared,
             balance_weight: self.balance_weight,
-            expert_map: self
-                .maps
-                .as_ref()
-                .map(|maps| maps.iter().map(|map| map.of_gates().to_vec()).collect()),
+            expert_map: self.maps.as_deref().map(lists_of_maps),
         };
         match serde_json::to_value(stored) {
             Ok(Value::Object(map)) => map,
@@ -95,7 +91,8 @@ impl Fields<'_> {
         self.bounded("expert_width", width, self.dimension("num_experts")?)?;
         let (most, experts) = (stored.num_experts, stored.experts_per_layer.as_deref());
         let experts = experts_of_layers(self.path, self.prefix, experts, [most, num_layers])?;
-        let maps = stored.expert_map.map(|maps| self.stored_maps(maps, &experts)).transpose()?;
+        let maps = stored.expert_map.map(|maps| maps_of_layers(self.path, self.prefix, maps, &experts));
+        let maps = maps.transpose()?;
         let Stored { top_k, renormalise, .. } = stored;
         let balance_weight = self.not_negative("balance_weight")?.unwrap_or(0.0);
         let spec = MixtureSpec { top_k, renormalise, width, shared, balance_weight, experts, maps };
@@ -105,21 +102,6 @@ impl Fields<'_> {
             self.wrong("top_k", problem, format!("use an integer from 1 to {fewest}"))
         })?;
         Ok(spec)
-    }
-
-    fn stored_maps(&self, maps: Vec<Vec<u32>>, experts: &[usize]) -> Result<Vec<Arc<ExpertMap>>> {
-        const KEY: &str = "expert_map";
-        if maps.len() != experts.len() {
-            let problem = format!("has {} lists and num_hidden_layers is {}", maps.len(), experts.len());
-            return Err(self.wrong(KEY, problem, "give one list for each layer"));
-        }
-        let map = |(layer, (of_gates, &experts)): (usize, (Vec<u32>, &usize))| {
-            ExpertMap::new(of_gates, experts).map(Arc::new).map_err(|cause| {
-                let problem = format!("is wrong in layer {layer} ({cause})");
-                self.wrong(KEY, problem, "make the model again")
-            })
-        };
-        maps.into_iter().zip(experts).enumerate().map(map).collect()
     }
 
     /// Checks that the layers of `config` have the neurons of their experts.

@@ -32,7 +32,7 @@ use crate::kept::LayerThresholds;
 use crate::partition;
 pub use arch::{Architecture, LayerAttention, Norms, QkNorm};
 pub use dsmoe_kernels::Activation;
-pub use experts::{MixtureSpec, experts_of_layers};
+pub use experts::{MixtureSpec, experts_of_layers, lists_of_maps, maps_of_layers};
 use fields::Fields;
 use moe::MoeSizes;
 pub use moe::{Budget, MoeConfig, MoeParts, PartitionKind};

@@ -1,10 +1,13 @@
 //! The `dsmoe` object of config.json: experts, routers, and what stands beside them.
 
+use std::sync::Arc;
+
+use dsmoe_router::expert_map::ExpertMap;
 use dsmoe_router::{GateValue, Rescale, RouterConfig, ZeroActive};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::experts::experts_of_layers;
+use super::experts::{experts_of_layers, lists_of_maps, maps_of_layers};
 use super::fields::Fields;
 use crate::error::{Error, Result, shown};
 
@@ -99,6 +102,8 @@ pub struct MoeParts {
     /// The leading experts of each layer that every token runs with the factor 1 and that no router knows; empty for
     /// none at all.
     pub core: Vec<usize>,
+    /// The expert of every gate, layer by layer, counted behind the core; none where each expert has a gate of its own.
+    pub maps: Option<Vec<Arc<ExpertMap>>>,
     /// Rank r of the routers: their logits are a linear map of r values, which are a linear map of the input.
     pub router_rank: Option<usize>,
     /// True if a linear map of the router's r values is added to the output of every FFN.
@@ -145,6 +150,8 @@ struct StoredMoe {
     router_bias: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     core: Option<StoredCore>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    expert_map: Option<Vec<Vec<u32>>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     router_rank: Option<usize>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -216,6 +223,11 @@ impl MoeConfig {
         self.parts.core.get(layer).copied().unwrap_or(0)
     }
 
+    /// Returns the expert of every gate of a layer, counted behind the core; none where each expert has a gate of its own.
+    pub fn map(&self, layer: usize) -> Option<&Arc<ExpertMap>> {
+        self.parts.maps.as_ref()?.get(layer)
+    }
+
     /// Returns the threshold of the gates; none where a budget has thresholds by layer.
     pub fn threshold(&self) -> Option<f32> {
         self.parts.budgets.is_empty().then_some(self.router.threshold)
@@ -276,6 +288,7 @@ impl MoeConfig {
         let experts_per_layer = (!parts.experts.is_empty()).then(|| parts.experts.clone());
         let has_parts = experts_per_layer.is_some()
             || core.is_some()
+            || parts.maps.is_some()
             || parts.router_rank.is_some()
             || parts.correction
             || budgets.is_some();
@@ -287,6 +300,7 @@ impl MoeConfig {
             partition: self.partition,
             router_bias: self.router_bias,
             core,
+            expert_map: parts.maps.as_deref().map(lists_of_maps),
             router_rank: parts.router_rank,
             correction: parts.correction,
             budgets,
@@ -356,6 +370,7 @@ fn parts(fields: &Fields<'_>, stored: &StoredMoe, sizes: MoeSizes) -> Result<Moe
     let keys = [
         ("experts_per_layer", stored.experts_per_layer.is_some()),
         ("core", stored.core.is_some()),
+        ("expert_map", stored.expert_map.is_some()),
         ("router_rank", stored.router_rank.is_some()),
         ("correction", stored.correction),
         ("budgets", stored.budgets.is_some()),
@@ -378,9 +393,13 @@ fn parts(fields: &Fields<'_>, stored: &StoredMoe, sizes: MoeSizes) -> Result<Moe
         return Err(fields.wrong("dsmoe.correction", problem, "add router_rank, or set it to false"));
     }
     let budgets = budgets(fields, stored, sizes.num_layers)?;
+    let routed: Vec<usize> = (0..experts.len()).map(|i| experts[i] - core.get(i).unwrap_or(&0)).collect();
+    let maps = stored.expert_map.clone().map(|maps| maps_of_layers(fields.path, &prefix, maps, &routed));
+    let maps = maps.transpose()?;
     // Equal numbers are those of the router.
     let experts = if experts.iter().all(|&experts| experts == most) { Vec::new() } else { experts };
-    Ok(MoeParts { experts, core, router_rank: stored.router_rank, correction: stored.correction, budgets })
+    let StoredMoe { router_rank, correction, .. } = *stored;
+    Ok(MoeParts { experts, core, maps, router_rank, correction, budgets })
 }
 
 /// Checks and returns the core of every layer of so many `experts`.

@@ -152,6 +152,10 @@ fn all_open(config: &Config, moe: &MoeConfig, checkpoint: &Checkpoint) -> Result
         if !moe.router_bias {
             return Ok(false);
         }
+        // An expert that several gates open has a factor of more than 1.
+        if moe.map(layer).is_some() {
+            return Ok(false);
+        }
         let routed = moe.experts(layer) - moe.core(layer);
         let (name, len) = match moe.parts.router_rank {
             None => (router_name(layer), routed * config.hidden),

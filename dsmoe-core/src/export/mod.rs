@@ -173,8 +173,9 @@ fn check_longrope(model: &Path, config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Refuses experts that transformers does not run: those of a mixture that its family's own format does not hold, and different
-/// numbers of them in the layers of DSMoE and of FFNs of another kind, which the code for transformers does not know.
+/// Refuses experts that transformers does not run: those of a mixture that its family's own format does not hold, and of
+/// DSMoE and FFNs of another kind different numbers of them in layers, or gates that share them, which the code for transformers does
+/// not know.
 fn check_experts(model: &Path, config: &Config) -> Result<()> {
     if let Some(spec) =
         config.ffn.as_ref().filter(|spec| spec.as_mixture().is_none() && spec.blocks(0).is_none())
@@ -183,11 +184,19 @@ fn check_experts(model: &Path, config: &Config) -> Result<()> {
         return Err(Error::field(&model.join(CONFIG_FILE), "ffn.type", problem, "export it {as} native"));
     }
     if config.mixture().is_none() {
-        if (0..config.num_layers).all(|layer| config.layer_experts(layer) == config.num_experts()) {
-            return Ok(());
-        }
-        let field = if config.moe.is_some() { "dsmoe.experts_per_layer" } else { "ffn.experts_per_layer" };
-        let problem = "says that layers have different numbers of experts, which the code for transformers does not know";
+        let has_map = match &config.moe {
+            Some(moe) => moe.parts.maps.is_some(),
+            None => config.ffn.as_ref().is_some_and(|spec| spec.settings().contains_key("expert_map")),
+        };
+        let is_even = (0..config.num_layers).all(|i| config.layer_experts(i) == config.num_experts());
+        let [key, says] = match (has_map, is_even) {
+            (true, _) => ["expert_map", "gates share experts"],
+            (false, false) => ["experts_per_layer", "layers have different numbers of experts"],
+            (false, true) => return Ok(()),
+        };
+        let object = if config.moe.is_some() { "dsmoe" } else { "ffn" };
+        let problem = format!("says that {says}, which the code for transformers does not know");
+        let field = format!("{object}.{key}");
         return Err(Error::field(&model.join(CONFIG_FILE), field, problem, "export it {as} native"));
     }
     if config.model_type() != "dsmoe" {

@@ -1,6 +1,11 @@
 //! DSMoE's FFN: the dense FFN cut into experts, each token running those whose gate is above the threshold.
+//!
+//! Gates may share experts ([`dsmoe_router::expert_map`]): gates decide as they do alone, and an expert runs once for a token that opens any
+//! of its gates, with the sum of their coefficients.
 
 use std::any::Any;
+use std::borrow::Cow;
+use std::sync::Arc;
 
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::buf::Buf;
@@ -9,7 +14,7 @@ use dsmoe_router::sparsity::{self, SparsityOver};
 use dsmoe_router::{
     InactivePairs, Routed, RouterConfig, Routing, SparsityGrad, confidence, separability, ste,
 };
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, CowArray, Ix2};
 
 use super::bound::{RouterBound, draws};
 use super::gating::{Gating, GatingBackward, GatingWeights, PackedGating};
@@ -36,7 +41,7 @@ use crate::params::TensorSpec;
 pub struct DsmoeFfn {
     gated: Gated,
     form: DsmoeForm,
-    /// The gates of the routed experts.
+    /// The gates, with their number.
     gates: RouterConfig,
     /// The threshold of the logits. It is none where every gate is open.
     bar: Option<f32>,
@@ -49,6 +54,8 @@ pub struct DsmoeFfn {
 struct DsmoeSaved {
     experts: Saved,
     routed: Routed,
+    /// The routing of the experts, where gates share them.
+    mapped: Routing,
     /// The first product of a router of low rank.
     low: Buf,
 }
@@ -65,7 +72,7 @@ impl DsmoeFfn {
     /// Makes the FFN of any family and form, with the threshold of its router.
     ///
     /// # Panics
-    /// Those of [`DsmoeFfn::new`]; the core leaves no expert to the router; a correction without a rank.
+    /// Those of [`DsmoeFfn::new`]; the core leaves no expert to the router; a correction without a rank; a map of other experts.
     pub fn of(gated: Gated, form: DsmoeForm) -> DsmoeFfn {
         let n = form.router.num_experts;
         assert!(
@@ -75,6 +82,8 @@ impl DsmoeFfn {
         );
         assert!(form.core < n, "dsmoe ffn: a core of {} of {n} experts", form.core);
         assert!(!form.correction || form.router_rank.is_some(), "dsmoe ffn: a correction without a rank");
+        let fits = form.map.as_ref().is_none_or(|map| map.num_experts() == form.routed());
+        assert!(fits, "dsmoe ffn: a map of {} experts", form.routed());
         let gates = form.gates();
         DsmoeFfn { bar: gates.bar(), centre: 0.0, gated, form, gates }
     }
@@ -108,16 +117,58 @@ impl DsmoeFfn {
         weights: GatingWeights<'_>,
     ) {
         self.gating().forward(logits, low, x, weights);
-        let logits = matrix(logits, x.len() / self.gated.hidden, self.form.routed());
+        let logits = matrix(logits, x.len() / self.gated.hidden, self.form.num_gates());
         routed.rebuild_above(&self.gates, self.bar, self.centre, logits);
     }
 
-    /// Adds a routing, and the logits of the router, to `record`.
+    /// Adds the routing of the experts, and the logits of the router, to `record`.
     fn count(&self, record: Option<Record<'_>>, routing: &Routing, logits: ArrayView2<'_, f32>) {
-        if let Some(Record { stats, layer }) = record {
-            stats.add_behind_core(layer, self.form.core, routing);
-            stats.add_logits(layer, self.form.core, logits);
+        let Some(Record { stats, layer }) = record else { return };
+        stats.add_behind_core(layer, self.form.core, routing);
+        if stats.logits().is_some() {
+            stats.add_logits(layer, self.form.core, self.logits_of_experts(logits).view());
         }
+    }
+
+    /// Returns the logits that open the experts, from those of the gates.
+    fn logits_of_experts<'a>(&self, logits: ArrayView2<'a, f32>) -> CowArray<'a, f32, Ix2> {
+        match &self.form.map {
+            None => logits.into(),
+            Some(map) => map.largest(logits).into(),
+        }
+    }
+
+    /// Returns the routing of the experts, from that of the gates.
+    fn of_experts<'a>(&self, gates: &'a Routing) -> Cow<'a, Routing> {
+        match &self.form.map {
+            None => Cow::Borrowed(gates),
+            Some(map) => {
+                let mut experts = Routing::default();
+                map.route(gates, &mut experts);
+                Cow::Owned(experts)
+            }
+        }
+    }
+
+    /// Returns the gradient by the coefficients of the gates, from that of the experts, of which those of inactive pairs are 0 or weighed
+    /// already; none where it is the same.
+    fn of_gates(
+        &self,
+        by_expert: ArrayView2<'_, f32>,
+        routed: &Routed,
+        inactive: InactivePairs,
+    ) -> Option<Array2<f32>> {
+        let mut by_gate = self.form.map.as_ref()?.backward(by_expert);
+        // A shut gate whose expert runs by another one is an inactive pair as any.
+        let weight = match inactive {
+            _ if !self.form.router.ste => return Some(by_gate),
+            InactivePairs::None => 0.0,
+            InactivePairs::All { weight } => weight,
+            // Its product is there for every token.
+            InactivePairs::Sample { .. } => 1.0,
+        };
+        by_gate.zip_mut_with(&routed.mask, |d, &active| *d *= if active { 1.0 } else { weight });
+        Some(by_gate)
     }
 
     /// Returns the derivative of the loss by one gate of this layer, from that of a layer of most experts without a core: the
@@ -137,7 +188,7 @@ struct PackedDsmoe {
     output_bias: Vec<f32>,
     /// Chooses experts in place of the router.
     bound: Option<RouterBound>,
-    /// The number of routed experts that every token runs, in place of those above the threshold.
+    /// The number of gates that every token opens, in place of those above the threshold.
     count: Option<usize>,
 }
 
@@ -187,7 +238,7 @@ impl PackedFfn for PackedDsmoe {
         let FfnScratch { experts, logits, low, routed, .. } = scratch;
         self.gating.forward(logits, low, x);
         let (tokens, gates) = (x.len() / self.ffn.gated.hidden, &self.ffn.gates);
-        let logits = matrix(logits, tokens, self.ffn.form.routed());
+        let logits = matrix(logits, tokens, self.ffn.form.num_gates());
         routed.rebuild_for_inference(gates, self.ffn.bar, logits);
         if let Some(count) = self.count {
             routed.keep_largest(gates, count);
@@ -199,8 +250,9 @@ impl PackedFfn for PackedDsmoe {
             };
             routed.reroute(&self.ffn.gates, scores.view());
         }
-        self.ffn.count(record, &routed.routing, routed.logits.view());
-        self.run(y, x, &routed.routing, experts);
+        let routing = self.ffn.of_experts(&routed.routing);
+        self.ffn.count(record, &routing, routed.logits.view());
+        self.run(y, x, &routing, experts);
         self.gating.correct(y, low);
         add_output_bias(y, &self.output_bias);
     }
@@ -222,7 +274,7 @@ impl PackedFfn for PackedDsmoe {
     }
 
     fn choices(&self) -> usize {
-        self.ffn.form.routed()
+        self.ffn.form.num_gates()
     }
 
     fn set_choice(&mut self, choice: Option<usize>) -> bool {
@@ -231,6 +283,10 @@ impl PackedFfn for PackedDsmoe {
     }
 
     fn set_router_bound(&mut self, bound: RouterBound) -> bool {
+        // It would choose among gates that give the same.
+        if self.ffn.form.map.is_some() {
+            return false;
+        }
         self.bound = Some(bound);
         true
     }
@@ -275,6 +331,10 @@ impl Ffn for DsmoeFfn {
     }
 
     fn on_device(&self) -> Option<DeviceFfn> {
+        // The kernels of gates have an expert for each.
+        if self.form.map.is_some() {
+            return None;
+        }
         let DsmoeFfn { gated, form, bar, centre, .. } = self.clone();
         Some(DeviceFfn::Routed { gated, form, bar, centre })
     }
@@ -286,8 +346,8 @@ impl Ffn for DsmoeFfn {
             // All gates read the values of the first matrix.
             Some(_) => &["router.b.weight", "router.bias"],
         };
-        let routed = *core..router.num_experts;
-        Some(ExpertParts { gated: self.gated, blocks: router.num_experts, routed, map: None, gates })
+        let (routed, map) = (*core..router.num_experts, self.form.map.clone());
+        Some(ExpertParts { gated: self.gated, blocks: router.num_experts, routed, map, gates })
     }
 
     fn keep_experts(&self, kept: &[usize]) -> Option<Box<dyn Ffn>> {
@@ -295,7 +355,8 @@ impl Ffn for DsmoeFfn {
         let width = self.gated.intermediate / self.form.router.num_experts;
         let gated = Gated { intermediate: num_experts * width, ..self.gated };
         let router = RouterConfig { num_experts, ..self.form.router.clone() };
-        let form = DsmoeForm { router, most_experts: num_experts, ..self.form.clone() };
+        let map = self.form.map.as_ref().map(|map| Arc::new(map.keep(kept).1));
+        let form = DsmoeForm { router, most_experts: num_experts, map, ..self.form.clone() };
         let ffn = DsmoeFfn::of(gated, form);
         // Gates stay as open as they are.
         Some(Box::new(DsmoeFfn { bar: self.bar, centre: self.centre, ..ffn }))
@@ -305,9 +366,17 @@ impl Ffn for DsmoeFfn {
         let (mut routed, mut logits, mut low) = (Routed::default(), Buf::default(), Buf::default());
         let weights = self.gating().weights(&params[self.gated.len()..]);
         self.route(&mut routed, [&mut logits, &mut low], x, weights);
-        let logits = matrix(&logits, x.len() / self.gated.hidden, self.form.routed()).to_owned();
+        let logits = matrix(&logits, x.len() / self.gated.hidden, self.form.num_gates());
         let soft = logits.mapv(|z| 1.0 / (1.0 + (-f64::from(z)).exp()));
-        Some(Decision { logits, soft, routing: routed.routing })
+        let soft = match &self.form.map {
+            None => soft,
+            Some(map) => map.sums(soft.view()),
+        };
+        Some(Decision {
+            soft,
+            logits: self.logits_of_experts(logits).into_owned(),
+            routing: self.of_experts(&routed.routing).into_owned(),
+        })
     }
 
     fn pack(&self, params: &[f32], precision: Precision) -> Box<dyn PackedFfn> {
@@ -324,13 +393,14 @@ impl Ffn for DsmoeFfn {
     fn new_saved(&self, tokens: usize) -> Box<dyn Any + Send> {
         let experts = Saved::with_room(self.dims(tokens));
         let low = Buf::zeros(self.gating().low_len(tokens));
-        Box::new(DsmoeSaved { experts, routed: Routed::default(), low })
+        Box::new(DsmoeSaved { experts, routed: Routed::default(), mapped: Routing::default(), low })
     }
 
     fn reserve(&self, scratch: &mut FfnScratch, tokens: usize) {
         scratch.experts.reserve(self.dims(tokens));
-        for buf in [&mut scratch.logits, &mut scratch.dcoefficients, &mut scratch.dlogits] {
-            buf.resize(tokens * self.form.routed());
+        scratch.dcoefficients.resize(tokens * self.form.routed());
+        for buf in [&mut scratch.logits, &mut scratch.dlogits] {
+            buf.resize(tokens * self.form.num_gates());
         }
         for buf in [&mut scratch.low, &mut scratch.dlow] {
             buf.resize(self.gating().low_len(tokens));
@@ -344,13 +414,21 @@ impl Ffn for DsmoeFfn {
         let gating = self.gating();
         let weights = gating.weights(&params[self.gated.len()..]);
         self.route(&mut saved.routed, [logits, &mut saved.low], x, weights);
-        self.count(record, &saved.routed.routing, saved.routed.logits.view());
+        let DsmoeSaved { experts: kept, routed, mapped, .. } = &mut *saved;
+        let routing: &Routing = match &self.form.map {
+            None => &routed.routing,
+            Some(map) => {
+                map.route(&routed.routing, mapped);
+                mapped
+            }
+        };
+        self.count(record, routing, routed.logits.view());
         expert_ffn::ForwardTrain {
             y,
-            saved: &mut saved.experts,
+            saved: kept,
             x,
             weights: &self.gated.weights(params),
-            pairs: expert_ffn::Pairs::Routed(&routes(&saved.routed.routing)),
+            pairs: expert_ffn::Pairs::Routed(&routes(routing)),
             dims: self.training_dims(x.len() / self.gated.hidden, training.inactive),
             scratch: experts,
         }
@@ -374,16 +452,17 @@ impl Ffn for DsmoeFfn {
 
     fn backward(&self, args: FfnBackward<'_>) {
         let FfnBackward { dx, grads, dy, saved, x, params, sparsity, training, scratch } = args;
-        let DsmoeSaved { experts: saved, routed, low } =
+        let DsmoeSaved { experts: saved, routed, mapped, low } =
             saved.downcast_mut::<DsmoeSaved>().expect("saved by a DSMoE FFN");
         self.gated.add_output_bias_grad(grads, dy);
         let (grads, of_gating) = grads.split_at_mut(self.gated.len());
         let dims = self.training_dims(x.len() / self.gated.hidden, training.inactive);
-        let routed_experts = self.form.routed();
-        let FfnScratch { experts, dcoefficients, dlogits, dlow, sample, pull, .. } = scratch;
-        dcoefficients.resize(dims.tokens * routed_experts);
-        dlogits.resize(dims.tokens * routed_experts);
+        let (experts, gates) = (self.form.routed(), self.form.num_gates());
+        let FfnScratch { experts: kernels, dcoefficients, dlogits, dlow, sample, pull, .. } = scratch;
+        dcoefficients.resize(dims.tokens * experts);
+        dlogits.resize(dims.tokens * gates);
         let projections = self.gated.weights(params);
+        let routing = if self.form.map.is_some() { &*mapped } else { &routed.routing };
         expert_ffn::Backward {
             dx,
             dcoefficients: Some(dcoefficients),
@@ -392,18 +471,24 @@ impl Ffn for DsmoeFfn {
             saved,
             x,
             weights: &projections,
-            pairs: expert_ffn::Pairs::Routed(&routes(&routed.routing)),
+            pairs: expert_ffn::Pairs::Routed(&routes(routing)),
             dims,
-            scratch: experts,
+            scratch: kernels,
         }
         .run();
         match training.inactive {
             // Inactive pairs have no part in the gradient.
             _ if !self.form.router.ste => {}
-            InactivePairs::All { weight } => weigh_inactive(dcoefficients, routed, weight),
-            InactivePairs::None => {}
+            // Where gates share experts, those that are shut are weighed.
+            InactivePairs::All { weight } if self.form.map.is_none() => {
+                weigh_inactive(dcoefficients, routed, weight);
+            }
+            InactivePairs::All { .. } | InactivePairs::None => {}
             InactivePairs::Sample { share, seed } => {
-                sample.draw(routed.mask.view(), share, seed);
+                match &self.form.map {
+                    None => sample.draw(routed.mask.view(), share, seed),
+                    Some(map) => sample.draw(map.mask(routing).view(), share, seed),
+                }
                 expert_ffn::PairDots {
                     dcoefficients,
                     dy,
@@ -411,17 +496,19 @@ impl Ffn for DsmoeFfn {
                     weights: &projections,
                     pairs: &routes(&sample.routing),
                     dims,
-                    scratch: experts,
+                    scratch: kernels,
                 }
                 .run();
             }
         }
-        let shape = (dims.tokens, routed_experts);
-        let of_logits = "tokens * experts values";
+        let by_expert = matrix(dcoefficients, dims.tokens, experts);
+        let by_gate = self.of_gates(by_expert, routed, training.inactive);
+        let shape = (dims.tokens, gates);
+        let of_logits = "tokens * gates values";
         let of_layer = ste::backward(
             &self.gates,
             routed,
-            matrix(dcoefficients, dims.tokens, routed_experts),
+            by_gate.as_ref().map_or(by_expert, |by_gate| by_gate.view()),
             self.sparsity(sparsity),
             ArrayViewMut2::from_shape(shape, dlogits).expect(of_logits),
         );

@@ -1,6 +1,9 @@
 //! The form of a layer's FFN with experts.
 
+use std::sync::Arc;
+
 use dsmoe_router::RouterConfig;
+use dsmoe_router::expert_map::ExpertMap;
 
 use super::gating::Gating;
 use crate::config::MoeConfig;
@@ -29,6 +32,8 @@ pub struct DsmoeForm {
     pub router_bias: bool,
     /// The leading experts that every token runs with the factor 1; the router has the others.
     pub core: usize,
+    /// The expert of every gate, counted behind the core; none where each expert has a gate of its own.
+    pub map: Option<Arc<ExpertMap>>,
     /// Rank of the router; none for a full one.
     pub router_rank: Option<usize>,
     /// True if a linear map of what a router of low rank computes first is added to the output.
@@ -39,7 +44,8 @@ impl DsmoeForm {
     /// Describes routed experts with a full router and nothing beside them.
     pub fn new(router: RouterConfig, router_bias: bool) -> DsmoeForm {
         let most_experts = router.num_experts;
-        DsmoeForm { router, most_experts, router_bias, core: 0, router_rank: None, correction: false }
+        let (core, map, router_rank, correction) = (0, None, None, false);
+        DsmoeForm { router, most_experts, router_bias, core, map, router_rank, correction }
     }
 
     /// Returns the form of a layer.
@@ -49,6 +55,7 @@ impl DsmoeForm {
             most_experts: moe.router.num_experts,
             router_bias: moe.router_bias,
             core: moe.core(layer),
+            map: moe.map(layer).cloned(),
             router_rank: moe.parts.router_rank,
             correction: moe.parts.correction,
         }
@@ -59,10 +66,16 @@ impl DsmoeForm {
         self.router.num_experts - self.core
     }
 
+    /// Returns the number of gates.
+    pub fn num_gates(&self) -> usize {
+        self.map.as_ref().map_or(self.routed(), |map| map.num_gates())
+    }
+
     /// Names what it has beside routed experts and a full router.
     pub fn parts(&self) -> Vec<&'static str> {
         let parts = [
             (self.core > 0, "a core of experts that always run"),
+            (self.map.is_some(), "gates that share experts"),
             (self.router_rank.is_some(), "routers of low rank"),
             (self.correction, "a correction of the output"),
         ];
@@ -71,14 +84,14 @@ impl DsmoeForm {
 
     /// Returns the settings of the gates alone.
     pub(crate) fn gates(&self) -> RouterConfig {
-        RouterConfig { num_experts: self.routed(), ..self.router.clone() }
+        RouterConfig { num_experts: self.num_gates(), ..self.router.clone() }
     }
 
     /// Returns its router, and what is added to the output, for inputs of width `hidden`.
     pub(crate) fn gating(&self, hidden: usize) -> Gating {
         Gating {
             hidden,
-            routed: self.routed(),
+            gates: self.num_gates(),
             rank: self.router_rank,
             bias: self.router_bias,
             correction: self.correction,
@@ -86,8 +99,8 @@ impl DsmoeForm {
     }
 
     /// Returns the factor of a layer's part in the sparsity loss, which is a mean over the gates that it has: the largest number of
-    /// experts of a layer over that of the routed ones.
+    /// experts of a layer over that of the gates.
     pub(crate) fn sparsity_factor(&self) -> f32 {
-        self.most_experts as f32 / self.routed() as f32
+        self.most_experts as f32 / self.num_gates() as f32
     }
 }

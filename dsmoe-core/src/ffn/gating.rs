@@ -6,7 +6,7 @@
 //! rank r      l = x A^T,   z = l B^T (+ b)          A [r, hidden], B [n, r]
 //! output      y += l C^T                            C [hidden, r], where there is one
 //! ```
-//! n is the number of routed experts. All values are f32 in every precision: rounded logits would open other experts.
+//! n is the number of gates. All values are f32 in every precision: rounded logits would open other experts.
 
 #[cfg(feature = "cuda")]
 use std::ops::Range;
@@ -24,8 +24,8 @@ use crate::params::padded;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Gating {
     pub(crate) hidden: usize,
-    /// Routed experts (n).
-    pub(crate) routed: usize,
+    /// Gates (n).
+    pub(crate) gates: usize,
     /// Rank of the router (r); none for a full one.
     pub(crate) rank: Option<usize>,
     pub(crate) bias: bool,
@@ -77,16 +77,16 @@ pub(super) struct GatingBackward<'a> {
 
 impl Gating {
     pub(super) fn tensors(&self) -> Vec<TensorSpec> {
-        let Gating { hidden, routed, rank, .. } = *self;
+        let Gating { hidden, gates, rank, .. } = *self;
         let mut tensors = match rank {
-            None => vec![TensorSpec::router("router.weight", vec![routed, hidden])],
+            None => vec![TensorSpec::router("router.weight", vec![gates, hidden])],
             Some(rank) => vec![
                 TensorSpec::router("router.a.weight", vec![rank, hidden]),
-                TensorSpec::router("router.b.weight", vec![routed, rank]),
+                TensorSpec::router("router.b.weight", vec![gates, rank]),
             ],
         };
         if self.bias {
-            tensors.push(TensorSpec::router("router.bias", vec![routed]));
+            tensors.push(TensorSpec::router("router.bias", vec![gates]));
         }
         if let Some(rank) = rank.filter(|_| self.correction) {
             tensors.push(TensorSpec::router("correction.weight", vec![rank, hidden]).transposed());
@@ -95,12 +95,12 @@ impl Gating {
     }
 
     fn lens(&self) -> [usize; 4] {
-        let Gating { hidden, routed, rank, .. } = *self;
+        let Gating { hidden, gates, rank, .. } = *self;
         let optional = |is_there: bool, len: usize| if is_there { len } else { 0 };
         [
-            rank.unwrap_or(routed) * hidden,
-            rank.map_or(0, |rank| routed * rank),
-            optional(self.bias, routed),
+            rank.unwrap_or(gates) * hidden,
+            rank.map_or(0, |rank| gates * rank),
+            optional(self.bias, gates),
             optional(self.correction, rank.unwrap_or(0) * hidden),
         ]
     }
@@ -133,9 +133,9 @@ impl Gating {
 
     /// Sets the logits `[tokens, n]`, and l `[tokens, r]` at a low rank.
     pub(super) fn forward(&self, logits: &mut Buf, low: &mut Buf, x: &[f32], weights: GatingWeights<'_>) {
-        let Gating { hidden, routed, rank, .. } = *self;
+        let Gating { hidden, gates, rank, .. } = *self;
         let tokens = x.len() / hidden;
-        logits.resize(tokens * routed);
+        logits.resize(tokens * gates);
         low.resize(self.low_len(tokens));
         let (x, w, inputs) = match rank {
             None => (x, weights.first, hidden),
@@ -145,20 +145,20 @@ impl Gating {
                 (&low[..], weights.second, rank)
             }
         };
-        let dims = Gating::linear(tokens, inputs, routed);
+        let dims = Gating::linear(tokens, inputs, gates);
         linear::Forward { y: logits, x, w, bias: None, dims }.run();
         add_bias(logits, weights.bias);
     }
 
     /// Returns the gating for inference; its tensors start the block.
     pub(super) fn pack(self, block: &[f32]) -> PackedGating {
-        let Gating { hidden, routed, rank, .. } = self;
+        let Gating { hidden, gates, rank, .. } = self;
         let GatingWeights { first, second, bias, correction } = self.weights(block);
         let pack = |w, rows, cols| Packed::new(Precision::F32, Mat::new(w, rows, cols));
         PackedGating {
             gating: self,
-            first: pack(first, rank.unwrap_or(routed), hidden),
-            second: rank.map(|rank| pack(second, routed, rank)),
+            first: pack(first, rank.unwrap_or(gates), hidden),
+            second: rank.map(|rank| pack(second, gates, rank)),
             bias: bias.to_vec(),
             correction: correction.to_vec(),
         }
@@ -174,19 +174,19 @@ impl Gating {
 
     /// Adds the gradients of the input and of all tensors.
     pub(super) fn backward(&self, weights: GatingWeights<'_>, args: GatingBackward<'_>) {
-        let Gating { hidden, routed, rank, .. } = *self;
+        let Gating { hidden, gates, rank, .. } = *self;
         let GatingBackward { dx, grads, dlogits, dy, x, low, dlow } = args;
         let tokens = x.len() / hidden;
         let [dfirst, dsecond, dbias, dcorrection] = split_mut(grads, self.lens());
         match rank {
             None => {
-                let dims = Gating::linear(tokens, hidden, routed);
+                let dims = Gating::linear(tokens, hidden, gates);
                 linear::BackwardWeight { dw: dfirst, dy: dlogits, x, dims }.run();
                 linear::BackwardInput { dx, dy: dlogits, w: weights.first, dims, add: true }.run();
             }
             Some(rank) => {
                 dlow.resize(tokens * rank);
-                let dims = Gating::linear(tokens, rank, routed);
+                let dims = Gating::linear(tokens, rank, gates);
                 // forward: z = l B^T
                 linear::BackwardWeight { dw: dsecond, dy: dlogits, x: low, dims }.run();
                 linear::BackwardInput { dx: dlow, dy: dlogits, w: weights.second, dims, add: false }.run();
@@ -200,7 +200,7 @@ impl Gating {
             }
         }
         if self.bias {
-            for row in dlogits.chunks_exact(routed) {
+            for row in dlogits.chunks_exact(gates) {
                 dbias.iter_mut().zip(row).for_each(|(db, dz)| *db += dz);
             }
         }
@@ -228,7 +228,7 @@ impl PackedGating {
     /// Does as [`Gating::forward`].
     pub(super) fn forward(&self, logits: &mut Buf, low: &mut Buf, x: &[f32]) {
         let rows = x.len() / self.gating.hidden;
-        logits.resize(rows * self.gating.routed);
+        logits.resize(rows * self.gating.gates);
         low.resize(self.gating.low_len(rows));
         let multiply =
             |y: &mut [f32], x: &[f32], w| linear::ForwardPacked { y, x, w, bias: None, rows }.run();

@@ -25,6 +25,7 @@ use std::sync::Arc;
 
 use dsmoe_kernels::{Precision, expert_ffn};
 use dsmoe_router::Routing;
+use dsmoe_router::expert_map::ExpertMap;
 use serde_json::{Map, Value};
 
 pub use args::{
@@ -338,9 +339,14 @@ pub trait FfnSpec: std::fmt::Debug + Send + Sync {
         None
     }
 
-    /// Returns the settings with so many experts of every layer that have a gate, 1 or more, and the same beside them, whose FFNs
+    /// Returns the settings with so many experts of every layer that have gates, 1 or more, and the same beside them, whose FFNs
     /// are those of [`Ffn::keep_experts`]; none for mixtures, which [`Config::set_mixture`] changes, and where the number is fixed.
-    fn with_experts(&self, _counts: &[usize]) -> Option<Arc<dyn FfnSpec>> {
+    /// `maps` have the expert of every gate, layer by layer, where gates share experts.
+    fn with_experts(
+        &self,
+        _counts: &[usize],
+        _maps: Option<Vec<Arc<ExpertMap>>>,
+    ) -> Option<Arc<dyn FfnSpec>> {
         None
     }
 

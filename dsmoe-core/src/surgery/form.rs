@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use dsmoe_router::expert_map::ExpertMap;
 
-use super::{LayerSurgery, NewExpert, Part, RouterRule, Surgery, shares};
+use super::shares::{self, Left};
+use super::{LayerSurgery, NewExpert, Part, RouterRule, Surgery};
 use crate::config::{Config, LayerShape, MixtureSpec, PartitionKind};
 use crate::error::{Error, Result};
 use crate::ffn::{ExpertParts, of_layer};
@@ -93,7 +94,8 @@ impl Form {
             None => {
                 let parts = (0..config.num_layers).map(|layer| of_layer(config, layer).expert_parts());
                 let one_each = vec![1; config.num_layers];
-                let changes = config.ffn.as_ref().is_none_or(|spec| spec.with_experts(&one_each).is_some());
+                let changes =
+                    config.ffn.as_ref().is_none_or(|spec| spec.with_experts(&one_each, None).is_some());
                 match parts.collect::<Option<Vec<_>>>().filter(|_| changes) {
                     Some(parts) => Ok(Form::Blocks(parts)),
                     None => {
@@ -118,11 +120,7 @@ impl Form {
 
     /// Returns the old gates of an expert of a layer.
     pub(super) fn gates_of(&self, layer: usize, expert: usize) -> Vec<usize> {
-        let map = match self {
-            Form::Mixture(spec) => spec.map(layer),
-            Form::Blocks(parts) => parts[layer].map.as_ref(),
-        };
-        map.map_or_else(|| vec![expert], |map| map.gates_of(expert).collect())
+        self.old_map(layer).map_or_else(|| vec![expert], |map| map.gates_of(expert).collect())
     }
 
     /// Returns the new gates of a layer of a surgery that was checked; none where all old ones stay.
@@ -140,20 +138,24 @@ impl Form {
         (!all_stay).then(|| surgery.experts.iter().enumerate().flat_map(of_expert).collect())
     }
 
-    /// Returns the expert of every new gate of a layer.
-    fn map(&self, layer: usize, surgery: &LayerSurgery, held: usize) -> Result<ExpertMap> {
-        let experts = surgery.experts.len();
-        match self.gates(layer, surgery) {
-            Some(gates) => {
-                Ok(ExpertMap::new(gates.iter().map(|gate| gate.expert as u32).collect(), experts)?)
-            }
-            None => {
-                let merge = expert_map(surgery, held)?;
-                Ok(match self {
-                    Form::Mixture(MixtureSpec { maps: Some(maps), .. }) => maps[layer].then(&merge),
-                    Form::Mixture(_) | Form::Blocks(_) => merge,
-                })
-            }
+    /// Returns the expert of every new gate, layer by layer.
+    fn maps(&self, config: &Config, layers: &[LayerSurgery]) -> Result<Vec<Arc<ExpertMap>>> {
+        let map = |(i, layer): (usize, &LayerSurgery)| -> Result<Arc<ExpertMap>> {
+            let Some(gates) = self.gates(i, layer) else {
+                let merge = expert_map(layer, self.held(config, i))?;
+                return Ok(Arc::new(self.old_map(i).map_or_else(|| merge.clone(), |map| map.then(&merge))));
+            };
+            let of_gates = gates.iter().map(|gate| gate.expert as u32).collect();
+            Ok(Arc::new(ExpertMap::new(of_gates, layer.experts.len())?))
+        };
+        layers.iter().enumerate().map(map).collect()
+    }
+
+    /// Returns the expert of every old gate of a layer; none where each expert has a gate of its own.
+    fn old_map(&self, layer: usize) -> Option<&Arc<ExpertMap>> {
+        match self {
+            Form::Mixture(spec) => spec.map(layer),
+            Form::Blocks(parts) => parts[layer].map.as_ref(),
         }
     }
 
@@ -227,13 +229,10 @@ impl Form {
         let Surgery { layers, top_k, .. } = surgery;
         let spec = match self {
             Form::Mixture(spec) => spec,
-            Form::Blocks(parts) => return other_blocks(path, config, parts, surgery),
+            Form::Blocks(parts) => return self.other_blocks(path, config, parts, surgery),
         };
         let mut spec = spec.clone();
-        let maps = layers.iter().zip(&spec.experts).enumerate();
-        let maps = maps.map(|(i, (layer, &held))| self.map(i, layer, held).map(Arc::new));
-        let maps = maps.collect::<Result<Vec<_>>>()?;
-        let all_stay = layers.first().is_some_and(|layer| layer.router == RouterRule::Map);
+        let (maps, all_stay) = (self.maps(config, layers)?, keeps_gates(layers));
         spec.maps = (all_stay || !maps.iter().all(|map| map.is_plain())).then_some(maps);
         spec.experts = layers.iter().map(|layer| layer.experts.len()).collect();
         spec.top_k = top_k.unwrap_or(spec.top_k);
@@ -244,6 +243,62 @@ impl Form {
         // The written map is read back unchanged.
         Config::from_json(path, &after.to_json())
     }
+
+    /// Returns the configuration of a model whose experts are blocks of neurons after a surgery that was checked.
+    fn other_blocks(
+        &self,
+        path: &Path,
+        config: &Config,
+        parts: &[ExpertParts],
+        Surgery { layers, top_k, shares }: Surgery<'_>,
+    ) -> Result<Config> {
+        if top_k.is_some() && config.ffn.is_none() {
+            let problem = "surgery to a DSMoE model with a fixed number of experts for each token, for which there is \
+                           no format";
+            return Err(Error::argument(problem, "let thresholds choose"));
+        }
+        let counts: Vec<usize> =
+            layers.iter().zip(parts).map(|(layer, parts)| layer.experts.len() + parts.always()).collect();
+        let maps = self.maps(config, layers)?;
+        let fewest = maps.iter().map(|map| map.num_gates()).min().unwrap_or(0);
+        let maps = (!maps.iter().all(|map| map.is_plain())).then_some(maps);
+        let mut after = config.clone();
+        let shape = |(i, (&blocks, parts)): (usize, (&usize, &ExpertParts))| LayerShape {
+            intermediate: blocks * parts.width(),
+            ..config.layer(i)
+        };
+        after.set_layers(counts.iter().zip(parts).enumerate().map(shape).collect());
+        if let Some(spec) = &config.ffn {
+            let experts: Vec<usize> = layers.iter().map(|layer| layer.experts.len()).collect();
+            let top_k = top_k.or(spec.top_k());
+            top_k.map_or(Ok(()), |top_k| check_top_k(top_k, fewest))?;
+            let fewer = spec.with_experts(&experts, maps.clone());
+            after.ffn = fewer.map(|spec| top_k.and_then(|top_k| spec.with_top_k(top_k)).unwrap_or(spec));
+        }
+        if let Some(moe) = &mut after.moe {
+            // The share that was trained for is of other experts; budgets have theirs.
+            moe.active_target = moe.budget();
+            shares::of_other_experts(moe, Left { counts: &counts, merged: &merged(layers) }, shares);
+            moe.set_experts(counts);
+            moe.parts.maps = maps;
+            // The neurons are not all of the dense model's.
+            (moe.partition, moe.untrained) = (PartitionKind::Contiguous, false);
+        }
+        Config::from_json(path, &after.to_json())
+    }
+}
+
+fn keeps_gates(layers: &[LayerSurgery]) -> bool {
+    layers.first().is_some_and(|layer| layer.router == RouterRule::Map)
+}
+
+/// Returns the number of old experts by whose gates each new expert opens, for those of all layers.
+fn merged(layers: &[LayerSurgery]) -> Vec<usize> {
+    let of_layer = |layer: &LayerSurgery| -> Vec<usize> {
+        let all_stay = layer.router == RouterRule::Map;
+        layer.experts.iter().map(|expert| if all_stay { expert.parts.len() } else { 1 }).collect()
+    };
+    layers.iter().flat_map(of_layer).collect()
 }
 
 fn check_top_k(top_k: usize, fewest: usize) -> Result<()> {
@@ -252,50 +307,6 @@ fn check_top_k(top_k: usize, fewest: usize) -> Result<()> {
     }
     let problem = format!("{top_k} experts of a token are more than the {fewest} gates that are left");
     Err(Error::argument(problem, format!("keep more experts, or let a token run {fewest}")))
-}
-
-/// Returns the configuration of a model whose experts are blocks of neurons after a surgery that was checked.
-fn other_blocks(path: &Path, config: &Config, parts: &[ExpertParts], surgery: Surgery<'_>) -> Result<Config> {
-    let Surgery { layers, top_k, shares } = surgery;
-    let counts: Vec<usize> =
-        layers.iter().zip(parts).map(|(layer, parts)| layer.experts.len() + parts.always()).collect();
-    let of_kind = match &config.ffn {
-        Some(spec) => format!("a model with experts of type {}", spec.kind()),
-        None => "a DSMoE model".to_owned(),
-    };
-    let refused = match layers.first().map(|layer| layer.router) {
-        _ if top_k.is_some() && config.ffn.is_none() => {
-            Some(("a fixed number of experts for each token", "let thresholds choose"))
-        }
-        Some(RouterRule::Map) => Some(("gates that share experts", "give each expert a gate of its own")),
-        _ => None,
-    };
-    if let Some((with, help)) = refused {
-        let problem = format!("surgery to {of_kind} with {with}, for which there is no format");
-        return Err(Error::argument(problem, help));
-    }
-    let mut after = config.clone();
-    let shape = |(i, (&blocks, parts)): (usize, (&usize, &ExpertParts))| LayerShape {
-        intermediate: blocks * parts.width(),
-        ..config.layer(i)
-    };
-    after.set_layers(counts.iter().zip(parts).enumerate().map(shape).collect());
-    if let Some(moe) = &mut after.moe {
-        // The share that was trained for is of other experts; budgets have theirs.
-        moe.active_target = moe.budget();
-        shares::of_other_experts(moe, &counts, shares);
-        moe.set_experts(counts);
-        // The neurons are not all of the dense model's.
-        (moe.partition, moe.untrained) = (PartitionKind::Contiguous, false);
-    }
-    if let Some(spec) = &config.ffn {
-        let experts: Vec<usize> = layers.iter().map(|layer| layer.experts.len()).collect();
-        let (top_k, fewest) = (top_k.or(spec.top_k()), experts.iter().copied().min().unwrap_or(0));
-        top_k.map_or(Ok(()), |top_k| check_top_k(top_k, fewest))?;
-        let fewer = spec.with_experts(&experts);
-        after.ffn = fewer.map(|spec| top_k.and_then(|top_k| spec.with_top_k(top_k)).unwrap_or(spec));
-    }
-    Config::from_json(path, &after.to_json())
 }
 
 /// Returns the new expert of every old one.

@@ -18,13 +18,14 @@
 //! of gate and up are of neurons and follow them; the bias of down is of no expert.
 //!
 //! `Rows` keeps the row, bias and threshold of a sigmoid gate. A gate that is left opens for the same tokens with the same
-//! value, and dropping experts that never open changes no logit (but with the rescaling of eq. 8, whose n is that of the
-//! experts that are left). Budgets keep their thresholds, and their shares are of the experts that are left
-//! ([`Surgery::shares`]), in all layers together where their numbers differ. `Mean` has a logit that is the mean of its parts' logits for every token, since logits are linear in
+//! value, and dropping experts that never open changes no logit (but with the rescaling of eq. 8, whose n is that of the gates
+//! that are left). Budgets keep their thresholds, and their shares are of the experts that are left
+//! ([`Surgery::shares`]), in all layers together where their numbers differ. `Mean` has a logit that is the mean of its parts'
+//! logits for every token, since logits are linear in
 //! rows and biases, and the threshold of a layer is one for all of its gates: the merged gate opens where its parts open on
 //! average, and equal parts have equal values before and after. A mean of sigmoids is no sigmoid of a linear map, so that no
-//! other rule has a format; a gate that is open where any of its parts is would be `Map`, which sigmoid gates have no format
-//! for.
+//! other rule has a format; `Map` is the rule by which an expert runs where any of its parts did, with the sum of the values of the
+//! gates that are open. Where two gates of binary value are open, that is twice the mean of their experts, their sum.
 //!
 //! Top-k gates keep the factor of the scores: a softmax over the chosen logits does not know the others, so that dropping experts
 //! that are never chosen changes no logit. A factor that was made of the number of experts is not made anew.

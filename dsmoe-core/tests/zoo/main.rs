@@ -4,6 +4,7 @@
 mod cuda;
 mod gradients;
 mod layers;
+mod mapped;
 mod moe;
 mod recut;
 mod reference;

@@ -59,16 +59,11 @@ impl MixtureRouter {
         let MixtureRouted { probabilities, routing, .. } =
             mixture::route(&self.config, logits.view(), Fade::NONE);
         let Some(map) = &self.map else { return Decision { logits, soft: probabilities, routing } };
-        let gates: Vec<Vec<usize>> =
-            (0..map.num_experts()).map(|expert| map.gates_of(expert).collect()).collect();
-        let shape = (logits.nrows(), gates.len());
         let mut experts = Routing::default();
         map.route(&routing, &mut experts);
         Decision {
-            logits: Array2::from_shape_fn(shape, |(t, e)| joint_logit(&logits, t, &gates[e])),
-            soft: Array2::from_shape_fn(shape, |(t, e)| {
-                gates[e].iter().map(|&g| probabilities[[t, g]]).sum()
-            }),
+            soft: map.sums(probabilities.view()),
+            logits: map.log_sums(logits.view()),
             routing: experts,
         }
     }
@@ -175,14 +170,4 @@ impl HostGate for MixtureRouter {
         linear::BackwardWeight { dw, dy: &dlogits, x, dims }.run();
         linear::BackwardInput { dx, dy: &dlogits, w, dims, add: true }.run();
     }
-}
-
-/// Returns the logit whose exponential is the sum of those of some gates for a token.
-fn joint_logit(logits: &Array2<f32>, token: usize, gates: &[usize]) -> f32 {
-    let of = |&gate: &usize| f64::from(logits[[token, gate]]);
-    if let [only] = gates {
-        return logits[[token, *only]];
-    }
-    let most = gates.iter().map(of).fold(f64::NEG_INFINITY, f64::max);
-    (most + gates.iter().map(|gate| (of(gate) - most).exp()).sum::<f64>().ln()) as f32
 }

@@ -67,6 +67,9 @@ fn missing(config: &Config) -> Vec<String> {
     if config.mixture().is_some_and(|spec| spec.shared.is_some()) {
         missing.push("a shared expert".to_owned());
     }
+    if config.moe.as_ref().is_some_and(|moe| moe.parts.maps.is_some()) {
+        missing.push("sigmoid gates that share experts".to_owned());
+    }
     let scale = config.architecture.residual_scale;
     if scale != 1.0 && config.architecture.norms_after() {
         missing.push(format!("residual branches times {scale} behind norms"));

@@ -244,7 +244,7 @@ impl Weights<'_> {
 
     /// Returns the logits of the forward pass over as many tokens, where the device computes them.
     pub(super) fn logits<'s>(&self, scratch: &'s Scratch, tokens: usize) -> Option<View<'s, f32>> {
-        Some(scratch.logits.shaped(tokens, gating_of(self.kind)?.routed))
+        Some(scratch.logits.shaped(tokens, gating_of(self.kind)?.gates))
     }
 
     /// Tells whether inactive pairs take part in the router's gradient.
