@@ -487,6 +487,20 @@ fn seer_moe_leaves_the_core_and_measures_the_budgets() {
     let result = run("uncurl", &["router=mean"], budget, &text).run(&moe, &merged).unwrap();
     assert_eq!(result.plan.total, budget.params(0));
     assert!(logits(&merged, &text[0]).iter().all(|z| z.is_finite()));
+    // Where all gates stay, budgets have the thresholds that they had.
+    let mapped = work.path().join("mapped");
+    let experts = 3.0 * (config.hidden * config.intermediate / 8 * 2) as f64;
+    let all_gates = Budget::Params(total - experts);
+    let result = run("uncurl", &[], all_gates, &text).run(&moe, &mapped).unwrap();
+    assert_eq!(result.plan.total, all_gates.params(0));
+    let after = Config::load(&mapped).unwrap().moe.unwrap();
+    let gates = [0, 1].map(|layer| after.map(layer).unwrap().num_gates());
+    assert_eq!(gates, [0, 1].map(|layer| 8 - before.core(layer)));
+    assert_eq!(after.parts.budgets.len(), before.parts.budgets.len());
+    for (new, old) in after.parts.budgets.iter().zip(&before.parts.budgets) {
+        assert_eq!(new.thresholds, old.thresholds);
+    }
+    assert!(logits(&mapped, &text[0]).iter().all(|z| z.is_finite()));
     // The other kind of FFN has no gates of experts.
     let duo = work.path().join("duo");
     Run::new("duo", &[], 0.8, &text).run(&source, &duo).unwrap();

@@ -212,7 +212,9 @@ fn what_no_gpu_runs_is_refused_by_every_command() {
     succeeds(&format!("prune dense --method thresholds --budget 80% {calib} --out gpu-thresholds"));
     succeeds("convert dense --as mixtral --experts 4 --top-k 2 --seed 3 --out gpu-mixture");
     let train = |model: &str| format!("train {model} --steps 2 --batch 2 --seq 32 {text} --out gpu-none");
+    succeeds(&format!("prune moe --method uncurl --budget held:95% {calib} --out gpu-shared"));
     for (model, refusal) in [
+        ("gpu-shared", "a GPU does not run llama with sigmoid gates that share experts; set --device to cpu"),
         ("gpu-duo", "a GPU does not run the FFN of layer 0, which is of type duo; set --device to cpu"),
         ("gpu-thresholds", "a GPU does not run llama with thresholds of inputs; set --device to cpu"),
     ] {

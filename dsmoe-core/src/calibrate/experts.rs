@@ -27,8 +27,8 @@ use crate::model::block::Block;
 use crate::model::tensors::in_pool;
 use crate::params::{Layout, TensorSpec};
 
-/// The experts of one layer that have gates, and its router. Gates may share an expert, whose statistics are those of all of them. A core, or residual experts, are no part of them: all tokens run
-/// those, and only [`LayerStream::join_experts`] does.
+/// The experts of one layer that have gates, and its router. Gates may share an expert, whose statistics are those of all of them. A
+/// core, or residual experts, are no part of them: all tokens run those, and only [`LayerStream::join_experts`] does.
 ///
 /// ```
 /// use dsmoe_core::calibrate::{ExpertStats, ExpertSums, LayerExperts, LayerStream};

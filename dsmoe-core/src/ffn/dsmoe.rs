@@ -1,7 +1,7 @@
 //! DSMoE's FFN: the dense FFN cut into experts, each token running those whose gate is above the threshold.
 //!
-//! Gates may share experts ([`dsmoe_router::expert_map`]): gates decide as they do alone, and an expert runs once for a token that opens any
-//! of its gates, with the sum of their coefficients.
+//! Gates may share experts ([`dsmoe_router::expert_map`]): gates decide as they do alone, and an expert runs once for a token that
+//! opens any of its gates, with the sum of their coefficients.
 
 use std::any::Any;
 use std::borrow::Cow;
@@ -150,8 +150,8 @@ impl DsmoeFfn {
         }
     }
 
-    /// Returns the gradient by the coefficients of the gates, from that of the experts, of which those of inactive pairs are 0 or weighed
-    /// already; none where it is the same.
+    /// Returns the gradient by the coefficients of the gates, from that of the experts, which is 0 for inactive pairs that were not
+    /// computed; none where it is the same.
     fn of_gates(
         &self,
         by_expert: ArrayView2<'_, f32>,

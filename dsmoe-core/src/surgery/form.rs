@@ -127,8 +127,10 @@ impl Form {
     pub(super) fn gates(&self, layer: usize, surgery: &LayerSurgery) -> Option<Vec<NewGate>> {
         let of_expert = |(expert, NewExpert { parts }): (usize, &NewExpert)| -> Vec<NewGate> {
             if parts.len() > 1 && surgery.router == RouterRule::Mean {
-                let of =
-                    |part: &Part| self.gates_of(layer, part.old).into_iter().map(|gate| (gate, part.weight));
+                let of = |part: &Part| {
+                    let weight = part.weight;
+                    self.gates_of(layer, part.old).into_iter().map(move |gate| (gate, weight))
+                };
                 return vec![NewGate { parts: parts.iter().flat_map(of).collect(), expert }];
             }
             let gates = self.gates_of(layer, parts[0].old).into_iter();
