@@ -363,15 +363,9 @@ fn budgets_of_gated_experts_count_the_core_and_leave_it() {
             "{name}"
         );
     }
-    for (name, set, part) in [
-        ("uncurl", &[][..], "router: cannot be map for experts that are parts of one FFN"),
-        ("hc-smoe", &[], "no variants of each other"),
-        ("seer-moe", &["allocation=global"], "allocation: cannot be global"),
-    ] {
-        let method = method(name).unwrap().configure(&read_settings(set.iter().copied()).unwrap()).unwrap();
-        let error = method.plan(&config, Budget::Share(0.9)).unwrap_err().to_string();
-        assert!(error.contains(part), "{error}");
-    }
+    let method = method("hc-smoe").unwrap().configure(&read_settings([]).unwrap()).unwrap();
+    let error = method.plan(&config, Budget::Share(0.9)).unwrap_err().to_string();
+    assert!(error.contains("no variants of each other"), "{error}");
 }
 
 #[test]

@@ -147,20 +147,21 @@ fn configurations_of_the_page_of_formats_are_read() {
         panic!("{} blocks", objects.len())
     };
     assert_eq!(config_with(dsmoe).moe.expect("experts").router.num_experts, 8);
-    // A core of 36 experts is one of more than 36.
+    // Layers have the neurons of their experts.
+    let shape = |neurons: u64| json!({"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": neurons});
     let mut both = dsmoe["dsmoe"].as_object().expect("an object").clone();
     both.extend(parts.clone());
-    both.extend([("format_version".to_owned(), json!(2)), ("num_experts".to_owned(), json!(192))]);
-    let both = Map::from_iter([("dsmoe".to_owned(), Value::Object(both))]);
-    let moe = config_with(&both).moe.expect("experts");
-    assert_eq!((moe.core(1), moe.budget()), (36, Some(0.375)));
-    // Layers have the neurons of their experts.
-    let shape = |experts: u64| json!({"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 352 * experts});
+    both.extend([("format_version".to_owned(), json!(2)), ("num_experts".to_owned(), json!(4))]);
+    let shapes = json!([shape(4 * 384), shape(3 * 384)]);
+    let both = [("dsmoe".to_owned(), Value::Object(both)), ("layer_shapes".to_owned(), shapes)];
+    let moe = config_with(&Map::from_iter(both)).moe.expect("experts");
+    assert_eq!((moe.experts(0), moe.experts(1), moe.core(1), moe.budget()), (4, 3, 1, Some(0.375)));
+    assert_eq!(moe.map(1).expect("a map").num_gates(), 4);
     let mut keys = mixture.clone();
     keys.extend([
         ("base_model_type".to_owned(), json!("mixtral")),
         ("intermediate_size".to_owned(), json!(6 * 352)),
-        ("layer_shapes".to_owned(), json!([shape(6), shape(4)])),
+        ("layer_shapes".to_owned(), json!([shape(6 * 352), shape(4 * 352)])),
     ]);
     assert_eq!(config_with(&keys).mixture().expect("a mixture").experts, [6, 4]);
     for (keys, kind) in [(topk, "topk"), (duo, "duo")] {
