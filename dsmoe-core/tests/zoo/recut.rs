@@ -170,8 +170,9 @@ fn experts_go_with_all_of_their_gates() {
 #[test]
 fn means_of_gates_are_of_experts_with_one_each() {
     let work = tempfile::tempdir().unwrap();
-    let [once, out] = ["once", "out"].map(|end| work.path().join(end));
-    run(&case("mixtral"), &once, &merged(&surgery_case("mixtral")));
+    let [source, once, out] = ["source", "once", "out"].map(|end| work.path().join(end));
+    in_f32("mixtral", &source);
+    run(&source, &once, &merged(&surgery_case("mixtral")));
     let spec = spec_of(&once);
     let mean = |layer: usize, with_shared: bool| {
         let shared = shared(&spec, layer);
