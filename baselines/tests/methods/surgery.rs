@@ -212,6 +212,15 @@ fn without(config: &Config, gone: usize) -> Budget {
 }
 
 /// A dense model of two layers of 96 neurons.
+/// Methods with their settings: gates of two matrices with noise, of one, of neurons beside an expert that all tokens run, and with
+/// a bias.
+const TOP_K: [(&str, &[&str]); 4] = [
+    ("llama-moe", &[]),
+    ("random-k", &[]),
+    ("cmoe", &["experts=8"]),
+    ("factorllm", &["epochs=1", "experts=8"]),
+];
+
 fn dense(dir: &Path) -> PathBuf {
     dsmoe_baselines::register();
     let sizes = json!({ "vocab_size": VOCAB, "intermediate_size": 96, "num_hidden_layers": 2 });
@@ -224,13 +233,7 @@ fn top_k_models_lose_experts_that_are_never_chosen_without_a_trace() {
     let source = dense(work.path());
     let text = tokens(16, 24);
     let few = [text[0][..2].to_vec()];
-    // Gates of two matrices with noise, of one, of neurons beside an expert that all tokens run, and with a bias.
-    for (method, set) in [
-        ("llama-moe", &[][..]),
-        ("random-k", &[]),
-        ("cmoe", &["experts=8"]),
-        ("factorllm", &["epochs=1", "experts=8"]),
-    ] {
+    for (method, set) in TOP_K {
         let [moe, out, fewer] = ["", "-out", "-fewer"].map(|end| work.path().join(format!("{method}{end}")));
         Run::new(method, set, 0.7, &text).run(&source, &moe).unwrap();
         let config = Config::load(&moe).unwrap();
@@ -346,12 +349,7 @@ fn layers_of_top_k_models_keep_different_numbers_of_experts() {
     let source = dense(work.path());
     let text = tokens(16, 24);
     let few = [text[0][..2].to_vec()];
-    for (method, set) in [
-        ("llama-moe", &[][..]),
-        ("random-k", &[]),
-        ("cmoe", &["experts=8"]),
-        ("factorllm", &["epochs=1", "experts=8"]),
-    ] {
+    for (method, set) in TOP_K {
         let [moe, out, saved, even] =
             ["", "-out", "-saved", "-even"].map(|end| work.path().join(format!("{method}{end}")));
         Run::new(method, set, 0.7, &text).run(&source, &moe).unwrap();

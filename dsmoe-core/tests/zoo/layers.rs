@@ -38,7 +38,7 @@ fn stats_of(model: &Inference, [inputs, targets]: &[Vec<u32>; 2]) -> RoutingStat
 }
 
 /// The gradients of one step.
-fn grads_of(model: &Model, [inputs, targets]: [&[u32]; 2], args: &StepArgs) -> Buf {
+pub(crate) fn grads_of(model: &Model, [inputs, targets]: [&[u32]; 2], args: &StepArgs) -> Buf {
     let mut grads = Buf::zeros(model.params().len());
     let mut workspace = TrainWorkspace::new(model, inputs.len(), Precision::F32);
     let batch = Batch { inputs, targets, seq: LENGTH - 1 };

@@ -8,14 +8,14 @@ use dsmoe_core::checkpoint::Dtype;
 use dsmoe_core::config::Config;
 use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::ffn::RouterBound;
-use dsmoe_core::model::{Batch, Inference, Model, StepArgs, TrainWorkspace, Workspace};
+use dsmoe_core::model::{Batch, Inference, Model, StepArgs, Workspace};
 use dsmoe_core::surgery::{LayerSurgery, NewExpert, RouterRule, SurgeryReport, operate};
 use dsmoe_kernels::Precision;
-use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::testing::{assert_close, f64s, refused};
 use dsmoe_router::{RouterGradient, RouterGradientAt, RoutingStats, SparsityOver};
 use serde_json::{Value, json};
 
+use crate::layers::grads_of;
 use crate::moe::{LENGTH, batch, golden, logits, tensors};
 use crate::surgery::{forms, gated, gates};
 use crate::worst;
@@ -162,20 +162,11 @@ fn shared_experts_give_what_copies_of_them_would() {
     }
 }
 
-/// The gradients of one step.
-fn grads_of(model: &Model, [inputs, targets]: &[Vec<u32>; 2], args: &StepArgs) -> Buf {
-    let mut grads = Buf::zeros(model.params().len());
-    let mut workspace = TrainWorkspace::new(model, inputs.len(), Precision::F32);
-    let batch = Batch { inputs, targets, seq: LENGTH - 1 };
-    let step = model.train_step(&mut grads, batch, args, &mut workspace).unwrap();
-    assert!(step.loss_sum.is_finite() && step.went_back);
-    grads
-}
-
 #[test]
 fn gradients_of_shared_experts_are_sums_of_those_of_copies() {
     let work = tempfile::tempdir().unwrap();
-    let text = batch(&golden("mixtral").rows);
+    let [inputs, targets] = batch(&golden("mixtral").rows);
+    let text = [&inputs[..], &targets[..]];
     for (name, moe, keys) in all_forms() {
         let [dir, out, copies] =
             ["whole", "merged", "copies"].map(|end| work.path().join(format!("{name}-{end}")));
@@ -189,7 +180,7 @@ fn gradients_of_shared_experts_are_sums_of_those_of_copies() {
             |rule, index| StepArgs { router_gradient: RouterGradientAt { rule, seed: 3, index }, ..plain };
         let every = RouterGradient::Every(2);
         for (step, args) in [plain, sparse, with(every, 0), with(every, 1)].into_iter().enumerate() {
-            let [all, some] = [&whole, &left].map(|model| grads_of(model, &text, &args));
+            let [all, some] = [&whole, &left].map(|model| grads_of(model, text, &args));
             for entry in left.layout().entries() {
                 let what = format!("{name} {step} {}", entry.spec.name);
                 let old = &all[whole.layout().get(&entry.spec.name).unwrap().range.clone()];
@@ -209,8 +200,8 @@ fn gradients_of_shared_experts_are_sums_of_those_of_copies() {
             }
         }
         // A sample of nearly all inactive pairs is nearly all of them.
-        let all = grads_of(&left, &text, &plain);
-        let sampled = grads_of(&left, &text, &with(RouterGradient::Sample(0.999_999), 0));
+        let all = grads_of(&left, text, &plain);
+        let sampled = grads_of(&left, text, &with(RouterGradient::Sample(0.999_999), 0));
         assert_close(&format!("{name}, sampled"), &sampled, &f64s(&all), 1e-4);
     }
 }
