@@ -182,7 +182,7 @@ pub struct Plan {
     pub unchanged: bool,
     /// The share of experts to be active that training has to reach.
     pub active_target: Option<f64>,
-    /// What the user should know of the way in which the model is made, each in one line.
+    /// Notices for the user about how the method makes the model, each in one line.
     pub notices: Vec<String>,
 }
 

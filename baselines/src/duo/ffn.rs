@@ -525,8 +525,8 @@ mod tests {
 
     const SPARSITY: SparsityGrad = SparsityGrad { weight: 0.3, over: SparsityOver::All };
 
-    /// What training has beside the gradient of the outputs: a loss on the share in place of a weight of the gates, and a temperature in
-    /// place of the router's own.
+    /// The options of a training step under test: the loss on the share replaces a weight of the gates, and the temperature
+    /// replaces the router's own.
     #[derive(Clone, Copy, Debug)]
     struct Beside {
         share: Option<ShareLoss>,

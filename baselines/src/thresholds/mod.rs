@@ -75,7 +75,7 @@ const NEAR: f64 = 0.001;
 const PASSES: usize = 6;
 /// Searches with different tolerances.
 const SEARCHES: usize = 7;
-/// What reaches a budget of all weights.
+/// The text of [`Plan::reached_by`] where the budget allows all weights.
 const NOTHING_SKIPPED: &str = "nothing skipped";
 /// Tolerances minus 1 between which that of a search lies.
 const TOLERANCES: [f64; 2] = [1e-5, 1.0];

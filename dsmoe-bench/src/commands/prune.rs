@@ -62,7 +62,7 @@ struct Report<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     calibration: Option<CalibrationReport<'a>>,
     measured: BTreeMap<String, f64>,
-    /// What was said about the way in which the model is made.
+    /// The notices of the plan, which were printed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     notices: Vec<String>,
     seconds: f64,

@@ -1,4 +1,4 @@
-//! What the tokens of an oracle see of the earlier ones of their window.
+//! The caches of keys and values that the tokens of an oracle attend to, of the earlier tokens of their window.
 
 use std::str::FromStr;
 

@@ -336,7 +336,7 @@ struct Search<'a> {
     space: RouteSpace,
     ids: &'a [u32],
     options: OracleOptions,
-    /// What tokens see of earlier ones; none where all take the same route.
+    /// The caches of earlier tokens, which tokens attend to; none where all tokens take the same route.
     contexts: Option<Contexts>,
     store: Store,
     state: State,

@@ -105,7 +105,8 @@ pub struct LevelReport {
     pub best: f64,
     /// Loss where every token takes its best route.
     pub oracle: f64,
-    /// As many noisy copies of the model; none for a single route, or where no noise gives the mean loss.
+    /// The control, which has a noisy copy of the model for each route. It is none for a single route, or where no noise gives
+    /// the mean loss.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub control: Option<ControlReport>,
     /// The control's oracle less that of the routes.

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::model::ropes::Turn;
 use crate::model::tensors::{Batch, attention_dims, check_input, in_pool, logits_of};
 
-/// What the tokens of one sequence see of earlier ones.
+/// The keys and values of earlier tokens, to which the tokens of one sequence attend.
 struct Seen<'a> {
     /// Per layer: keys, values.
     layers: &'a [(Vec<f32>, Vec<f32>)],
