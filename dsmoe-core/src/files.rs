@@ -137,6 +137,18 @@ pub(crate) fn open_regular(path: &Path) -> crate::Result<File> {
     File::open(path).map_err(Error::io(path))
 }
 
+/// Returns whether there is a regular file. What is there and is none, as a directory, a pipe, a device or a link to nothing, is an
+/// error: taken for absent, what the file says would be left out without a word.
+pub(crate) fn is_present(path: &Path) -> crate::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(_) if path.is_file() => Ok(true),
+        Ok(_) => Err(Error::path(path, "is not a regular file", "put the file itself there, or remove it")),
+        // The name of a GGUF file has nothing below it.
+        Err(cause) if matches!(cause.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(false),
+        Err(cause) => Err(Error::io(path)(cause)),
+    }
+}
+
 /// Returns whether a file is only the pointer that Git LFS leaves of it.
 pub(crate) fn is_lfs_pointer(path: &Path) -> crate::Result<bool> {
     let mut start = Vec::new();

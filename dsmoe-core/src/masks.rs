@@ -11,9 +11,10 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
-use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, Writer, tensor_names};
+use crate::checkpoint::{Checkpoint, Dtype, MANIFEST_FILE, Manifest, TensorInfo, Writer, tensor_names};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::files::is_present;
 use crate::params::{Layout, Stored};
 
 /// Name of the masks in a model directory.
@@ -229,9 +230,10 @@ impl Masks {
     /// Reads the masks in the model directory `dir`; none where there is no file.
     ///
     /// # Errors
-    /// The file cannot be read, or does not fit the configuration beside it.
+    /// The file cannot be read, is no regular file, or does not fit the configuration beside it; it is gone and `checksums.json`
+    /// beside it still has it.
     pub fn load(dir: &Path) -> Result<Option<Masks>> {
-        if !dir.join(MASKS_FILE).is_file() {
+        if !is_masked(dir)? {
             return Ok(None);
         }
         Masks::read(dir, &Config::load(dir)?)
@@ -239,10 +241,10 @@ impl Masks {
 
     /// Does as [`Masks::load`] for a directory of that configuration.
     pub(crate) fn read(dir: &Path, config: &Config) -> Result<Option<Masks>> {
-        let path = dir.join(MASKS_FILE);
-        if !path.is_file() {
+        if !is_masked(dir)? {
             return Ok(None);
         }
+        let path = dir.join(MASKS_FILE);
         let file = Checkpoint::open_file(&path)?;
         let linears = linears(config);
         let mut masks = BTreeMap::new();
@@ -335,6 +337,22 @@ impl Masks {
 }
 
 const HELP: &str = "use the masks that belong to this model, or remove the file";
+
+/// Returns whether a model directory has masks. One that has lost them is refused: it would be trained as a dense model.
+fn is_masked(dir: &Path) -> Result<bool> {
+    let path = dir.join(MASKS_FILE);
+    if is_present(&path)? {
+        return Ok(true);
+    }
+    // A manifest that cannot be read says nothing here; `dsmoe verify` names it.
+    match Manifest::read(dir) {
+        Ok(Some(manifest)) if manifest.names(MASKS_FILE) => {
+            let problem = format!("is missing and {MANIFEST_FILE} beside it has it");
+            Err(Error::path(&path, problem, "copy the model again, or remove that entry if it is dense now"))
+        }
+        _ => Ok(false),
+    }
+}
 
 /// Returns names and stored shapes of the weights that can be masked.
 fn linears(config: &Config) -> BTreeMap<String, [usize; 2]> {

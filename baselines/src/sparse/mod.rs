@@ -71,7 +71,7 @@ fn run(
     prune: &dyn Fn(&mut Layer<'_>) -> Result<()>,
 ) -> Result<Made> {
     let masks_file = job.model.join(MASKS_FILE);
-    if masks_file.is_file() {
+    if std::fs::symlink_metadata(&masks_file).is_ok() {
         let help = "use the dense model it was made from";
         return Err(dsmoe_core::Error::path(&masks_file, "the model is pruned already", help).into());
     }

@@ -25,7 +25,7 @@ use crate::error::{Error, Result, shown};
 use crate::family::spec::{HeadDim, Sizes};
 use crate::family::{self, Family};
 use crate::ffn::{self, FfnSpec};
-use crate::files::{check_exists, write_synced};
+use crate::files::{check_exists, is_present, write_synced};
 use crate::gguf;
 use crate::json::{parse_object, read_json};
 use crate::kept::LayerThresholds;
@@ -174,7 +174,7 @@ impl Config {
         }
         let mut config = Config::from_json(&path, &read_json(&path)?)?;
         let path = dir.join(GENERATION_CONFIG_FILE);
-        if path.is_file() {
+        if is_present(&path)? {
             let map = parse_object(&path, &read_json(&path)?)?;
             let fields = Fields { path: &path, prefix: "", map: &map };
             for id in fields.token_ids("eos_token_id")?.unwrap_or_default() {

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result};
-use crate::files::write_synced;
+use crate::files::{is_present, write_synced};
 use crate::json::{parse_object, read_json};
 
 const CONFIGURATION_FILE: &str = "configuration_dsmoe.py";
@@ -57,7 +57,7 @@ fn tokenizer_config(dir: &Path) -> Result<Option<String>> {
         return Ok(None);
     }
     let path = dir.join(TOKENIZER_CONFIG_FILE);
-    let mut map = if path.is_file() { parse_object(&path, &read_json(&path)?)? } else { Map::new() };
+    let mut map = if is_present(&path)? { parse_object(&path, &read_json(&path)?)? } else { Map::new() };
     let class = map.entry("tokenizer_class").or_insert(Value::Null);
     let named = !class.is_null();
     if !named {

@@ -10,6 +10,7 @@ use super::tokenizer::{SPACE, kind, scored_merges, tokenizer_files};
 use super::value::Value;
 use crate::config::Config;
 use crate::error::{Error, Result, shown};
+use crate::files::is_present;
 use crate::json::{parse, read_json};
 
 const COPY: &str = "copy the file again";
@@ -44,12 +45,12 @@ impl Files {
         }
         let tokenizer = parse(&path, &read_json(&path)?, "JSON", COPY)?;
         let settings = model.join("tokenizer_config.json");
-        let settings = match settings.is_file() {
+        let settings = match is_present(&settings)? {
             true => parse(&settings, &read_json(&settings)?, "JSON", COPY)?,
             false => Json::Null,
         };
         let template = model.join("chat_template.jinja");
-        let template = template.is_file().then(|| read_json(&template)).transpose()?;
+        let template = if is_present(&template)? { Some(read_json(&template)?) } else { None };
         Ok(Files { path, tokenizer, settings, template })
     }
 

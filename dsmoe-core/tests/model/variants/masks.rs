@@ -1,7 +1,7 @@
 //! Masked linears: their file, what it refuses, and what they count.
 
 use dsmoe_core::accounting::Accounting;
-use dsmoe_core::checkpoint::{Dtype, TensorInfo, Writer, tensor_names};
+use dsmoe_core::checkpoint::{Dtype, Manifest, Sums, TensorInfo, Writer, tensor_names};
 use dsmoe_core::convert::{ConvertOptions, PartitionSpec, convert};
 use dsmoe_core::export::{ExportAs, ExportOptions, export};
 use dsmoe_core::init::preset;
@@ -137,6 +137,38 @@ fn masks_of_another_model_are_refused() {
     let mut masks = Masks::new();
     masks.insert(DOWN, INTERMEDIATE, HIDDEN, |_, _| true);
     refused(model.set_masks(masks), &["down_proj", "has shape [20, 16]", "says [16, 20]"]);
+}
+
+/// Without its masks the model would be trained as a dense one.
+#[test]
+fn a_model_that_has_lost_its_masks_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    masked().save(dir.path(), Dtype::F32).unwrap();
+    let file = dir.path().join(MASKS_FILE);
+    let check = |parts: &[&str]| {
+        refused(Model::load(dir.path()), parts);
+        refused(Inference::load(dir.path(), Precision::F32), parts);
+        refused(Masks::load(dir.path()), parts);
+    };
+    std::fs::remove_file(&file).unwrap();
+    assert!(Model::load(dir.path()).unwrap().masks().is_none(), "nothing says that there were masks");
+    let irregular = [MASKS_FILE, "is not a regular file", "remove it"];
+    std::fs::create_dir(&file).unwrap();
+    check(&irregular);
+    std::fs::remove_dir(&file).unwrap();
+    #[cfg(unix)]
+    for target in ["nothing", "/dev/zero"] {
+        std::os::unix::fs::symlink(target, &file).unwrap();
+        check(&irregular);
+        std::fs::remove_file(&file).unwrap();
+    }
+    masked().masks().unwrap().save(dir.path()).unwrap();
+    Manifest::write(dir.path(), &Sums::default()).unwrap();
+    assert!(Model::load(dir.path()).unwrap().masks().is_some());
+    std::fs::remove_file(&file).unwrap();
+    check(&[MASKS_FILE, "is missing and checksums.json beside it has it", "copy the model again"]);
+    Manifest::forget(dir.path(), MASKS_FILE).unwrap();
+    assert!(Model::load(dir.path()).unwrap().masks().is_none());
 }
 
 #[test]
