@@ -1,6 +1,8 @@
 //! The files of a tokenizer by content: what `tokenizer_config.json` and its neighbours say beside `tokenizer.json`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -54,7 +56,12 @@ impl TokenizerFiles {
         }
         let optional = |name: &str| {
             let path = model_dir.join(name);
-            path.is_file().then(|| read(&path)).transpose()
+            match fs::symlink_metadata(&path) {
+                // A link to nothing is no absent file: what it should say would be left out without a word.
+                Ok(_) => read(&path).map(Some),
+                Err(cause) if cause.kind() == ErrorKind::NotFound => Ok(None),
+                Err(cause) => Err(Error::io(&path)(cause)),
+            }
         };
         Ok(TokenizerFiles {
             tokenizer: read(&path)?,
@@ -258,6 +265,27 @@ mod tests {
             ..TokenizerFiles::default()
         }
         .settings()
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_taken_for_absent() {
+        let work = tempfile::tempdir().unwrap();
+        let at = |name: &str| work.path().join(name);
+        fs::write(at(TOKENIZER), "{}").unwrap();
+        assert!(TokenizerFiles::read(work.path()).unwrap().config.is_none());
+        for name in [CONFIG, ADDED, SPECIAL, TEMPLATE] {
+            fs::create_dir(at(name)).unwrap();
+            let message = TokenizerFiles::read(work.path()).unwrap_err().to_string();
+            assert!(message.contains(name) && message.contains("not a regular file"), "{message}");
+            fs::remove_dir(at(name)).unwrap();
+            #[cfg(unix)]
+            for target in ["nothing", "/dev/zero"] {
+                std::os::unix::fs::symlink(target, at(name)).unwrap();
+                let message = TokenizerFiles::read(work.path()).unwrap_err().to_string();
+                assert!(message.contains(name) && message.contains("not a regular file"), "{message}");
+                fs::remove_file(at(name)).unwrap();
+            }
+        }
     }
 
     #[test]
