@@ -151,7 +151,12 @@ impl Partial {
         if !Manifest::read(&part).ok().flatten().is_some_and(is_whole) {
             return Ok(None);
         }
-        let Ok(bytes) = fs::read(part.join(NUMBERS)) else { return Ok(None) };
+        let numbers = part.join(NUMBERS);
+        // A pipe would block.
+        if !numbers.is_file() {
+            return Ok(None);
+        }
+        let Ok(bytes) = fs::read(numbers) else { return Ok(None) };
         match serde_json::from_slice::<Identity>(&bytes) {
             Ok(found) if found.made_by != *made_by => {
                 let problem = "holds the parts of another model, text, settings, version or instruction set";

@@ -301,6 +301,27 @@ pub fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Opens a file that lies in a folder. A pipe there would block and a device need not end, so that neither is opened.
+///
+/// # Errors
+/// [`io::ErrorKind::InvalidInput`] for what is no regular file, or the error of the file system.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    if !fs::metadata(path)?.is_file() {
+        let reason = "not a regular file; put the file itself there";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+    }
+    File::open(path)
+}
+
+/// Does as [`read_at_most`] with a file that lies in a folder, and that [`open_regular`] opens.
+///
+/// # Errors
+/// Those of both.
+pub fn read_regular(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    open_regular(path)?;
+    read_at_most(path, limit)
+}
+
 /// Returns `bytes` without the byte-order mark of UTF-8 that some editors write.
 pub(crate) fn without_bom(bytes: &[u8]) -> &[u8] {
     bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes)
@@ -438,6 +459,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), b"abc").unwrap();
         assert_eq!(read_at_most(file.path(), 3).unwrap(), b"abc");
+        assert_eq!(read_regular(file.path(), 3).unwrap(), b"abc");
         assert_eq!(read_at_most(file.path(), 2).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
         std::fs::write(file.path(), [LFS_POINTER, b"v1\n"].concat()).unwrap();
         let error = read_at_most(file.path(), 100).unwrap_err();
@@ -448,6 +470,8 @@ mod tests {
         if cfg!(unix) {
             let error = read_at_most(Path::new("/dev/zero"), 1 << 20).unwrap_err();
             assert!(error.to_string().contains("1048576"), "{error}");
+            let error = read_regular(Path::new("/dev/zero"), 1 << 20).unwrap_err();
+            assert!(error.to_string().contains("not a regular file"), "{error}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Manifests: the files of a folder with their sizes and SHA-256, and the public datasets that folders are made from.
 
 use crate::error::{Error, Result, shown};
-use crate::files::{read_at_most, replace, sha256_of};
+use crate::files::{read_regular, replace, sha256_of};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fs;
@@ -165,15 +165,16 @@ pub fn verify(folder: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Verif
     for entry in &manifest.files {
         names.insert(entry.path.clone());
         let path = folder.join(&entry.path);
-        let size = match fs::metadata(&path) {
+        let metadata = match fs::metadata(&path) {
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
                 found.missing.push(entry.path.clone());
                 continue;
             }
-            metadata => metadata.map_err(Error::io(&path))?.len(),
+            metadata => metadata.map_err(Error::io(&path))?,
         };
-        // A file of another size need not be read.
-        let same = size == entry.bytes
+        // A file of another size need not be read, and a pipe cannot.
+        let same = metadata.is_file()
+            && metadata.len() == entry.bytes
             && sha256_of(&path, &mut |more| progress(done + more, total))
                 .map_err(Error::io(&path))?
                 .eq_ignore_ascii_case(&entry.sha256);
@@ -191,7 +192,7 @@ pub fn verify(folder: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Verif
 
 fn read(path: &Path) -> Result<Manifest> {
     let wrong = |reason: String| Error::file(path, reason, "write it again with dsmoe data verify {write}");
-    let text = match read_at_most(path, MAX_MANIFEST) {
+    let text = match read_regular(path, MAX_MANIFEST) {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Err(wrong("no manifest".into())),
         text => text.map_err(Error::io(path))?,
     };

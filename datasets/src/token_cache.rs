@@ -19,7 +19,7 @@
 
 use crate::corpus::Position;
 use crate::error::{Error, Result};
-use crate::files::{lock_dir, read_at_most, replace, sync_dir};
+use crate::files::{lock_dir, open_regular, read_regular, replace, sync_dir};
 use crate::stream::TokenStream;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -60,7 +60,7 @@ impl TokenFile {
     /// A file that cannot be read, or is not a whole, consistent cache of this version. Nothing is allocated by a size
     /// that the length of the file does not bear out.
     pub fn open(path: &Path) -> Result<TokenFile> {
-        let mut file = File::open(path).map_err(Error::io(path))?;
+        let mut file = open_regular(path).map_err(Error::io(path))?;
         let length = file.metadata().map_err(Error::io(path))?.len();
         let invalid = |reason: &str| Error::Cache { path: path.to_path_buf(), reason: reason.to_string() };
 
@@ -270,7 +270,7 @@ impl Writer {
             file.map_err(Error::io(&path))
         };
         let (ids, starts) = (file(IDS_FILE)?, file(STARTS_FILE)?);
-        let cursor = read_at_most(&dir.join(CURSOR_FILE), MAX_CURSOR).ok();
+        let cursor = read_regular(&dir.join(CURSOR_FILE), MAX_CURSOR).ok();
         let cursor: Cursor = cursor.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
         let length = |file: &File| file.metadata().map(|metadata| metadata.len());
         let ids_end = cursor.ids.saturating_mul(width).saturating_add(HEADER as u64);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use dsmoe_core::checkpoint::{CONFIG_FILE, MANIFEST_FILE, Manifest, OutputDir};
-use dsmoe_datasets::files::{Temporary, read_at_most};
+use dsmoe_datasets::files::{Temporary, open_regular, read_at_most};
 use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};
 use serde_json::Value;
@@ -19,6 +19,12 @@ pub(crate) fn read(path: &Path) -> Result<String> {
     let place = || path.display().to_string();
     let bytes = read_at_most(path, LARGEST).with_context(place)?;
     String::from_utf8(bytes).map_err(|_| anyhow!("{}: not UTF-8; convert it (iconv -t UTF-8)", place()))
+}
+
+/// Reads a file of text in a folder, which is no pipe and no device.
+pub(crate) fn read_inside(path: &Path) -> Result<String> {
+    open_regular(path).with_context(|| path.display().to_string())?;
+    read(path)
 }
 
 /// Paths as a report shows them.
@@ -71,8 +77,9 @@ pub(crate) fn lossy<T: Paths, S: Serializer>(
     paths.text().serialize(serializer)
 }
 
+/// Reads a file of JSON in a folder.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    serde_json::from_str(&read(path)?).with_context(|| path.display().to_string())
+    serde_json::from_str(&read_inside(path)?).with_context(|| path.display().to_string())
 }
 
 /// Writes a file atomically, and the folders above it.
@@ -98,7 +105,7 @@ pub(crate) fn write_part(path: &Path, value: &impl Serialize) -> Result<()> {
 /// Reads what [`write_part`] wrote. In a folder without a manifest it was written before there were manifests; otherwise one that was
 /// not entered is refused, since nothing says that it is whole.
 pub(crate) fn read_part<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let (text, name, place) = (read(path)?, name_of(path), path.display());
+    let (text, name, place) = (read_inside(path)?, name_of(path), path.display());
     if let Some(manifest) = Manifest::read(folder_of(path))? {
         if !manifest.names(&name) {
             bail!(

@@ -6,6 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use dsmoe_datasets::files::open_regular;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -130,7 +131,7 @@ pub struct LastEvaluation {
 
 /// Returns the last evaluation that a run recorded; none if `dir` is not of a run, or the run did not evaluate.
 pub fn last_evaluation(dir: &Path) -> Option<LastEvaluation> {
-    let mut file = File::open(dir.join(METRICS_FILE)).ok()?;
+    let mut file = open_regular(&dir.join(METRICS_FILE)).ok()?;
     let len = file.metadata().ok()?.len();
     file.seek(SeekFrom::Start(len.saturating_sub(TAIL))).ok()?;
     let mut bytes = Vec::new();
@@ -164,6 +165,10 @@ impl Metrics {
     /// Continues a file after `step`: lines of later steps, and everything after a torn line, are cut off, and with `evaluates` the
     /// evaluation after `step`, which comes again. A file that is missing or has no complete header is started anew.
     pub(crate) fn resume(path: &Path, step: u64, evaluates: bool, header: &Value) -> Result<Metrics> {
+        // A pipe would block, and a device need not end.
+        if path.exists() {
+            open_regular(path).map_err(Error::io(path))?;
+        }
         // Not to append: Windows does not let such a file be cut.
         let Ok(mut file) = OpenOptions::new().read(true).write(true).open(path) else {
             return Metrics::create(path, header);
@@ -282,6 +287,17 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         Metrics::resume(&path, 4, false, &header).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), head);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_device_is_no_file_of_metrics() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(METRICS_FILE);
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        let message = Metrics::resume(&path, 4, false, &json!({})).unwrap_err().to_string();
+        assert!(message.contains(METRICS_FILE) && message.contains("not a regular file"), "{message}");
+        assert_eq!(last_evaluation(dir.path()), None);
     }
 
     #[test]

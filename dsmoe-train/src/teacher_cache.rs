@@ -17,7 +17,7 @@ use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::model::TopRows;
-use dsmoe_datasets::files::{self as data_files, hex};
+use dsmoe_datasets::files::{self as data_files, hex, open_regular};
 use half::f16;
 use sha2::{Digest, Sha256};
 
@@ -294,7 +294,7 @@ fn file_head(sequences: usize) -> usize {
 
 /// Reads the hashes of sequences and their rows from a file; none where it is damaged.
 fn read_index(path: &Path, shape: RowShape) -> io::Result<Option<Vec<(Hash, Hash)>>> {
-    let mut file = File::open(path)?;
+    let mut file = open_regular(path)?;
     let len = file.metadata()?.len();
     let mut head = vec![0; HEAD];
     if len < HEAD as u64 {
@@ -324,7 +324,7 @@ fn read_index(path: &Path, shape: RowShape) -> io::Result<Option<Vec<(Hash, Hash
 /// # Errors
 /// The file cannot be read.
 pub fn is_whole(path: &Path) -> io::Result<bool> {
-    let mut file = File::open(path)?;
+    let mut file = open_regular(path)?;
     let mut head = [0; HEAD];
     if file.metadata()?.len() < HEAD as u64 {
         return Ok(false);

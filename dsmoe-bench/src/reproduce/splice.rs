@@ -22,7 +22,7 @@ use super::records::RESULTS;
 use super::related::Outcome;
 use super::results::{Results, Verdict};
 use super::setup::Setup;
-use crate::files::{read, read_json, write};
+use crate::files::{read, read_inside, read_json, write};
 use crate::format;
 use crate::report::{Cell, Tabular, markdown, svg};
 use crate::ui::Ui;
@@ -56,7 +56,7 @@ pub(crate) fn run(files: &[PathBuf], check: bool, ui: &mut Ui) -> Result<()> {
         let (spliced, charts) = splice(&text, folder).with_context(|| path.display().to_string())?;
         blocks += spliced.matches(BEGIN).count();
         for wanted in charts.into_iter().chain([Wanted { path: path.clone(), text: spliced }]) {
-            if read(&wanted.path).is_ok_and(|found| found == wanted.text) {
+            if read_inside(&wanted.path).is_ok_and(|found| found == wanted.text) {
                 continue;
             }
             if check {

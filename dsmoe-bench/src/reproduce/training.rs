@@ -12,7 +12,7 @@ use dsmoe_train::run::{Observer, Outcome, RunOptions, TrainData, Trainer};
 use serde_json::Value;
 
 use super::cache::Interrupted;
-use crate::files::discard;
+use crate::files::{discard, read_inside};
 use crate::interrupts::{STOP, polled};
 use crate::progress::{Progress, Unit};
 use crate::ui::Ui;
@@ -196,7 +196,7 @@ pub(crate) fn remove_weights(model: &Path) -> Result<()> {
 
 /// Returns the tokens per second of the median training step.
 pub(crate) fn training_speed(run: &Path) -> Option<f64> {
-    let text = fs::read_to_string(run.join("metrics.jsonl")).ok()?;
+    let text = read_inside(&run.join("metrics.jsonl")).ok()?;
     let speed = |line: &str| serde_json::from_str::<Value>(line).ok()?["tokens_per_s"].as_f64();
     let mut speeds: Vec<f64> = text.lines().filter_map(speed).collect();
     speeds.sort_by(f64::total_cmp);

@@ -185,6 +185,24 @@ fn files_without_an_end_and_pipes_without_a_writer() {
     }
 }
 
+/// Pipes that nobody writes to, in place of files in folders.
+#[cfg(unix)]
+#[test]
+fn pipes_inside_folders() {
+    let pipe = |name: &str| {
+        fs::create_dir_all(path(name).parent().unwrap()).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(path(name)).status().unwrap();
+        assert!(made.success());
+    };
+    pipe("pipes/shelf/dsmoe-manifest.json");
+    fails("data verify pipes/shelf", &["dsmoe-manifest.json", "not a regular file"]);
+    pipe("pipes/record/results.json");
+    fs::write(path("pipes/page.md"), "<!-- reproduce record -->\n<!-- /reproduce -->\n").unwrap();
+    fails("reproduce splice pipes/page.md", &["results.json", "not a regular file"]);
+    pipe("pipes/record/setup.json");
+    fails("reproduce merge pipes/record --out pipes/merged", &["setup.json", "not a regular file"]);
+}
+
 /// Reports name such paths as well as they can.
 #[cfg(unix)]
 #[test]

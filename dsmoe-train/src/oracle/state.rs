@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use dsmoe_datasets::files::read_at_most;
+use dsmoe_datasets::files::read_regular;
 use serde::{Deserialize, Serialize};
 
 use super::routes::Digits;
@@ -69,7 +69,7 @@ impl Store {
         let store = Store { path: path.map(Path::to_path_buf), written: Instant::now() };
         let begin = State { made_by: made_by.to_owned(), beams: vec![Digits::new()], ..State::default() };
         let Some(path) = path else { return Ok((store, begin)) };
-        let bytes = match read_at_most(path, LARGEST) {
+        let bytes = match read_regular(path, LARGEST) {
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok((store, begin)),
             read => read.map_err(Error::io(path))?,
         };

@@ -10,7 +10,7 @@ use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use dsmoe_core::gguf::{self, Container};
-use dsmoe_datasets::files::sha256_of;
+use dsmoe_datasets::files::{open_regular, sha256_of};
 use dsmoe_datasets::tasks::{Request, Response, sha256};
 use dsmoe_router::RoutingStats;
 use rayon::prelude::*;
@@ -108,6 +108,10 @@ impl Journal {
     /// # Errors
     /// The file cannot be read or written, is in use, is no journal, or is one of something else.
     pub fn open(path: &Path, made_by: &str, routing: Option<&RoutingStats>) -> Result<Journal> {
+        // A pipe would block, and a device need not end.
+        if path.exists() {
+            open_regular(path).map_err(Error::io(path))?;
+        }
         // Not to append: Windows does not let such a file be cut.
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
         let file = file.map_err(Error::io(path))?;
