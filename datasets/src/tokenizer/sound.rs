@@ -26,6 +26,7 @@ fn check(json: &Value) -> Result<(), String> {
     check_merges(&json["model"])?;
     check_growth("normalizer", &json["normalizer"], "normalizers")?;
     check_growth("decoder", &json["decoder"], "decoders")?;
+    each(&json["normalizer"], "normalizers", &mut check_charsmap)?;
     each(&json["post_processor"], "processors", &mut check_template)?;
     each(&json["pre_tokenizer"], "pretokenizers", &mut |part| {
         let empty = part["type"] == "FixedLength" && part["length"] == 0;
@@ -59,6 +60,37 @@ fn check_growth(name: &str, part: &Value, sequence: &str) -> Result<(), String> 
             false => Ok(()),
         }
     })
+}
+
+/// The map of a `Precompiled` normalizer begins with the bytes of its trie, a little-endian u32, and the crate asks for as much memory
+/// before it looks whether they follow.
+fn check_charsmap(part: &Value) -> Result<(), String> {
+    let Some(text) = part["precompiled_charsmap"].as_str() else { return Ok(()) };
+    // Six characters of base64 hold the four bytes and four bits more. What is shorter, or no base64, is for the crate to name.
+    let Some(start) = text.as_bytes().first_chunk::<6>() else { return Ok(()) };
+    let bits = start.iter().try_fold(0u64, |bits, &byte| Some(bits << 6 | sextet(byte)?));
+    let Some(bits) = bits else { return Ok(()) };
+    let stated = u64::from(((bits >> 4) as u32).swap_bytes());
+    let after = (text.trim_end_matches('=').len() as u64 * 3 / 4).saturating_sub(4);
+    if stated > after {
+        return Err(format!(
+            "the precompiled_charsmap of the normalizer states a trie of {stated} bytes and has {after}"
+        ));
+    }
+    Ok(())
+}
+
+/// Returns the six bits of a character of base64.
+fn sextet(byte: u8) -> Option<u64> {
+    let value = match byte {
+        b'A'..=b'Z' => byte - b'A',
+        b'a'..=b'z' => byte - b'a' + 26,
+        b'0'..=b'9' => byte - b'0' + 52,
+        b'+' => 62,
+        b'/' => 63,
+        _ => return None,
+    };
+    Some(u64::from(value))
 }
 
 /// Every special token of a template has to be listed, and the template of one text holds that text alone.
@@ -173,6 +205,30 @@ mod tests {
         let template =
             json!({"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": special});
         assert!(message(json!({"/post_processor": template})).contains("adds more than 1024 tokens"));
+    }
+
+    #[test]
+    fn a_charsmap_has_the_trie_that_it_states() {
+        let map = |text: &str| json!({"type": "Precompiled", "precompiled_charsmap": text});
+        let sequence = |part: Value| json!({"type": "Sequence", "normalizers": [part]});
+        let found = |part: Value| message(json!({"/normalizer": part}));
+        for (text, stated, has) in
+            [("/////w==", u32::MAX, 0), ("BQAAAAAAAAA=", 5, 4), ("AAABAAAA", 65_536, 2)]
+        {
+            let wanted = format!(
+                "the precompiled_charsmap of the normalizer states a trie of {stated} bytes and has {has}"
+            );
+            for part in [map(text), sequence(sequence(map(text)))] {
+                assert_eq!(found(part), wanted, "{text}");
+            }
+        }
+        // A trie of one unit, and the four bytes of "abc".
+        assert_eq!(found(map("BAAAAAAAAABhYmMA")), "");
+        // Too short for a length, and no base64.
+        for text in ["", "////", "!!!!!!!!"] {
+            let message = found(map(text));
+            assert!(!message.is_empty() && !message.contains("states a trie"), "{text}: {message}");
+        }
     }
 
     #[test]
