@@ -335,9 +335,9 @@ pub fn hex(bytes: &[u8]) -> String {
 /// Returns the SHA-256 of a file in hexadecimal. `progress` receives the sizes of the parts as they are hashed.
 ///
 /// # Errors
-/// The file cannot be read.
+/// The file cannot be read, or is no regular one.
 pub fn sha256_of(path: &Path, progress: &mut dyn FnMut(u64)) -> io::Result<String> {
-    let mut file = File::open(path)?;
+    let mut file = open_regular(path)?;
     let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
     loop {
         match file.read(&mut buffer)? {
