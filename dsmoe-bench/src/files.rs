@@ -210,6 +210,30 @@ pub(crate) fn make_folder(path: &Path, anyway: bool, remedy: &str) -> Result<()>
     fs::create_dir_all(path).with_context(|| path.display().to_string())
 }
 
+/// The folders that [`MadeFolders::make`] made. Those that are empty when it is dropped are removed again: work that was refused
+/// leaves nothing.
+#[derive(Debug)]
+pub(crate) struct MadeFolders(Vec<PathBuf>);
+
+impl MadeFolders {
+    /// Makes a folder and those above it.
+    pub(crate) fn make(folder: &Path) -> Result<MadeFolders> {
+        let named = folder.ancestors().take_while(|folder| !folder.as_os_str().is_empty());
+        let missing = named.take_while(|folder| !folder.exists()).map(Path::to_path_buf).collect();
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        Ok(MadeFolders(missing))
+    }
+}
+
+impl Drop for MadeFolders {
+    fn drop(&mut self) {
+        // The deepest one is the first. A folder that holds something is not removed, nor are those above it.
+        for folder in &self.0 {
+            let _ = fs::remove_dir(folder);
+        }
+    }
+}
+
 /// Refuses what [`make_folder`] refuses, and makes nothing.
 pub(crate) fn check_folder(path: &Path, anyway: bool, remedy: &str) -> Result<()> {
     let place = || path.display().to_string();
@@ -267,6 +291,22 @@ mod tests {
         fs::remove_file(path.with_file_name(MANIFEST_FILE)).unwrap();
         assert_eq!(read_part::<u8>(&path).unwrap(), 4);
         assert_eq!(done_or(&path, || Ok(5)).unwrap(), 5);
+    }
+
+    #[test]
+    fn folders_that_stay_empty_are_removed_again() {
+        let work = tempfile::tempdir().unwrap();
+        let deep = work.path().join("a/b/c");
+        drop(MadeFolders::make(&deep).unwrap());
+        assert!(!work.path().join("a").exists());
+        let made = MadeFolders::make(&deep).unwrap();
+        fs::write(work.path().join("a/kept"), "x").unwrap();
+        drop(made);
+        assert!(work.path().join("a/kept").is_file() && !work.path().join("a/b").exists());
+        // A folder that was there stays.
+        fs::create_dir_all(&deep).unwrap();
+        drop(MadeFolders::make(&deep).unwrap());
+        assert!(deep.is_dir());
     }
 
     #[test]

@@ -26,6 +26,21 @@ const PROFILE: &str = "plan profile plan/model --data a=plan/a.txt b=plan/b.txt 
                        --repeats 1";
 
 #[test]
+fn a_profile_that_is_refused_makes_nothing() {
+    profiled();
+    copy("plan/model", "plan/broken");
+    let file = path("plan/broken/model.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    let end = bytes.len();
+    // Weights that are not finite.
+    bytes[end - 4096..].fill(0xff);
+    fs::write(&file, bytes).unwrap();
+    let line = PROFILE.replace("plan/model", "plan/broken");
+    fails(&format!("{line} --out plan/refused"), &["model.safetensors"]);
+    assert!(!path("plan/refused").exists());
+}
+
+#[test]
 fn a_plan_is_profiled_trained_and_chooses() {
     let plan = "plan/own";
     copy(profiled(), plan);

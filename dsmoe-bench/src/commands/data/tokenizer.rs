@@ -8,7 +8,7 @@ use dsmoe_datasets::train_bpe;
 use serde_json::json;
 
 use crate::cli::data::TrainTokenizer;
-use crate::files::folder_of;
+use crate::files::{MadeFolders, folder_of};
 use crate::format;
 use crate::progress::{Progress, Unit};
 use crate::texts::{label, open, options, show_notices, total_bytes};
@@ -26,7 +26,7 @@ pub(crate) fn run(args: &TrainTokenizer, ui: &mut Ui) -> Result<()> {
     let (mut error, mut count, mut text_bytes, mut start) = (None, 0, 0, 0);
     let mut progress = Progress::new(ui, "counting words", Unit::Bytes, total);
     let (folder, place) = (folder_of(&target), || target.display().to_string());
-    std::fs::create_dir_all(folder).with_context(place)?;
+    let _made = MadeFolders::make(folder)?;
     let temporary = TemporaryDir::for_path(&target).with_context(place)?;
     let documents = texts.iter().flat_map(|text| {
         let (mut documents, before, what) = (text.corpus.documents(), start, label(&texts, text));

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::cli::gates::GateArgs;
 use crate::cli::plan::PlanProfile;
 use crate::cli::resumable::NOT_EMPTY;
-use crate::files::{lossy, make_folder, read_json, read_part, write_json, write_part};
+use crate::files::{self, lossy, read_json, read_part, write_json, write_part};
 use crate::format::{self, Table};
 use crate::interrupts::{CONTINUE, INTERRUPTED, STOP, Stopped, Unpolled, catch_interrupts};
 use crate::models::{load_inference, tokenizer};
@@ -164,10 +164,13 @@ fn profile(args: &PlanProfile, ui: &mut Ui) -> Result<()> {
     let tokenizer = tokenizer(&args.model, &config, ui)?;
     let sources = load(&texts, &tokenizer, args.bos, args.data.cache.as_deref(), ui)?;
     let requests = cut(&sources, args.requests, args.prompt + args.continuation).context("--data")?;
-    prepare(args, out, &settings(args, &shares, &sources, &requests)?)?;
+    let settings = settings(args, &shares, &sources, &requests)?;
+    check_out(args, out, &settings)?;
     catch_interrupts()?;
     let _unpolled = Unpolled::begin(CONTINUE);
     let mut model = load_inference(&args.model, args.dtype, Device::Cpu, GateArgs::default())?;
+    // A command that is refused until here leaves no folder, for which the corrected one would need --resume.
+    prepare(args, out, &settings)?;
     let profiling = Profiling {
         requests: &requests,
         prompt: args.prompt,
@@ -276,15 +279,21 @@ fn settings(
     }))
 }
 
-/// Makes the folder, or checks that the points in it are of the same profile.
-fn prepare(args: &PlanProfile, out: &Path, settings: &Value) -> Result<()> {
-    make_folder(out, args.work.resume, NOT_EMPTY)?;
+/// Checks that the folder is empty, or that the points in it are of the same profile.
+fn check_out(args: &PlanProfile, out: &Path, settings: &Value) -> Result<()> {
+    files::check_folder(out, args.work.resume, NOT_EMPTY)?;
     let path = out.join(SETTINGS);
     if path.is_file() && read_json::<Value>(&path)? != *settings {
         bail!("{}: its points are of another model, text or setting; choose another --out", path.display());
     }
-    fs::create_dir_all(out.join(POINTS))?;
-    write_json(&path, settings)
+    Ok(())
+}
+
+/// Makes the folder, unless [`check_out`] refuses it.
+fn prepare(args: &PlanProfile, out: &Path, settings: &Value) -> Result<()> {
+    check_out(args, out, settings)?;
+    fs::create_dir_all(out.join(POINTS)).with_context(|| out.display().to_string())?;
+    write_json(&out.join(SETTINGS), settings)
 }
 
 fn summary<'a>(profile: &'a Profile, out: &'a Path) -> Summary<'a> {
