@@ -89,6 +89,12 @@ pub(crate) fn file_bytes(checkpoint: &Checkpoint) -> Result<u64> {
     Ok(bytes)
 }
 
+/// Returns the bytes of the keys and values of so many positions.
+pub(crate) fn cache_bytes(config: &Config, positions: usize) -> u128 {
+    let kv_heads: usize = config.layers().map(|shape| shape.num_kv_heads).sum();
+    2 * size_of::<f32>() as u128 * kv_heads as u128 * config.head_dim as u128 * positions as u128
+}
+
 /// Refuses a model whose weights do not fit into memory.
 fn check_memory(dir: &Path, precision: Precision) -> Result<()> {
     let params = Accounting::of(&Config::load(dir)?).total;

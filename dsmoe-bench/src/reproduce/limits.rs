@@ -17,7 +17,7 @@ const LARGEST_MACHINE: u64 = 16 << 40;
 /// Memory of a machine that plans are for at least, but for trainings.
 const PLANNED_MACHINE: u64 = 256 << 30;
 /// Memory of a machine that does not tell.
-const UNKNOWN_MACHINE: u64 = 64 << 30;
+pub(super) const UNKNOWN_MACHINE: u64 = 64 << 30;
 /// Bytes of an item of a probe with its row, both splits and all probes.
 const ITEM_BYTES: u64 = 20 << 10;
 /// Bytes of a row of the comparison for one seed.

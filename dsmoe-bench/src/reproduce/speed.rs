@@ -4,14 +4,17 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use dsmoe_core::Inference;
+use dsmoe_core::config::Config;
 use dsmoe_core::generate::{GenerateOptions, generate};
 use dsmoe_core::model::{Batch, Cache, Workspace};
 use dsmoe_kernels::Precision;
 
+use super::limits::UNKNOWN_MACHINE;
 use super::records::{GridSpeeds, Speed as Measured};
 use crate::cli::reproduce::Speed;
 use crate::files::read_json;
-use crate::models::{default_precision, load_inference};
+use crate::memory;
+use crate::models::{cache_bytes, default_precision, load_inference};
 use crate::timing::resident::Mark;
 use crate::ui::Ui;
 
@@ -73,8 +76,11 @@ pub(crate) fn prefill(model: &Inference, ids: &[u32], seq: usize) -> Result<f64>
 /// Measures a prefill of all ids at once, and decoding of as many texts side by side as `batches` says.
 fn grid(model: &Inference, ids: &[u32], tokens: usize, batches: &[usize], ui: &mut Ui) -> Result<()> {
     let seq = ids.len().min(model.config().max_position);
-    if seq < PROMPT + tokens || tokens == 0 {
+    if seq < PROMPT.saturating_add(tokens) || tokens == 0 {
         bail!("{seq} tokens of text are too few for a prompt of {PROMPT} and {tokens} to decode");
+    }
+    for &batch in batches {
+        check_decode(model.config(), model.bytes() as u64, tokens, ("--batches", batch))?;
     }
     let speeds = GridSpeeds {
         prefill_tokens_per_s: best(|| prefill(model, &ids[..seq], seq))?,
@@ -84,6 +90,25 @@ fn grid(model: &Inference, ids: &[u32], tokens: usize, batches: &[usize], ui: &m
             .collect::<Result<_>>()?,
     };
     ui.result(&speeds, |speeds| format!("{speeds:?}"))
+}
+
+/// Refuses what [`decode`] cannot do: more positions than the model has, or more texts than the memory holds beside `weights` bytes of
+/// weights. `texts` is the flag of their number, and the number.
+pub(crate) fn check_decode(config: &Config, weights: u64, tokens: usize, texts: (&str, usize)) -> Result<()> {
+    let (positions, (flag, batch)) = (PROMPT.saturating_add(tokens), texts);
+    if positions > config.max_position {
+        bail!(
+            "--decode {tokens} behind a prompt of {PROMPT} tokens needs {positions} positions and the model has {}; use fewer",
+            config.max_position
+        );
+    }
+    // Beside its keys and values a text has logits and activations.
+    let widest = config.layers().map(|layer| layer.intermediate).max().unwrap_or(0);
+    let activations = 4 * (config.vocab_size as u128 + 16 * config.hidden as u128 + 4 * widest as u128);
+    let needed = weights as u128 + batch as u128 * (cache_bytes(config, positions) + activations);
+    let needed = u64::try_from(needed).unwrap_or(u64::MAX);
+    let total = memory::total().unwrap_or(UNKNOWN_MACHINE);
+    memory::check(&format!("{flag} {batch} with --decode {tokens}"), needed, Some(total), "use fewer texts")
 }
 
 /// Measures the tokens per second of `batch` texts that continue side by side by given tokens.

@@ -17,6 +17,7 @@ use super::row::{Row, bits};
 use super::turns::medians;
 use super::values::{bytes_in, f32_bytes, product, random_ids};
 use crate::cli::bench::Decode;
+use crate::models::cache_bytes;
 
 /// The sizes of LLaMA 3.2 1B.
 const DEFAULT: [Sizes; 1] = [[2048, 8192, 16, 32, 8, 128_256]];
@@ -32,7 +33,8 @@ pub(crate) fn check(args: &Decode) -> Result<()> {
         let [_, dsmoe] = configs(args.architecture.shape(), sizes, args.prompt + args.tokens + 1)?;
         for precision in args.common.precisions(&PRECISIONS) {
             // A model in f32 while it is packed, and two packed ones.
-            check_memory(parameters(&dsmoe) * (4 + 2 * precision.bytes() as u128))?;
+            let weights = parameters(&dsmoe) * (4 + 2 * precision.bytes() as u128);
+            check_memory(weights + cache_bytes(&dsmoe, args.prompt + args.tokens))?;
         }
     }
     Ok(())

@@ -19,6 +19,7 @@ use super::row::Row;
 use super::turns::medians;
 use super::values::random_ids;
 use crate::cli::bench::Decode;
+use crate::models::cache_bytes;
 
 pub(crate) fn check(args: &Decode, dir: &Path) -> Result<()> {
     check_size("prompt", args.prompt)?;
@@ -38,7 +39,8 @@ pub(crate) fn check(args: &Decode, dir: &Path) -> Result<()> {
             bail!("--prompt and --tokens ask for {asked} positions and the model has {positions}; use fewer");
         }
         for precision in args.common.precisions(&super::decode::PRECISIONS) {
-            check_memory(parameters(config) * (4 + 2 * precision.bytes() as u128))?;
+            let weights = parameters(config) * (4 + 2 * precision.bytes() as u128);
+            check_memory(weights + cache_bytes(config, args.prompt + args.tokens))?;
         }
     }
     Ok(())

@@ -202,6 +202,11 @@ fn shapes_that_cannot_be_are_refused_in_one_line() {
         ("decode --kv-heads 3", &["--kv-heads 3", "divisor"]),
         ("decode --tokens 0", &["--tokens 0", "at least 1"]),
         ("decode --layers 4000", &["memory", "smaller"]),
+        // The weights are small, and not the keys and values.
+        (
+            "decode --hidden 64 --intermediate 64 --layers 2000 --heads 4 --vocab 64 --prompt 16777216 --tokens 16777216",
+            &["memory", "smaller"],
+        ),
     ] {
         fails(&format!("bench {line}"), parts);
     }

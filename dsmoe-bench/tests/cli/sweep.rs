@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::common::{fails, json_of, list, number, path, read, read_json, shows, succeeds, write};
+use crate::common::{copy, fails, json_of, list, number, path, read, read_json, shows, succeeds, write};
 
 /// A model with thresholds by budget.
 fn budgets() -> &'static str {
@@ -13,6 +13,33 @@ fn budgets() -> &'static str {
         succeeds(line);
     });
     "sweep/model"
+}
+
+#[test]
+fn a_sweep_that_is_refused_makes_nothing() {
+    let model = budgets();
+    let line = "--data text.txt --limit-tokens 64 --seq 32 --active 0.5 --out sweep/refused";
+    for batch in ["18446744073709551615", "100000000000"] {
+        let wanted = format!("--batch {batch} with --decode 64 needs");
+        fails(&format!("sweep {model} {line} --batch {batch}"), &[&wanted, "of memory", "use fewer texts"]);
+    }
+    let wanted = "--decode 113 behind a prompt of 16 tokens needs 129 positions and the model has 128";
+    fails(&format!("sweep {model} {line} --decode 113"), &[wanted]);
+    // The dense model has fewer positions.
+    copy("dense", "sweep/short");
+    let mut config = read_json("sweep/short/config.json");
+    config["max_position_embeddings"] = 64.into();
+    write("sweep/short/config.json", config.to_string());
+    fails(&format!("sweep {model} {line} --against sweep/short"), &["80 positions and the model has 64"]);
+    // Weights that are not finite are found when they are read.
+    copy(model, "sweep/broken");
+    let file = path("sweep/broken/model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let end = bytes.len();
+    bytes[end - 4096..].fill(0xff);
+    std::fs::write(&file, bytes).unwrap();
+    fails(&format!("sweep sweep/broken {line}"), &["model.safetensors"]);
+    assert!(!path("sweep/refused").exists());
 }
 
 #[test]

@@ -8,8 +8,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use dsmoe_core::Inference;
+use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
 use dsmoe_datasets::CorpusOptions;
 use dsmoe_datasets::tasks::{Loaded, Options, Task, TaskFiles, sha256};
@@ -20,9 +21,10 @@ use self::point::{Point, Text, Work};
 use crate::cli::gates::GateArgs;
 use crate::cli::resumable::NOT_EMPTY;
 use crate::cli::sweep::Sweep;
-use crate::files::{self, make_folder, read_json, write_json};
+use crate::files::{self, check_folder, read_json, write_json};
 use crate::interrupts::{CONTINUE, INTERRUPTED, STOP, Unpolled, catch_interrupts};
 use crate::models::{load_inference, tokenizer};
+use crate::reproduce::speed::check_decode;
 use crate::texts::{load, open, options};
 use crate::ui::Ui;
 
@@ -36,12 +38,13 @@ const POINTS: &str = "points";
 pub(crate) fn run(args: &Sweep, ui: &mut Ui) -> Result<ExitCode> {
     let config = Config::load(&args.model)?;
     let shares = shares(args, &config)?;
+    check_times(args, &config)?;
     let tokenizer = tokenizer(&args.model, &config, ui)?;
     let tasks = tasks(args)?;
     let texts = texts(args, &tokenizer, ui)?;
     let settings = settings(args, &config, &texts, &tasks)?;
     if let Some(out) = &args.out {
-        prepare(out, args.resume, &settings)?;
+        check_out(out, args.resume, &settings)?;
         catch_interrupts()?;
     }
     let _unpolled = args.out.as_ref().map(|_| Unpolled::begin(CONTINUE));
@@ -50,6 +53,10 @@ pub(crate) fn run(args: &Sweep, ui: &mut Ui) -> Result<ExitCode> {
     };
     let dense = args.against.as_deref().map(open).transpose()?;
     let mut model = open(&args.model)?;
+    // A command that is refused until here leaves no folder, for which the corrected one would need --resume.
+    if let Some(out) = &args.out {
+        prepare(out, args.resume, &settings)?;
+    }
     let work =
         Work { args, texts: &texts, tokenizer: &tokenizer, tasks: &tasks, seq: seq(args, &config), ui };
     let mut points = Vec::new();
@@ -157,13 +164,30 @@ fn settings(args: &Sweep, config: &Config, texts: &[Text], tasks: &[Loaded]) -> 
     }))
 }
 
-/// Makes the folder, or checks that the points in it are of the same sweep.
-fn prepare(out: &Path, resume: bool, settings: &Value) -> Result<()> {
-    make_folder(out, resume, NOT_EMPTY)?;
+/// Refuses to time more than the models have positions and the machine memory for.
+fn check_times(args: &Sweep, config: &Config) -> Result<()> {
+    if args.repeats == 0 {
+        return Ok(());
+    }
+    let dense = args.against.as_deref().map(Config::load).transpose()?;
+    let configs = || [Some(config), dense.as_ref()].into_iter().flatten();
+    let weights: u64 = configs().map(|config| Accounting::of(config).total * args.dtype.bytes() as u64).sum();
+    configs().try_for_each(|config| check_decode(config, weights, args.decode, ("--batch", args.batch)))
+}
+
+/// Checks that the folder is empty, or that the points in it are of the same sweep.
+fn check_out(out: &Path, resume: bool, settings: &Value) -> Result<()> {
+    check_folder(out, resume, NOT_EMPTY)?;
     let path = out.join(SETTINGS);
     if path.is_file() && read_json::<Value>(&path)? != *settings {
         bail!("{}: its points are of another model, text or setting; choose another --out", path.display());
     }
-    fs::create_dir_all(out.join(POINTS))?;
-    write_json(&path, settings)
+    Ok(())
+}
+
+/// Makes the folder, unless [`check_out`] refuses it.
+fn prepare(out: &Path, resume: bool, settings: &Value) -> Result<()> {
+    check_out(out, resume, settings)?;
+    fs::create_dir_all(out.join(POINTS)).with_context(|| out.display().to_string())?;
+    write_json(&out.join(SETTINGS), settings)
 }
