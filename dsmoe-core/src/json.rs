@@ -12,14 +12,29 @@ use crate::files::{LFS_POINTER, lfs_pointer, open_regular};
 pub(crate) const COPY: &str = "copy the file again";
 /// The largest JSON file that is read, in bytes.
 const LARGEST: u64 = 64 << 20;
+/// The largest configuration that is read, in bytes.
+const LARGEST_CONFIG: u64 = 16 << 20;
+/// Most values of an object that is kept as it is. Each takes some 72 bytes, and as much again while its list grows.
+const MOST_VALUES: usize = 1 << 21;
+/// Most values of a tokenizer's file; the largest tokenizers in use have three million.
+pub(crate) const MOST_IN_TOKENIZER: usize = 1 << 23;
 
 /// Reads the text of a JSON file.
 pub(crate) fn read_json(path: &Path) -> Result<String> {
+    read_up_to(path, LARGEST)
+}
+
+/// Reads the text of a configuration.
+pub(crate) fn read_config(path: &Path) -> Result<String> {
+    read_up_to(path, LARGEST_CONFIG)
+}
+
+fn read_up_to(path: &Path, largest: u64) -> Result<String> {
     let file = open_regular(path)?;
     let mut bytes = Vec::new();
-    file.take(LARGEST + 1).read_to_end(&mut bytes).map_err(Error::io(path))?;
-    if bytes.len() as u64 > LARGEST {
-        let problem = format!("more than {LARGEST} bytes, too many for a JSON file");
+    file.take(largest + 1).read_to_end(&mut bytes).map_err(Error::io(path))?;
+    if bytes.len() as u64 > largest {
+        let problem = format!("more than {largest} bytes, too many for such a file");
         return Err(Error::path(path, problem, COPY));
     }
     // Some editors write a byte-order mark.
@@ -60,8 +75,33 @@ fn python_number(text: &str, cause: &serde_json::Error) -> Option<&'static str> 
     ["NaN", "Infinity", "-Infinity"].into_iter().find(|number| word.starts_with(number))
 }
 
+/// Refuses a text with more than `most` values, before each of them takes memory.
+pub(crate) fn check_values(path: &Path, text: &str, most: usize) -> Result<()> {
+    let values = values(text);
+    if values > most {
+        return Err(Error::path(path, format!("has {values} values, more than {most}"), COPY));
+    }
+    Ok(())
+}
+
+/// Returns about how many keys and values a text has: its commas, colons and opening brackets outside of strings.
+fn values(text: &str) -> usize {
+    let (mut found, mut in_string, mut is_escaped) = (0, false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' if in_string => is_escaped = true,
+            b'"' => in_string = !in_string,
+            b',' | b':' | b'[' | b'{' if !in_string => found += 1,
+            _ => {}
+        }
+    }
+    found
+}
+
 /// Parses a JSON object; `path` is for messages.
 pub(crate) fn parse_object(path: &Path, text: &str) -> Result<Map<String, Value>> {
+    check_values(path, text, MOST_VALUES)?;
     parse(path, text, "a JSON object", COPY)
 }
 
@@ -76,6 +116,36 @@ pub(crate) fn object(text: &str) -> Map<String, Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn values_are_counted_before_they_take_memory() {
+        for (text, wanted) in [
+            ("{}", 1),
+            ("[0,0,0]", 3),
+            (r#"{"a": [1, {"b": 2}], "c": ""}"#, 8),
+            (r#"{"a,[\"{:": ",,\\"}"#, 2),
+            ("[[],[]]", 4),
+        ] {
+            assert_eq!(values(text), wanted, "{text}");
+        }
+        let list = |values: usize| format!("{{\"x\":[{}0]}}", "0,".repeat(values));
+        assert!(parse_object(Path::new("c"), &list(10)).is_ok());
+        let message = parse_object(Path::new("c"), &list(MOST_VALUES)).unwrap_err().to_string();
+        assert!(message.starts_with("c: has 2097155 values, more than 2097152; copy"), "{message}");
+    }
+
+    #[test]
+    fn a_configuration_is_smaller_than_other_files() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let read = |len: u64, read: fn(&Path) -> Result<String>| {
+            file.as_file().set_len(len).unwrap();
+            read(file.path()).map(|text| text.len() as u64)
+        };
+        assert_eq!(read(LARGEST_CONFIG, read_config).unwrap(), LARGEST_CONFIG);
+        assert_eq!(read(LARGEST_CONFIG + 1, read_json).unwrap(), LARGEST_CONFIG + 1);
+        let message = read(LARGEST_CONFIG + 1, read_config).unwrap_err().to_string();
+        assert!(message.contains("more than 16777216 bytes"), "{message}");
+    }
 
     #[test]
     fn numbers_of_python_are_named() {

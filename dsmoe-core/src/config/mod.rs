@@ -27,7 +27,7 @@ use crate::family::{self, Family};
 use crate::ffn::{self, FfnSpec};
 use crate::files::{check_exists, is_present, write_synced};
 use crate::gguf;
-use crate::json::{parse_object, read_json};
+use crate::json::{parse_object, read_config};
 use crate::kept::LayerThresholds;
 use crate::partition;
 pub use arch::{Architecture, LayerAttention, Norms, QkNorm};
@@ -172,10 +172,10 @@ impl Config {
         if dir.is_dir() && fs::symlink_metadata(&path).is_err() {
             return Err(no_config(dir));
         }
-        let mut config = Config::from_json(&path, &read_json(&path)?)?;
+        let mut config = Config::from_json(&path, &read_config(&path)?)?;
         let path = dir.join(GENERATION_CONFIG_FILE);
         if is_present(&path)? {
-            let map = parse_object(&path, &read_json(&path)?)?;
+            let map = parse_object(&path, &read_config(&path)?)?;
             let fields = Fields { path: &path, prefix: "", map: &map };
             for id in fields.token_ids("eos_token_id")?.unwrap_or_default() {
                 if !config.eos_token_ids.contains(&id) {

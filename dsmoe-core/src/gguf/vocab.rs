@@ -11,7 +11,7 @@ use super::value::Value;
 use crate::config::Config;
 use crate::error::{Error, Result, shown};
 use crate::files::is_present;
-use crate::json::{parse, read_json};
+use crate::json::{MOST_IN_TOKENIZER, check_values, parse, read_json};
 
 const COPY: &str = "copy the file again";
 const OTHER: &str = "export it as native: llama.cpp has no such tokenizer";
@@ -43,10 +43,15 @@ impl Files {
             let help = "copy the tokenizer of the original model into the directory: a GGUF file needs one";
             return Err(Error::path(&path, "is missing", help));
         }
-        let tokenizer = parse(&path, &read_json(&path)?, "JSON", COPY)?;
+        let json = |path: &Path| -> Result<Json> {
+            let text = read_json(path)?;
+            check_values(path, &text, MOST_IN_TOKENIZER)?;
+            parse(path, &text, "JSON", COPY)
+        };
+        let tokenizer = json(&path)?;
         let settings = model.join("tokenizer_config.json");
         let settings = match is_present(&settings)? {
-            true => parse(&settings, &read_json(&settings)?, "JSON", COPY)?,
+            true => json(&settings)?,
             false => Json::Null,
         };
         let template = model.join("chat_template.jinja");
