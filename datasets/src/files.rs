@@ -327,6 +327,29 @@ pub(crate) fn without_bom(bytes: &[u8]) -> &[u8] {
     bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes)
 }
 
+/// Returns about how many keys and values a text of JSON has: its commas, colons and opening brackets outside of strings. A program
+/// that keeps them as they are takes some 72 bytes for each, of which a list of zeros has one for every two bytes of text.
+///
+/// ```
+/// use dsmoe_datasets::files::json_values;
+///
+/// assert_eq!(json_values(b"[0, 0, 0]"), 3);
+/// assert_eq!(json_values(b"{\"a, b\": [\"[[\"]}"), 3); // an object, its key and a list
+/// ```
+pub fn json_values(json: &[u8]) -> usize {
+    let (mut found, mut in_string, mut is_escaped) = (0, false, false);
+    for &byte in json {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' if in_string => is_escaped = true,
+            b'"' => in_string = !in_string,
+            b',' | b':' | b'[' | b'{' if !in_string => found += 1,
+            _ => {}
+        }
+    }
+    found
+}
+
 /// Returns lowercase hexadecimal of `bytes`.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -451,6 +474,15 @@ mod tests {
             (".s_2026-11-30T09-30-00.1.jsonl.tmp-7", "t_2026-12-01T09-30-00.2.jsonl", None),
         ] {
             assert_eq!(maker_of(entry, name), wanted, "{entry}");
+        }
+    }
+
+    #[test]
+    fn values_in_strings_do_not_count() {
+        for (text, wanted) in
+            [("", 0), (r#"{"a": [1, {"b": 2}], "c": ""}"#, 8), (r#"{"a,[\"{:": ",,\\"}"#, 2), ("[[],[]]", 4)]
+        {
+            assert_eq!(json_values(text.as_bytes()), wanted, "{text}");
         }
     }
 

@@ -6,25 +6,67 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use dsmoe_core::checkpoint::{CONFIG_FILE, MANIFEST_FILE, Manifest, OutputDir};
-use dsmoe_datasets::files::{Temporary, open_regular, read_at_most};
+use dsmoe_datasets::files::{Temporary, json_values, open_regular, read_at_most};
 use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
+use crate::{format, memory};
+
 /// The largest file that is read whole, in bytes.
 const LARGEST: u64 = 256 << 20;
+/// The largest file of JSON that is no part of longer work, in bytes.
+const LARGEST_JSON: u64 = 64 << 20;
+/// The largest file of TOML, in bytes.
+const LARGEST_TOML: u64 = 1 << 20;
+/// Bytes that a value of JSON takes where all of them are kept.
+const BYTES_OF_VALUE: u64 = 72;
 
 /// Reads a file of text.
 pub(crate) fn read(path: &Path) -> Result<String> {
+    read_up_to(path, LARGEST)
+}
+
+/// Reads a file of settings.
+pub(crate) fn read_toml(path: &Path) -> Result<String> {
+    read_up_to(path, LARGEST_TOML)
+}
+
+fn read_up_to(path: &Path, largest: u64) -> Result<String> {
     let place = || path.display().to_string();
-    let bytes = read_at_most(path, LARGEST).with_context(place)?;
+    let bytes = read_at_most(path, largest).with_context(place)?;
     String::from_utf8(bytes).map_err(|_| anyhow!("{}: not UTF-8; convert it (iconv -t UTF-8)", place()))
 }
 
 /// Reads a file of text in a folder, which is no pipe and no device.
 pub(crate) fn read_inside(path: &Path) -> Result<String> {
+    read_inside_up_to(path, LARGEST)
+}
+
+fn read_inside_up_to(path: &Path, largest: u64) -> Result<String> {
     open_regular(path).with_context(|| path.display().to_string())?;
-    read(path)
+    read_up_to(path, largest)
+}
+
+/// Parses JSON whose values may take a quarter of the memory.
+fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T> {
+    check_values(path, text.as_bytes(), memory::total())?;
+    serde_json::from_str(text).with_context(|| path.display().to_string())
+}
+
+/// Refuses JSON whose values would take more than a quarter of the memory `total`, before they are parsed.
+pub(crate) fn check_values(path: &Path, json: &[u8], total: Option<u64>) -> Result<()> {
+    let values = json_values(json) as u64;
+    let needed = values.saturating_mul(BYTES_OF_VALUE);
+    match total {
+        Some(total) if needed > total / 4 => {
+            let ([needed, total], place) = ([needed, total].map(format::bytes), path.display());
+            bail!(
+                "{place}: its {values} values take {needed}, more than a quarter of {total} of memory; make it again"
+            )
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Paths as a report shows them.
@@ -79,7 +121,7 @@ pub(crate) fn lossy<T: Paths, S: Serializer>(
 
 /// Reads a file of JSON in a folder.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    serde_json::from_str(&read_inside(path)?).with_context(|| path.display().to_string())
+    parse(path, &read_inside_up_to(path, LARGEST_JSON)?)
 }
 
 /// Writes a file atomically, and the folders above it.
@@ -117,7 +159,7 @@ pub(crate) fn read_part<T: DeserializeOwned>(path: &Path) -> Result<T> {
             bail!("{place}: it is not what was written, by {MANIFEST_FILE} beside it; remove it");
         }
     }
-    serde_json::from_str(&text).with_context(|| path.display().to_string())
+    parse(path, &text)
 }
 
 /// Returns a part that is done. One that the manifest of its folder does not have as it is is not: it was changed, a process was
@@ -291,6 +333,32 @@ mod tests {
         fs::remove_file(path.with_file_name(MANIFEST_FILE)).unwrap();
         assert_eq!(read_part::<u8>(&path).unwrap(), 4);
         assert_eq!(done_or(&path, || Ok(5)).unwrap(), 5);
+    }
+
+    #[test]
+    fn values_take_a_quarter_of_the_memory_at_most() {
+        let check = |text: &str, total| check_values(Path::new("r.json"), text.as_bytes(), total);
+        let list = format!("[{}0]", "0,".repeat(999));
+        assert!(check(&list, Some(4 * 72_000)).is_ok() && check(&list, None).is_ok());
+        let message = check(&list, Some(4 * 72_000 - 1)).unwrap_err().to_string();
+        assert!(message.starts_with("r.json: its 1000 values take 72"), "{message}");
+        assert!(
+            message.contains("more than a quarter of") && message.ends_with("make it again"),
+            "{message}"
+        );
+        // Strings take what the file has of them.
+        assert!(check(&format!("[{list:?}]"), Some(1000)).is_ok());
+    }
+
+    #[test]
+    fn files_of_settings_and_of_json_have_their_limits() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(LARGEST_TOML + 1).unwrap();
+        let message = format!("{:#}", read_toml(file.path()).unwrap_err());
+        assert!(message.contains("more than 1048576 bytes"), "{message}");
+        file.as_file().set_len(LARGEST_JSON + 1).unwrap();
+        let message = format!("{:#}", read_json::<Value>(file.path()).unwrap_err());
+        assert!(message.contains("more than 67108864 bytes"), "{message}");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use dsmoe_datasets::{Tokenizer, TokenizerFiles};
 use dsmoe_kernels::Precision;
 
 use crate::cli::gates::GateArgs;
+use crate::files::check_values;
 use crate::memory;
 use crate::ui::Ui;
 
@@ -22,7 +23,11 @@ pub(crate) fn tokenizer_files(dir: &Path) -> Result<TokenizerFiles> {
             let files = gguf::tokenizer_files(&file)?.map(|(name, bytes)| (name.to_owned(), bytes));
             Ok(TokenizerFiles::named(file, files))
         }
-        None => Ok(TokenizerFiles::read(dir)?),
+        None => {
+            let files = TokenizerFiles::read(dir)?;
+            check_values(&files.path, &files.tokenizer, memory::total())?;
+            Ok(files)
+        }
     }
 }
 

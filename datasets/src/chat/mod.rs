@@ -14,7 +14,7 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, shown};
-use crate::files::{read_at_most, without_bom};
+use crate::files::{json_values, read_at_most, without_bom};
 use crate::tokenizer::TokenizerFiles;
 
 /// Work that a template may do, in the units of the template engine: some ten times what a long conversation needs.
@@ -22,6 +22,8 @@ const FUEL: u64 = 1_000_000;
 
 /// The largest file of messages, in bytes.
 const MAX_MESSAGES: u64 = 64 << 20;
+/// Most keys and values of a file of messages.
+const MAX_VALUES: usize = 1 << 21;
 
 /// An answer of the model. The template is rendered with it to find the text that ends an answer.
 const ANSWER: &str = "An answer.";
@@ -62,6 +64,10 @@ impl Chat {
     pub fn read_messages(path: &Path) -> Result<Vec<Value>> {
         let wrong = |reason: String| Error::Messages { path: path.to_path_buf(), reason };
         let bytes = read_at_most(path, MAX_MESSAGES).map_err(Error::io(path))?;
+        let values = json_values(&bytes);
+        if values > MAX_VALUES {
+            return Err(wrong(format!("it has {values} values, more than {MAX_VALUES}")));
+        }
         let mut value: Value =
             serde_json::from_slice(without_bom(&bytes)).map_err(|cause| wrong(shown(&cause.to_string())))?;
         if let Some(messages) = value.get_mut("messages") {

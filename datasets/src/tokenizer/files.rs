@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
 use crate::error::{Error, Result, shown};
-use crate::files::{read_at_most, without_bom};
+use crate::files::{json_values, read_at_most, without_bom};
 
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
@@ -20,7 +20,9 @@ const SPECIAL: &str = "special_tokens_map.json";
 const TEMPLATE: &str = "chat_template.jinja";
 
 /// The largest file that is read, in bytes; the largest tokenizers in use have some 40 million.
-const MAX_BYTES: u64 = 1 << 30;
+const MAX_BYTES: u64 = 64 << 20;
+/// Most keys and values of a file; the largest tokenizers in use have three million.
+const MAX_VALUES: usize = 1 << 23;
 
 /// The files of one tokenizer, by content. [`TokenizerFiles::read`] takes them from a directory; a program that has
 /// them from elsewhere fills them in itself.
@@ -136,11 +138,21 @@ impl TokenizerFiles {
 
     fn parse<T: DeserializeOwned + Default>(&self, bytes: Option<&[u8]>, name: &str) -> Result<T> {
         let Some(bytes) = bytes else { return Ok(T::default()) };
-        serde_json::from_slice(without_bom(bytes)).map_err(|cause| Error::BadTokenizer {
-            path: self.path.with_file_name(name),
-            reason: shown(&cause.to_string()),
-        })
+        let path = self.path.with_file_name(name);
+        check_values(&path, bytes)?;
+        serde_json::from_slice(without_bom(bytes))
+            .map_err(|cause| Error::BadTokenizer { path, reason: shown(&cause.to_string()) })
     }
+}
+
+/// Refuses JSON with more values than a tokenizer has, before each of them takes memory.
+pub(super) fn check_values(path: &Path, json: &[u8]) -> Result<()> {
+    let values = json_values(json);
+    if values > MAX_VALUES {
+        let reason = format!("it has {values} values, more than {MAX_VALUES}");
+        return Err(Error::BadTokenizer { path: path.to_path_buf(), reason });
+    }
+    Ok(())
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
@@ -320,6 +332,15 @@ mod tests {
         assert_eq!(found.added_tokens[&9], AddedToken::from("x", false).normalized(false));
         assert_eq!(found.added_tokens[&11], AddedToken::from("y", false));
         assert!(found.added_tokens[&12].special, "named as eos_token");
+    }
+
+    #[test]
+    fn values_are_counted_before_they_take_memory() {
+        let list = |values: usize| format!("{{\"x\": [{}0]}}", "0,".repeat(values));
+        assert!(settings(&list(1000), "", "").is_ok());
+        let message = settings(&list(MAX_VALUES), "", "").err().expect("must not parse").to_string();
+        assert!(message.starts_with("m/tokenizer_config.json: not a tokenizer file"), "{message}");
+        assert!(message.contains("it has 8388611 values, more than 8388608"), "{message}");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::encoder::{ByteLevelWords, Encoder, TooLong, byte_char};
 use crate::error::{Error, Result, shown};
 use crate::files::{hex, replace, without_bom};
 use crate::token_texts::TokenTexts;
-use files::Settings;
+use files::{Settings, check_values};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -102,6 +102,7 @@ impl Tokenizer {
         let bad =
             |cause: tokenizers::Error| Error::BadTokenizer { path: path.clone(), reason: one_line(cause) };
         let bytes = without_bom(&files.tokenizer);
+        check_values(&path, bytes)?;
         let mut json: Value = serde_json::from_slice(bytes).map_err(|cause| bad(cause.into()))?;
         let mut inner = sound::parse(bytes, &json).map_err(bad)?;
         inner.with_truncation(None).map_err(bad)?.with_padding(None);

@@ -163,7 +163,7 @@ fn drive(options: &ContinualOptions, tasks: &[Task], ui: &Ui) -> Result<Continua
 /// Reads the file of the tasks.
 fn read(path: &Path) -> Result<Wanted> {
     let place = path.display();
-    let text = crate::files::read(path)?;
+    let text = crate::files::read_toml(path)?;
     let file: File = match toml::from_str(&text) {
         Ok(file) => file,
         Err(cause) => {

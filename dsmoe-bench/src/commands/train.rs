@@ -256,7 +256,7 @@ fn fit_sequences(args: &Train, config: &mut TrainConfig, ui: &Ui) -> Result<()> 
     let names_seq = |setting: &String| setting.split('=').next().is_some_and(|key| key.trim() == "seq");
     let in_file = || -> Result<bool> {
         let Some(path) = &args.config else { return Ok(false) };
-        let table: toml::Table = crate::files::read(path)?.parse()?;
+        let table: toml::Table = crate::files::read_toml(path)?.parse()?;
         Ok(table.contains_key("seq"))
     };
     let positions = Config::load(&args.model)?.max_position;

@@ -423,7 +423,7 @@ impl Profile {
         if !Path::new(name).is_file() {
             bail!("--profile {name}: no such file; use {} or a TOML file", names().join(", "));
         }
-        Profile::parse(&files::read(Path::new(name))?, name)
+        Profile::parse(&files::read_toml(Path::new(name))?, name)
     }
 
     fn parse(text: &str, place: &str) -> Result<Profile> {

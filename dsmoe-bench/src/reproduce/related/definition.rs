@@ -59,7 +59,7 @@ impl Definition {
     pub(crate) fn load(name: &str, known: &[Experiment]) -> Result<Option<Definition>> {
         let (text, place) = match profile::text(name) {
             Some(text) => (text.to_owned(), format!("profile {name}")),
-            None if Path::new(name).is_file() => (files::read(Path::new(name))?, name.to_owned()),
+            None if Path::new(name).is_file() => (files::read_toml(Path::new(name))?, name.to_owned()),
             None => return Ok(None),
         };
         let is_one = toml::from_str::<toml::Table>(&text).is_ok_and(|table| table.contains_key(MARK));
