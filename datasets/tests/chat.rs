@@ -91,6 +91,8 @@ fn messages_are_read_from_a_file() {
         let message = read(text).unwrap_err();
         assert!(message.contains(wanted) && message.contains("messages.json: "), "{message}");
     }
+    let message = read(&format!("[{}0]", "0,".repeat(1 << 21))).unwrap_err();
+    assert!(message.contains("it has 2097153 values, more than 2097152"), "{message}");
 }
 
 #[test]

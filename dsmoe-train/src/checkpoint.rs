@@ -24,7 +24,7 @@ use dsmoe_core::params::{Entry, Layout};
 use dsmoe_core::shard::Shards;
 use dsmoe_core::{Masks, Model};
 use dsmoe_datasets::TokenSource;
-use dsmoe_datasets::files::hex;
+use dsmoe_datasets::files::{hex, json_values};
 use dsmoe_datasets::tokens::identity;
 use dsmoe_kernels::buf::Buf;
 use dsmoe_kernels::comm::{Communicator, What, gather};
@@ -48,6 +48,8 @@ const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const OLD: &str = ".old";
 /// The largest file of a state, in bytes.
 const LARGEST_STATE: u64 = 64 << 20;
+/// Most keys and values of a state.
+const MOST_VALUES: usize = 1 << 21;
 /// Values of each tensor that the identity of a model covers.
 const IDENTITY_VALUES: usize = 1024;
 /// Values of the moments that are shared at once.
@@ -526,6 +528,10 @@ pub(crate) fn read_state(path: &Path) -> Result<State> {
         return Err(damaged(&file));
     }
     let bad = |message: String| Error::checkpoint(&file, message);
+    let values = json_values(text.as_bytes());
+    if values > MOST_VALUES {
+        return Err(bad(format!("it has {values} values, more than {MOST_VALUES}")));
+    }
     let json: Value = serde_json::from_str(&text).map_err(|cause| bad(cause.to_string()))?;
     let version = json.get("format_version").and_then(Value::as_u64);
     if version != Some(FORMAT_VERSION.into()) {
@@ -676,6 +682,8 @@ mod tests {
             let message = written(&json.to_string()).unwrap_err().to_string();
             assert!(message.contains(wanted) && message.lines().count() == 1, "{at}: {message}");
         }
+        let message = written(&format!("[{}0]", "0,".repeat(MOST_VALUES))).unwrap_err().to_string();
+        assert!(message.contains("it has 2097153 values, more than 2097152"), "{message}");
         let mut json = serde_json::to_value(state()).unwrap();
         json["data_sha256"] = "xyz".into();
         let message = written(&json.to_string()).unwrap_err().to_string();

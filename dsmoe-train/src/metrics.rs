@@ -6,7 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use dsmoe_datasets::files::open_regular;
+use dsmoe_datasets::files::{json_values, open_regular};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -107,6 +107,8 @@ pub struct StepRecord {
 pub(crate) const METRICS_FILE: &str = "metrics.jsonl";
 /// The last bytes of the file that are searched for an evaluation.
 const TAIL: u64 = 4 << 20;
+/// Most keys and values of a line; one with more is none that a run wrote.
+const MOST_VALUES: usize = 1 << 20;
 
 /// The last evaluation of a run.
 ///
@@ -178,8 +180,9 @@ impl Metrics {
         loop {
             line.clear();
             let len = reader.read_until(b'\n', &mut line).map_err(Error::io(path))?;
-            let whole = line.ends_with(b"\n").then(|| serde_json::from_slice::<Value>(&line).ok()).flatten();
-            let Some(value) = whole else { break };
+            let whole = line.ends_with(b"\n") && json_values(&line) <= MOST_VALUES;
+            let value = whole.then(|| serde_json::from_slice::<Value>(&line).ok()).flatten();
+            let Some(value) = value else { break };
             let is_header = value.get("step").is_none();
             let is_again = |at: u64| evaluates && at == step && value.get("eval_nll").is_some();
             let in_run = value.get("step").and_then(Value::as_u64);
@@ -277,9 +280,11 @@ mod tests {
             (format!("{head}{steps}{{\"step\":3}}\n"), 2, steps),
             (format!("{head}{steps}{{\"st"), 5, steps),
             (format!("{head}{{\"step\":3}}\n"), 0, ""),
+            (format!("{head}{steps}{{\"step\":3,\"x\":[{}0]}}\n", "0,".repeat(MOST_VALUES)), 5, steps),
             ("{\"form".to_owned(), 4, ""),
         ] {
-            assert_eq!(resumed(&text, step, false), format!("{head}{kept}{{\"step\":99}}\n"), "{text}");
+            let start = &text[..text.len().min(100)];
+            assert_eq!(resumed(&text, step, false), format!("{head}{kept}{{\"step\":99}}\n"), "{start}");
         }
         // The evaluation after the step was done, and was not in the checkpoint.
         let again = format!("{head}{{\"step\":1}}\n{{\"step\":2}}\n{{\"step\":99}}\n");
