@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use dsmoe_core::checkpoint::{Manifest, Sums};
+use dsmoe_datasets::files::open_regular;
 use dsmoe_datasets::tasks::sha256;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -174,6 +175,10 @@ fn empty(dir: &Path) -> Result<()> {
 
 /// Locks the file at `path` for as long as the result lives; none if another process has it.
 fn claim(path: &Path) -> Result<Option<File>> {
+    // To open a pipe would block.
+    if path.exists() {
+        open_regular(path).with_context(|| path.display().to_string())?;
+    }
     // Not cut: another process may have it locked.
     let file = OpenOptions::new().write(true).create(true).truncate(false).open(path);
     let file = file.with_context(|| path.display().to_string())?;
@@ -228,6 +233,17 @@ mod tests {
         let key = Key::of("s", &json!(3));
         let failed: Result<u64> = cache.stage("s", &key, IfBusy::Wait, |_| Err(Interrupted.into()));
         assert!(failed.unwrap_err().is::<Interrupted>() && cache.get::<u64>("s", &key).is_none());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_claim_is_a_regular_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(CLAIM);
+        assert!(claim(&path).unwrap().is_some());
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/dev/null", &path).unwrap();
+        assert!(format!("{:#}", claim(&path).unwrap_err()).contains("not a regular file"));
     }
 
     /// The process was killed between the write of the result and that of the manifest.
