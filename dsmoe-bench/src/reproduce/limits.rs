@@ -31,6 +31,10 @@ const SOURCES: u64 = 4;
 const MOST_THREADS: usize = 1024;
 const MOST_SEEDS: u64 = 1024;
 const MOST_ROWS: u64 = 1 << 13;
+/// Most entries of a list: no report shows as many.
+const MOST_LISTED: usize = 1000;
+/// Milestones that a training may have however short it is: `--tokens` shortens those of a profile.
+const FEW_MILESTONES: u64 = 100;
 /// Most bootstrap resamples: beyond it intervals do not change any more.
 pub(super) const MOST_RESAMPLES: usize = 1_000_000;
 
@@ -70,6 +74,38 @@ fn fits(name: &str, value: u64, each: u64, memory: u64) -> Result<()> {
     Ok(())
 }
 
+/// Checks the lengths of lists, before anything is made of their entries.
+pub(super) fn check_lists(profile: &Profile) -> Result<()> {
+    let measure = &profile.measure;
+    let grid = measure.speed.as_ref();
+    for (name, entries) in [
+        ("budgets", profile.budgets.len()),
+        ("outputs", profile.outputs.len()),
+        ("source", profile.source.len()),
+        ("held_out", profile.held_out.len()),
+        ("milestones", profile.milestones.len()),
+        ("curve", profile.curve.len()),
+        ("measure.thresholds", measure.thresholds.len()),
+        ("measure.tasks", measure.tasks.len()),
+        ("measure.speed.threads", grid.map_or(0, |grid| grid.threads.len())),
+        ("measure.speed.batches", grid.map_or(0, |grid| grid.batches.len())),
+    ] {
+        if entries > MOST_LISTED {
+            bail!("{name} has {entries} entries; use at most {MOST_LISTED}");
+        }
+    }
+    Ok(())
+}
+
+/// Checks the number of rows of a profile to which its budgets are not applied yet.
+pub(super) fn check_rows(profile: &Profile) -> Result<()> {
+    let (methods, budgets) = (profile.method.len(), profile.budgets.len().max(1));
+    if (methods as u64).saturating_mul(budgets as u64) > MOST_ROWS {
+        bail!("{methods} methods at {budgets} budgets are too many; use at most {MOST_ROWS} rows in all");
+    }
+    Ok(())
+}
+
 /// Checks the number of seeds, before rows are listed for each.
 pub(super) fn check_seeds(profile: &Profile) -> Result<()> {
     if profile.seeds > MOST_SEEDS {
@@ -90,9 +126,8 @@ fn check_experts(profile: &Profile, dense: &Config) -> Result<()> {
         let odd = dense.layers().map(|layer| layer.intermediate).find(|width| !width.is_multiple_of(experts));
         if let Some(width) = odd {
             bail!(
-                "profile {}: experts is {experts}, which does not divide the {width} neurons of an FFN of the model; \
-                 change it in a copy of the profile (--print-profile {})",
-                profile.name,
+                "experts is {experts}, which does not divide the {width} neurons of an FFN of the model; change it in \
+                 a copy of the profile (--print-profile {})",
                 profile.name
             );
         }
@@ -168,7 +203,13 @@ fn check_trainings(profile: &Profile, dense: &Config, memory: u64) -> Result<()>
     fits("[train]", &profile.train()?.resolve()?)?;
     for spec in &profile.method {
         let of = || format!("method {:?}", spec.name);
-        fits(&of(), &profile.train_of(spec, 0, None)?.resolve().with_context(of)?)?;
+        let config = profile.train_of(spec, 0, None)?.resolve().with_context(of)?;
+        fits(&of(), &config)?;
+        let (stones, steps) = (profile.milestones_of(spec).len() as u64, config.steps.unwrap_or(0));
+        let most = steps.saturating_add(1).max(FEW_MILESTONES);
+        if stones > most {
+            bail!("{}: milestones and curve have {stones} shares of {steps} steps; use at most {most}", of());
+        }
     }
     Ok(())
 }
@@ -219,6 +260,37 @@ mod tests {
             );
             assert!(error.is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn lists_and_rows_have_limits() {
+        let profile = Profile::load("quick").unwrap();
+        let methods = profile.method.len();
+        let shares = |count: usize| (1..=count).map(|i| i as f64 / count as f64).collect::<Vec<_>>();
+        type List = fn(&mut Profile) -> &mut Vec<f64>;
+        let lists: [(&str, List); 4] = [
+            ("budgets", |profile| &mut profile.budgets),
+            ("milestones", |profile| &mut profile.milestones),
+            ("curve", |profile| &mut profile.curve),
+            ("measure.thresholds", |profile| &mut profile.measure.thresholds),
+        ];
+        for (name, list) in lists {
+            let mut changed = profile.clone();
+            *list(&mut changed) = shares(MOST_LISTED);
+            check_lists(&changed).unwrap();
+            *list(&mut changed) = shares(MOST_LISTED + 1);
+            let error = check_lists(&changed).unwrap_err().to_string();
+            assert_eq!(error, format!("{name} has 1001 entries; use at most 1000"));
+        }
+        let most = MOST_ROWS as usize / methods;
+        let at = |budgets| check_rows(&Profile { budgets: shares(budgets), ..profile.clone() });
+        at(most).unwrap();
+        let error = at(most + 1).unwrap_err().to_string();
+        assert!(error.contains("budgets are too many; use at most 8192 rows"), "{error}");
+        // The shortest training of the profile has 110 steps.
+        checked(|profile| profile.milestones = shares(90), machine()).unwrap();
+        let error = checked(|profile| profile.milestones = shares(500), machine()).unwrap_err().to_string();
+        assert!(error.contains("shares of 110 steps; use at most 111"), "{error}");
     }
 
     #[test]

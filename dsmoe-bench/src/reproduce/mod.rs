@@ -92,7 +92,7 @@ pub(crate) fn run(args: &Reproduce, ui: &mut Ui) -> Result<ExitCode> {
     if let Some(tokens) = args.tokens {
         profile.train_on(tokens);
     }
-    limits::check_seeds(&profile)?;
+    limits::check_seeds(&profile).with_context(|| profile::place(&args.profile))?;
     let outputs = if args.only.is_empty() { Output::of_profile(&profile)? } else { args.only.clone() };
     let jobs = all_jobs(&profile, args, &outputs)?.into_iter().enumerate();
     let mine = jobs.filter(|(number, _)| args.shard.is_none_or(|shard| shard.has(*number)));
@@ -133,7 +133,9 @@ fn in_folder(
 /// Checks the sizes of a profile. One whose model is not known yet is refused by the stage that needs it.
 fn check_limits(args: &Reproduce, profile: &Profile, machine: limits::Machine) -> Result<()> {
     match plan::dense(args, profile) {
-        Ok((dense, _)) => limits::check(profile, &dense, machine),
+        Ok((dense, _)) => {
+            limits::check(profile, &dense, machine).with_context(|| profile::place(&args.profile))
+        }
         Err(error) if profile.world.is_some() => Err(error),
         Err(_) => Ok(()),
     }

@@ -16,7 +16,7 @@ use serde::Serialize;
 use super::cost::Costs;
 use super::jobs::Planned;
 use super::limits;
-use super::profile::{MethodSpec, Profile, Role, gated};
+use super::profile::{self, MethodSpec, Profile, Role, gated};
 use super::text;
 use crate::cli::reproduce::Reproduce;
 use crate::estimate::{self, H100, flops_per_second, training_flops};
@@ -76,7 +76,8 @@ struct Row {
 pub(super) fn run(args: &Reproduce, profile: &Profile, jobs: &[Planned<'_>], ui: &mut Ui) -> Result<()> {
     let (dense, model) = dense(args, profile)?;
     let out = args.out.clone().unwrap_or_else(|| PathBuf::from("."));
-    limits::check(profile, &dense, limits::Machine::of_plans(&out))?;
+    limits::check(profile, &dense, limits::Machine::of_plans(&out))
+        .with_context(|| profile::place(&args.profile))?;
     let train = profile.train()?.resolve()?;
     let precision = train.dtype;
     if profile.world.is_none() {

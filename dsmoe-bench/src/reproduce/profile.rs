@@ -1,5 +1,6 @@
 //! Profiles: the TOML files, embedded or a user's own, that define a reproduction.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::path::Path;
 
@@ -18,7 +19,7 @@ use dsmoe_train::config::NearDuplicates;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::limits::MOST_RESAMPLES;
+use super::limits::{self, MOST_RESAMPLES};
 use crate::files;
 
 /// The token of the embedded world that separates documents.
@@ -414,11 +415,16 @@ pub(crate) fn text(name: &str) -> Option<&'static str> {
     EMBEDDED.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
 }
 
+/// Returns the profile `name` of a command line as messages name it: the file, or the name of an embedded one.
+pub(crate) fn place(name: &str) -> String {
+    text(name).map_or_else(|| name.to_owned(), |_| format!("profile {name}"))
+}
+
 impl Profile {
     /// Loads the embedded profile of that name, or else the file.
     pub(crate) fn load(name: &str) -> Result<Profile> {
         if let Some(text) = text(name) {
-            return Profile::parse(text, &format!("profile {name}"));
+            return Profile::parse(text, &place(name));
         }
         if !Path::new(name).is_file() {
             bail!("--profile {name}: no such file; use {} or a TOML file", names().join(", "));
@@ -437,6 +443,8 @@ impl Profile {
                 "{place}: line {line}: {message}; `dsmoe reproduce --print-profile quick` prints an example"
             )
         })?;
+        limits::check_lists(&profile).with_context(|| place.to_owned())?;
+        limits::check_rows(&profile).with_context(|| place.to_owned())?;
         profile.apply_budgets().with_context(|| place.to_owned())?;
         profile.check().with_context(|| place.to_owned())?;
         Ok(profile)
@@ -533,9 +541,10 @@ impl Profile {
         if self.method.is_empty() {
             bail!("there are no methods; write [[method]] tables");
         }
-        for (i, spec) in self.method.iter().enumerate() {
+        let mut names = HashSet::new();
+        for spec in &self.method {
             let of = || format!("method {:?}", spec.name);
-            if self.method[..i].iter().any(|other| other.name == spec.name) {
+            if !names.insert(&spec.name) {
                 bail!("two methods have the name {:?}; give each its own", spec.name);
             }
             if spec.name.is_empty()

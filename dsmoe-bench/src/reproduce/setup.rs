@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use dsmoe_core::accounting::Accounting;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -64,7 +64,8 @@ impl Setup {
     /// Refuses values that no reproduction writes into the file `path`.
     pub(crate) fn check(&self, path: &Path) -> Result<()> {
         sound::check_setup(path, self)?;
-        limits::check_seeds(&self.profile)?;
+        limits::check_lists(&self.profile).with_context(|| path.display().to_string())?;
+        limits::check_seeds(&self.profile).with_context(|| path.display().to_string())?;
         let resamples = self.profile.measure.resamples;
         if !(1..=MOST_RESAMPLES).contains(&resamples) {
             bail!("{}: resamples is {resamples}; use 1 to {MOST_RESAMPLES}", path.display());

@@ -87,6 +87,7 @@ fn what_a_profile_cannot_say() {
         format!("{}\n[[method]]\nname = \"x\"\nrole = \"control\"\n{row}\n", text("quick").unwrap())
     };
     let as_dsmoe = with("\"dsmoe-no-ste\"\nrole", "\"x\"\nrole").replacen("\"dsmoe-no-ste\"", "\"dsmoe\"", 1);
+    let shares: Vec<f64> = (1..=2000).map(|i| f64::from(i) / 2000.0).collect();
     for (text, parts) in [
         (with("", "bogus = 1\n"), &["p.toml: line 1", "unknown field `bogus`"][..]),
         (with("windows =", "windos ="), &["p.toml: line", "windos"]),
@@ -98,6 +99,11 @@ fn what_a_profile_cannot_say() {
         (with("train = { lr", "train = { bogus = 1, lr"), &["p.toml: line", "bogus"]),
         (with("noise = false", "noise = \"perhaps\""), &["llama-moe", "noise", "perhaps"]),
         (with("seeds = 1", "seeds = 0"), &["seeds is 0"]),
+        (with("\"wanda\"\n", "\"dsmoe\"\n"), &["two methods have the name \"dsmoe\""]),
+        (
+            with("", &format!("budgets = {shares:?}\n")),
+            &["p.toml: budgets has 2000 entries; use at most 1000"],
+        ),
     ] {
         let error = format!("{:#}", Profile::parse(&text, "p.toml").unwrap_err());
         assert!(parts.iter().all(|part| error.contains(part)), "{error}: {parts:?}");
