@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::caller::Call;
 use crate::format;
-use crate::ui::{Ui, stderr_line};
+use crate::ui::{Ui, plain, stderr_line};
 
 /// The least time between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -75,7 +75,7 @@ pub(crate) struct Progress {
 impl Progress {
     /// Starts to show `what`, unless `--quiet` is set.
     pub(crate) fn new(ui: &Ui, what: impl Into<String>, unit: Unit, total: u64) -> Progress {
-        let what = what.into();
+        let what = plain(&what.into()).into_owned();
         let sink = if let Some(call) = &ui.call {
             Sink::Call { call: call.clone(), ends: true }
         } else if ui.quiet {
@@ -131,7 +131,7 @@ impl Progress {
             Sink::Silent | Sink::Call { .. } => {}
             Sink::Bar(bar) => {
                 bar.set_length(total);
-                bar.set_message(status());
+                bar.set_message(plain(&status()).into_owned());
                 bar.set_position(done);
             }
             Sink::Lines { last }
@@ -162,7 +162,7 @@ impl Progress {
     pub(crate) fn note(&self, line: &str) {
         match &self.sink {
             Sink::Silent => {}
-            Sink::Call { call, .. } => call.caller.note(line),
+            Sink::Call { call, .. } => call.caller.note(&plain(line)),
             Sink::Bar(bar) => bar.suspend(|| stderr_line(line)),
             Sink::Lines { .. } => stderr_line(line),
         }

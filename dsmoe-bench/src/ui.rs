@@ -1,5 +1,6 @@
 //! The output of a command: results to stdout, everything else to stderr.
 
+use std::borrow::Cow;
 use std::fmt::{Display, Write as _};
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
@@ -48,13 +49,15 @@ impl Ui {
         }
     }
 
-    /// Prints the result of a command: an object on one line with `--json`, otherwise the text that `human` returns.
+    /// Prints the result of a command: an object on one line with `--json`, otherwise the text that `human` returns, with
+    /// control characters escaped.
     pub(crate) fn result<T: Serialize>(&mut self, value: &T, human: impl FnOnce(&T) -> String) -> Result<()> {
         if let Some(call) = &self.call {
             call.set_result(serde_json::to_string(value)?);
             return Ok(());
         }
-        let mut text = if self.json { serde_json::to_string(value)? } else { human(value) };
+        let mut text =
+            if self.json { serde_json::to_string(value)? } else { plain(&human(value)).into_owned() };
         if !text.ends_with('\n') {
             text.push('\n');
         }
@@ -64,7 +67,7 @@ impl Ui {
     /// Prints a line on stderr, unless `--quiet` is set.
     pub(crate) fn note(&self, line: impl Display) {
         match &self.call {
-            Some(call) => call.caller.note(&line.to_string()),
+            Some(call) => call.caller.note(&plain(&line.to_string())),
             None if self.quiet => {}
             None => stderr_line(line),
         }
@@ -76,7 +79,7 @@ impl Ui {
             return ExitCode::SUCCESS;
         }
         let message = one_line(error);
-        stderr_line(format_args!("{} {message}", error_word(self.color)));
+        error_line(self.color, &format!(" {message}"));
         if self.json {
             // The failure is on stderr already.
             let _ = self.text(&format!("{}\n", serde_json::json!({ "error": message })));
@@ -99,7 +102,7 @@ pub(crate) fn usage(error: &clap::Error, json: bool, color: ColorChoice) -> Exit
         let _ = error.print();
         return ExitCode::from(WRONG_USAGE);
     };
-    stderr_line(format_args!("{}{}", error_word(color), rest.trim_end()));
+    error_line(color, rest.trim_end());
     if json {
         let message = usage_message(rest);
         let mut ui = Ui { json, quiet: false, muted: false, color, call: None };
@@ -135,9 +138,32 @@ fn error_word(color: ColorChoice) -> &'static str {
     if colored { "\u{1b}[1;31mdsmoe: error:\u{1b}[0m" } else { "dsmoe: error:" }
 }
 
-/// Prints a line on stderr, and ignores failures.
+/// Prints an error on stderr, whose beginning may be red, and ignores failures.
+fn error_line(color: ColorChoice, rest: &str) {
+    let _ = writeln!(io::stderr().lock(), "{}{}", error_word(color), plain(rest));
+}
+
+/// Prints a line on stderr with control characters escaped, and ignores failures.
 pub(crate) fn stderr_line(line: impl Display) {
-    let _ = writeln!(io::stderr().lock(), "{line}");
+    let _ = writeln!(io::stderr().lock(), "{}", plain(&line.to_string()));
+}
+
+/// Escapes what a terminal would obey and not show: control characters but line ends and tabs, and those that turn the
+/// direction of text. Names of files and texts in files may hold them.
+pub(crate) fn plain(text: &str) -> Cow<'_, str> {
+    let is_obeyed = |c: char| match c {
+        '\n' | '\t' => false,
+        '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => true,
+        c => c.is_control(),
+    };
+    if !text.contains(is_obeyed) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if is_obeyed(c) { shown.extend(c.escape_default()) } else { shown.push(c) }
+    }
+    Cow::Owned(shown)
 }
 
 /// Joins the chain of causes by `: `, without a cause that its outer error contains.
@@ -173,6 +199,13 @@ mod tests {
     use anyhow::anyhow;
 
     use super::*;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_escaped() {
+        assert!(matches!(plain("näme\tof\na file"), Cow::Borrowed("näme\tof\na file")));
+        let raw = "\u{1b}[31mx\u{7}\0\r\u{85}\u{202e}é";
+        assert_eq!(plain(raw), r"\u{1b}[31mx\u{7}\u{0}\r\u{85}\u{202e}é");
+    }
 
     #[test]
     fn a_chain_is_one_line_that_says_everything_once() {

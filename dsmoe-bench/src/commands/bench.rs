@@ -10,7 +10,7 @@ use crate::regression::{compare, history, instructions, record};
 use crate::timing::ceilings::Ceilings;
 use crate::timing::output::Output;
 use crate::timing::{decode, decode_model, ffn, matmul, ops, row, train};
-use crate::ui::Ui;
+use crate::ui::{Ui, plain};
 
 pub(crate) fn run(args: &Bench, ui: &mut Ui) -> Result<ExitCode> {
     match &args.work {
@@ -55,7 +55,7 @@ fn measure(
     rayon::scope(|_| {
         let mut output = Output { ceilings: Ceilings::measure(precisions), ui, rows: Vec::new() };
         work(&mut output)?;
-        if output.ui.json { Ok(()) } else { output.ui.text(&row::show(&output.rows)) }
+        if output.ui.json { Ok(()) } else { output.ui.text(&plain(&row::show(&output.rows))) }
     })
 }
 

@@ -8,6 +8,19 @@ use crate::common::{
     SEPARATOR, check_failure, config, copy, fails, on_text, path, read, run, succeeds, write,
 };
 
+/// Text of a file that a terminal would obey is shown escaped.
+#[test]
+fn control_characters_do_not_reach_the_terminal() {
+    write("control.toml", "[[source]]\nname = \"a\"\ndata = [\"\\u001b[31mx\\u0007\"]\nweight = 1\n");
+    let refused = run("eval dense --mixture control.toml --seq 16 --quiet");
+    check_failure(&refused, "eval", &[r"\u{1b}[31mx\u{7}"]);
+    let line = "train dense --data text.txt --steps 1 --set 'hold=\"\\u001b[31m\"' --out control";
+    fails(line, &["hold"]);
+    for run in [&refused, &run(&format!("{line} --quiet"))] {
+        assert!(!run.stderr.contains(['\u{1b}', '\u{7}']), "{:?}", run.stderr);
+    }
+}
+
 /// Replaces the header of a safetensors file; the data stays.
 fn edit_header(bytes: &[u8], edit: impl FnOnce(&mut Value)) -> Vec<u8> {
     let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
