@@ -29,6 +29,9 @@ const PATIENCE: u64 = 1000;
 /// The largest number of files of a corpus. One that is named several times counts as often.
 pub const MOST_FILES: usize = 1 << 20;
 
+/// Most levels of folders below one that is named as text: more are a loop, or no text.
+const MOST_LEVELS: usize = 64;
+
 /// The customary text between two documents of a text file.
 pub const DOC_SEPARATOR: &str = "<|endoftext|>";
 
@@ -94,8 +97,8 @@ impl Corpus {
     /// itself may end otherwise and is read as text. A path that is named several times is looked at once, and read as often.
     ///
     /// # Errors
-    /// A path that does not exist or is no regular file, a directory without such files, an empty separator, more than
-    /// [`MOST_FILES`] files.
+    /// A path that does not exist or is no regular file, a directory without such files or more than 64 levels
+    /// deep, an empty separator, more than [`MOST_FILES`] files.
     pub fn open(paths: &[PathBuf], options: CorpusOptions) -> Result<Corpus> {
         if options.doc_separator.as_deref() == Some("") {
             return Err(Error::setting_range(
@@ -123,7 +126,7 @@ impl Corpus {
                 _ => Error::io(path)(cause),
             })?;
             if metadata.is_dir() {
-                search(path, &mut Searched::default(), &mut files)?;
+                search(path, 0, &mut Searched::default(), &mut files)?;
                 if files.len() == first {
                     return Err(Error::NoTextFiles { path: path.clone() });
                 }
@@ -321,8 +324,13 @@ impl Searched {
     }
 }
 
-/// Adds the text files under `dir`. A directory that was searched already, or that a link leads up to, is left out.
-fn search(dir: &Path, searched: &mut Searched, files: &mut Vec<CorpusFile>) -> Result<()> {
+/// Adds the text files under `dir`, which lies `level` directories below the one that was named. A directory that was searched
+/// already, or that a link leads up to, is left out.
+fn search(dir: &Path, level: usize, searched: &mut Searched, files: &mut Vec<CorpusFile>) -> Result<()> {
+    if level > MOST_LEVELS {
+        let reason = format!("it lies more than {MOST_LEVELS} folders below the one that is named as text");
+        return Err(Error::file(dir, reason, "name a folder further down, or move its files up"));
+    }
     if !searched.add(fs::canonicalize(dir).map_err(Error::io(dir))?) {
         return Ok(());
     }
@@ -339,7 +347,7 @@ fn search(dir: &Path, searched: &mut Searched, files: &mut Vec<CorpusFile>) -> R
             Err(cause) => return Err(Error::Io { path, cause }),
         };
         if kind.is_dir() {
-            search(&path, searched, files)?;
+            search(&path, level + 1, searched, files)?;
         } else if let (Some(format), packing) = format_of(&path)
             && kind.is_file()
         {

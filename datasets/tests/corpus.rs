@@ -383,6 +383,22 @@ fn a_directory_is_read_in_the_order_of_names() {
 }
 
 #[test]
+fn the_depth_of_folders_is_bounded() {
+    let dir = TempDir::new().unwrap();
+    let below = |levels: usize| dir.path().join(vec!["a"; levels].join("/"));
+    fs::create_dir_all(below(64)).unwrap();
+    fs::write(below(64).join("x.txt"), "deep").unwrap();
+    assert_eq!(documents(dir.path()).unwrap(), ["deep"]);
+    fs::create_dir_all(below(65)).unwrap();
+    let Err(error) = Corpus::open(&[dir.path().to_path_buf()], CorpusOptions::default()) else {
+        panic!("it is searched")
+    };
+    let error = error.to_string();
+    assert!(error.contains("it lies more than 64 folders below"), "{error}");
+    assert!(error.ends_with("name a folder further down, or move its files up"), "{error}");
+}
+
+#[test]
 fn a_path_that_is_named_again_is_read_again() {
     let dir = TempDir::new().unwrap();
     let [one, two] = ["a/one.txt", "two.txt"].map(|name| file(dir.path(), name, name));

@@ -7,6 +7,10 @@ use crate::panics::caught;
 
 /// Most characters that a normalizer or a decoder may make of one.
 const MOST_GROWTH: f64 = 4096.0;
+/// Most steps of a normalizer, a pre-tokenizer, a post-processor or a decoder: each reads the whole text.
+const MOST_STEPS: usize = 1000;
+/// Most bytes of a pattern, of the text in its place, and of a token.
+const MOST_TEXT: usize = 64 << 10;
 /// Most tokens that a post-processor may add to a text.
 const MOST_ADDED: usize = 1024;
 
@@ -23,6 +27,8 @@ pub(super) fn guarded<T>(use_tokenizer: impl FnOnce() -> tokenizers::Result<T>) 
 
 /// Checks what the crate takes for granted.
 fn check(json: &Value) -> Result<(), String> {
+    check_steps(json)?;
+    check_tokens(json)?;
     check_merges(&json["model"])?;
     check_growth("normalizer", &json["normalizer"], "normalizers")?;
     check_growth("decoder", &json["decoder"], "decoders")?;
@@ -44,6 +50,44 @@ fn each(
         // The depth is that of the file, which its parser limits.
         Some(parts) => parts.iter().try_for_each(|part| each(part, sequence, check)),
         None => check(part),
+    }
+}
+
+/// Steps are few, and their texts short: the crate compiles every pattern, and every step reads the text anew.
+fn check_steps(json: &Value) -> Result<(), String> {
+    for (key, sequence, name) in [
+        ("normalizer", "normalizers", "normalizer"),
+        ("pre_tokenizer", "pretokenizers", "pre-tokenizer"),
+        ("post_processor", "processors", "post-processor"),
+        ("decoder", "decoders", "decoder"),
+    ] {
+        let mut steps = 0;
+        each(&json[key], sequence, &mut |part| {
+            steps += 1;
+            if steps > MOST_STEPS {
+                return Err(format!("the {name} has more than {MOST_STEPS} steps"));
+            }
+            let pattern = &part["pattern"];
+            let texts = [pattern, &pattern["String"], &pattern["Regex"], &part["content"], &part["prepend"]];
+            match texts.into_iter().filter_map(Value::as_str).any(|text| text.len() > MOST_TEXT) {
+                true => Err(format!("the {name} has a text of more than {MOST_TEXT} bytes")),
+                false => Ok(()),
+            }
+        })?;
+    }
+    Ok(())
+}
+
+/// Tokens are short: the crate makes an automaton of the added ones.
+fn check_tokens(json: &Value) -> Result<(), String> {
+    let vocab = &json["model"]["vocab"];
+    let keyed = vocab.as_object().into_iter().flat_map(|vocab| vocab.keys().map(String::as_str));
+    let listed = vocab.as_array().into_iter().flatten().filter_map(|token| token[0].as_str());
+    let added = json["added_tokens"].as_array().into_iter().flatten();
+    let added = added.filter_map(|token| token["content"].as_str());
+    match keyed.chain(listed).chain(added).any(|token| token.len() > MOST_TEXT) {
+        true => Err(format!("a token has more than {MOST_TEXT} bytes")),
+        false => Ok(()),
     }
 }
 
@@ -177,6 +221,44 @@ mod tests {
         match parse(json.to_string().as_bytes(), &json) {
             Ok(_) => String::new(),
             Err(cause) => cause.to_string(),
+        }
+    }
+
+    #[test]
+    fn steps_and_their_texts_have_limits() {
+        let sequence =
+            |list: &str, part: Value, count: usize| json!({"type": "Sequence", list: vec![part; count]});
+        let digits = json!({"type": "Digits", "individual_digits": true});
+        let split = |bytes: usize| json!({"type": "Split", "pattern": {"String": "a".repeat(bytes)}, "behavior": "Isolated", "invert": false});
+        let added = |bytes: usize| {
+            json!([{"id": 4, "content": "c".repeat(bytes), "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": false}])
+        };
+        let nfkc = json!({"type": "NFKC"});
+        for good in [
+            json!({"/normalizer": sequence("normalizers", nfkc.clone(), 1000)}),
+            json!({"/pre_tokenizer": split(1 << 10)}),
+            json!({"/added_tokens": added(1 << 10)}),
+        ] {
+            assert_eq!(message(good), "");
+        }
+        let nested = sequence("normalizers", sequence("normalizers", nfkc, 2), 501);
+        let vocab = json!({"a": 0, "b": 1, "ab": 2, "<s>": 3, "c".repeat((64 << 10) + 1): 4});
+        for (changes, wanted) in [
+            (json!({"/normalizer": nested}), "the normalizer has more than 1000 steps"),
+            (
+                json!({"/pre_tokenizer": sequence("pretokenizers", digits, 1001)}),
+                "the pre-tokenizer has more than 1000 steps",
+            ),
+            (
+                json!({"/pre_tokenizer": split((64 << 10) + 1)}),
+                "the pre-tokenizer has a text of more than 65536 bytes",
+            ),
+            (json!({"/added_tokens": added((64 << 10) + 1)}), "a token has more than 65536 bytes"),
+            (json!({"/model/vocab": vocab}), "a token has more than 65536 bytes"),
+        ] {
+            let message = message(changes);
+            assert!(message.contains(wanted), "{wanted}: {message}");
         }
     }
 

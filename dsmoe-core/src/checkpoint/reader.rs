@@ -1,7 +1,7 @@
 //! Reading the tensors of a directory or a file.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -19,6 +19,9 @@ use crate::files::{check_exists, open_regular};
 use crate::gguf::{self, Container, Encoded, GgufTensor};
 use crate::json::{COPY, parse, read_json};
 use crate::remedy::Remedy;
+
+/// Most files that an index may name: each is looked for, and opened if it is there.
+const MOST_SHARDS: usize = 100_000;
 
 /// A tensor's place in a checkpoint.
 ///
@@ -221,15 +224,22 @@ impl Checkpoint {
 
     fn open_index(dir: &Path, path: &Path) -> Result<Checkpoint> {
         let index: Index = parse(path, &read_json(path)?, "an index of shards", COPY)?;
-        let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
+        let (mut numbers, mut named) = (BTreeMap::<&str, usize>::new(), HashSet::<&str>::new());
         for (tensor, name) in &index.weight_map {
             if !is_plain_name(name) {
                 let problem = format!("is mapped to {:?}, not a file name", shown(name));
                 return Err(Error::tensor(path, tensor, problem, "name a file of the same directory"));
             }
-            if numbers.contains_key(name.as_str()) || dir.join(name).is_file() {
+            if !named.insert(name) {
+                continue;
+            }
+            if named.len() > MOST_SHARDS {
+                let problem = format!("names more than {MOST_SHARDS} shards");
+                return Err(Error::path(path, problem, "save the model again in fewer shards"));
+            }
+            if dir.join(name).is_file() {
                 let next = numbers.len();
-                numbers.entry(name).or_insert(next);
+                numbers.insert(name, next);
             }
         }
         let mut files: Vec<(usize, Shard)> = Vec::new();

@@ -160,6 +160,24 @@ fn index_to_a_missing_shard() {
 }
 
 #[test]
+fn index_to_more_shards_than_a_model_has() {
+    let fixture = Fixture::sharded(4000);
+    let path = fixture.dir.join("model.safetensors.index.json");
+    let good: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let with = |shards: usize| {
+        let mut json = good.clone();
+        for i in 0..shards {
+            json["weight_map"][format!("t{i}")] = format!("s{i}").into();
+        }
+        fs::write(&path, json.to_string()).unwrap();
+    };
+    with(100);
+    fixture.check().unwrap();
+    with(100_000);
+    fixture.refused(&["index.json: names more than 100000 shards", "save the model again in fewer"]);
+}
+
+#[test]
 fn index_that_names_a_path() {
     for path in ["../model.safetensors", "/etc/passwd", "", "..", "a/b.safetensors"] {
         let fixture = Fixture::sharded(4000);
