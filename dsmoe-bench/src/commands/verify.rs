@@ -1,5 +1,6 @@
 //! `dsmoe verify`: compares files with the hashes that were written with them.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -96,7 +97,10 @@ fn check(place: &Path, report: &mut Report, ui: &mut Ui) -> Result<()> {
         report.checked.push(Checked { path, good: usize::from(whole), missing: Vec::new(), changed });
         return Ok(());
     }
-    if let Some(manifest) = Manifest::read(place)? {
+    if let Some(lost) = [MANIFEST_FILE, MANIFEST].into_iter().find(|name| leads_nowhere(&place.join(name))) {
+        let path = place.to_path_buf();
+        report.checked.push(Checked { path, good: 0, missing: Vec::new(), changed: vec![lost.to_owned()] });
+    } else if let Some(manifest) = Manifest::read(place)? {
         let found = Progress::during(ui, title, Unit::Bytes, |show| manifest.verify(place, show))?;
         let (path, good) = (place.to_path_buf(), found.good);
         let missing = found.missing.into_iter().filter(|name| !may_be_gone(place, name)).collect();
@@ -109,6 +113,11 @@ fn check(place: &Path, report: &mut Report, ui: &mut Ui) -> Result<()> {
         report.unchecked.push(place.display().to_string());
     }
     Ok(())
+}
+
+/// Tells whether `path` is a link to a file that is not there, or to itself. A manifest behind such a link was there once.
+fn leads_nowhere(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok() && fs::metadata(path).is_err()
 }
 
 /// Tells whether a stage of a reproduction does without a file once it is done: checkpoints of its training, and weights of a model

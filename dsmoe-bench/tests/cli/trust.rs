@@ -83,6 +83,21 @@ fn every_flipped_bit_of_a_stored_artefact_is_found() {
     assert!(count >= 30, "{count}");
 }
 
+/// A link to nowhere, or to itself, in place of a manifest is damage and no absence.
+#[cfg(unix)]
+#[test]
+fn a_manifest_that_cannot_be_reached_is_damage() {
+    for (dir, target) in [("verify-dangling", "gone.json"), ("verify-loop", "checksums.json")] {
+        copy("dense", dir);
+        let manifest = path(dir).join("checksums.json");
+        fs::remove_file(&manifest).unwrap();
+        std::os::unix::fs::symlink(target, &manifest).unwrap();
+        let seen = run(&format!("verify {dir}"));
+        assert_eq!(seen.code, 3, "{}{}", seen.stdout, seen.stderr);
+        shows(&seen.stdout, &["DAMAGED", &format!("{dir}: changed: checksums.json")]);
+    }
+}
+
 #[test]
 fn verify_says_what_it_did_not_check() {
     copy("dense", "verify-old");
