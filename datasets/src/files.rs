@@ -291,7 +291,9 @@ pub fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit {
-        let reason = format!("more than {limit} bytes, too many for such a file");
+        let reason = format!(
+            "more than {limit} bytes, too many for such a file; name the right one, or copy it again"
+        );
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, reason));
     }
     if bytes.starts_with(LFS_POINTER) {

@@ -48,10 +48,11 @@ fn read_inside_up_to(path: &Path, largest: u64) -> Result<String> {
     read_up_to(path, largest)
 }
 
-/// Parses JSON whose values may take a quarter of the memory.
+/// Parses the JSON of the file `path`, which a command of dsmoe wrote. Its values may take a quarter of the memory.
 fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T> {
     check_values(path, text.as_bytes(), memory::total())?;
-    serde_json::from_str(text).with_context(|| path.display().to_string())
+    let again = "copy it again, or repeat the command that wrote it";
+    serde_json::from_str(text).map_err(|cause| anyhow!("{}: {cause}; {again}", path.display()))
 }
 
 /// Refuses JSON whose values would take more than a quarter of the memory `total`, before they are parsed.
@@ -332,6 +333,10 @@ mod tests {
         // Records of earlier versions are read as they are, and points of them are measured again.
         fs::remove_file(path.with_file_name(MANIFEST_FILE)).unwrap();
         assert_eq!(read_part::<u8>(&path).unwrap(), 4);
+        fs::write(&path, "").unwrap();
+        let message = read_part::<u8>(&path).unwrap_err().to_string();
+        assert!(message.contains("a.json: EOF while parsing"), "{message}");
+        assert!(message.ends_with("copy it again, or repeat the command that wrote it"), "{message}");
         assert_eq!(done_or(&path, || Ok(5)).unwrap(), 5);
     }
 

@@ -166,6 +166,15 @@ pub(crate) fn plain(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
+/// Words of the system, on Linux and macOS, that do not say what to do, and those of the command.
+const SYSTEM: [(&str, &str); 4] = [
+    ("No such file or directory (os error 2)", "there is no such file or folder"),
+    ("Is a directory (os error 21)", "it is a folder; name a file"),
+    ("Too many levels of symbolic links (os error 40)", LOOP),
+    ("Too many levels of symbolic links (os error 62)", LOOP),
+];
+const LOOP: &str = "its links lead in a circle; put the file itself in their place";
+
 /// Joins the chain of causes by `: `, without a cause that its outer error contains.
 pub(crate) fn one_line(error: &anyhow::Error) -> String {
     let mut message = String::new();
@@ -177,8 +186,7 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
             let _ = write!(message, ": {cause}");
         }
     }
-    let message =
-        message.replace("No such file or directory (os error 2)", "there is no such file or folder");
+    let message = SYSTEM.iter().fold(message, |message, (words, ours)| message.replace(words, ours));
     shortened(message.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
@@ -199,6 +207,14 @@ mod tests {
     use anyhow::anyhow;
 
     use super::*;
+
+    #[test]
+    fn errors_of_the_system_say_what_to_do() {
+        for (words, wanted) in SYSTEM {
+            let error = anyhow!("{words}").context("a.json");
+            assert_eq!(one_line(&error), format!("a.json: {wanted}"));
+        }
+    }
 
     #[test]
     fn what_a_terminal_would_obey_is_escaped() {
