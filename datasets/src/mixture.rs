@@ -135,6 +135,10 @@ impl SourceTable {
             let reason = format!("source {:?} names no data", self.name);
             return Err(Error::mixture(place, reason, TABLES));
         }
+        if self.doc_separator.as_deref() == Some("") {
+            let reason = format!("doc_separator of {:?} is empty", self.name);
+            return Err(Error::mixture(place, reason, "use at least one character, or leave it out"));
+        }
         if self.document_chars == Some(0) {
             let reason = format!("document_chars of {:?} is 0", self.name);
             return Err(Error::mixture(place, reason, "use 1 or more, or leave it out"));
@@ -633,6 +637,7 @@ mod tests {
             (one.replace("\"w\"", "[]"), "names no data"),
             (format!("{one}language = \"xx\"\n"), "line 4"),
             (format!("{one}document_chars = 0\n"), "document_chars of \"web\" is 0"),
+            (format!("{one}doc_separator = \"\"\n"), "doc_separator of \"web\" is empty"),
             ("source = []".to_owned(), "0 sources"),
         ] {
             let message = read(&text).unwrap_err().to_string();

@@ -324,12 +324,19 @@ impl TrainConfig {
     /// # Errors
     /// No `=`, an unknown key, or a value of the wrong type.
     pub fn set(&mut self, setting: &str) -> Result<()> {
+        let wrong =
+            |message: &str| Err(Error::Setting { setting: setting.to_owned(), message: message.to_owned() });
         let Some((key, value)) = setting.split_once('=') else {
-            let message = "no `=`; write key=value, such as lr=3e-4".to_owned();
-            return Err(Error::Setting { setting: setting.to_owned(), message });
+            return wrong("no `=`; write key=value, such as lr=3e-4");
         };
+        if value.trim().is_empty() {
+            return wrong("no value; write key=value, such as lr=3e-4");
+        }
         let parsed = format!("value = {value}").parse::<toml::Table>().ok();
         let parsed = parsed.and_then(|mut table| table.remove("value"));
+        if parsed.is_none() && is_long_number(value.trim()) {
+            return wrong("a number that 64 bits do not hold; use at most 9223372036854775807");
+        }
         self.insert(key.trim(), parsed.unwrap_or_else(|| value.trim().into()), setting)
     }
 
@@ -559,6 +566,13 @@ fn in_range<T: PartialOrd + Display>(field: &'static str, x: T, range: RangeIncl
     Err(Error::field(field, x, format!("{} to {}", range.start(), range.end())))
 }
 
+/// Reports whether `word` is a whole number of so many digits that TOML has none for it.
+fn is_long_number(word: &str) -> bool {
+    const DIGITS: usize = 19;
+    let digits = word.strip_prefix(['+', '-']).unwrap_or(word);
+    digits.len() >= DIGITS && digits.bytes().all(|byte| byte.is_ascii_digit() || byte == b'_')
+}
+
 fn one_line(message: &str) -> String {
     message.split_whitespace().collect::<Vec<_>>().join(" ")
 }
@@ -628,6 +642,8 @@ mod tests {
     fn errors_are_one_line_with_field_and_remedy() {
         for (settings, wanted) in [
             (vec!["lr"], ["setting `lr`", "key=value"]),
+            (vec!["lr="], ["setting `lr=`: no value", "write key=value"]),
+            (vec!["steps=18446744073709551615"], ["64 bits do not hold", "at most 9223372036854775807"]),
             (vec!["lrr=1"], ["setting `lrr=1`: unknown field", "`min_lr_ratio`"]),
             (vec!["lr=fast"], ["setting `lr=fast`", "expected f64"]),
             (vec!["seq=-1"], ["setting `seq=-1`", "expected usize"]),

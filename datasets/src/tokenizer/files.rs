@@ -110,7 +110,7 @@ impl TokenizerFiles {
                 special_tokens.entry(name).or_insert(text);
             }
         }
-        let path = self.path.with_file_name(CONFIG);
+        let path = self.beside(CONFIG);
         let added_tokens = added_tokens(&path, config.added_tokens_decoder, added, &special_tokens)?;
         Ok(Settings {
             class: config.tokenizer_class,
@@ -124,21 +124,29 @@ impl TokenizerFiles {
     /// Returns the text of `chat_template.jinja`.
     pub(crate) fn template_file(&self) -> Result<Option<(PathBuf, String)>> {
         let Some(bytes) = &self.chat_template else { return Ok(None) };
-        let path = self.path.with_file_name(TEMPLATE);
+        let path = self.beside(TEMPLATE);
         match str::from_utf8(without_bom(bytes)) {
             Ok(text) => Ok(Some((path, text.to_owned()))),
             Err(cause) => Err(Error::NotUtf8 { path, offset: cause.valid_up_to() as u64 }),
         }
     }
 
-    /// Returns the path of `tokenizer_config.json`.
+    /// Returns the path of `tokenizer_config.json`, or of the GGUF file that it was made of.
     pub(crate) fn config_path(&self) -> PathBuf {
-        self.path.with_file_name(CONFIG)
+        self.beside(CONFIG)
+    }
+
+    /// Returns the path of the file `name` beside `tokenizer.json`. A GGUF file holds all of them.
+    fn beside(&self, name: &str) -> PathBuf {
+        match self.path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+            true => self.path.clone(),
+            false => self.path.with_file_name(name),
+        }
     }
 
     fn parse<T: DeserializeOwned + Default>(&self, bytes: Option<&[u8]>, name: &str) -> Result<T> {
         let Some(bytes) = bytes else { return Ok(T::default()) };
-        let path = self.path.with_file_name(name);
+        let path = self.beside(name);
         check_values(&path, bytes)?;
         serde_json::from_slice(without_bom(bytes))
             .map_err(|cause| Error::BadTokenizer { path, reason: shown(&cause.to_string()) })
@@ -341,6 +349,17 @@ mod tests {
         let message = settings(&list(MAX_VALUES), "", "").err().expect("must not parse").to_string();
         assert!(message.starts_with("m/tokenizer_config.json: not a tokenizer file"), "{message}");
         assert!(message.contains("it has 8388611 values, more than 8388608"), "{message}");
+    }
+
+    #[test]
+    fn a_gguf_file_is_named_for_all_that_it_holds() {
+        for name in ["m/model.gguf", "m/MODEL.GGUF"] {
+            let config = Some(b"[]".to_vec());
+            let files = TokenizerFiles { path: name.into(), config, ..TokenizerFiles::default() };
+            assert_eq!(files.config_path(), PathBuf::from(name));
+            let message = files.settings().err().expect("must not parse").to_string();
+            assert!(message.starts_with(&format!("{name}: not a tokenizer file")), "{message}");
+        }
     }
 
     #[test]
