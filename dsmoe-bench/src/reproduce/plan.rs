@@ -198,7 +198,8 @@ pub(super) fn dense(args: &Reproduce, profile: &Profile) -> Result<(Config, Stri
     };
     let unnamed = if profile.world.is_some() { "of random weights" } else { "of the profile's sizes" };
     let name = profile.model.preset.as_deref().unwrap_or(unnamed);
-    Ok((profile.architecture(vocab)?, name.to_owned()))
+    let dense = profile.architecture(vocab).with_context(|| profile::place(&args.profile))?;
+    Ok((dense, name.to_owned()))
 }
 
 /// Returns the model of a gated row, and the share of its experts that is active in training.

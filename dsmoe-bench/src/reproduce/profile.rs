@@ -37,6 +37,17 @@ const EMBEDDED: [(&str, &str); 8] = [
     ("related-smollm2", include_str!("profiles/related-smollm2.toml")),
 ];
 
+/// Fields of a model's config.json that a profile gives, under its own names.
+const SIZES: [(&str, &str); 7] = [
+    ("vocab_size", "the vocabulary"),
+    ("hidden_size", "model.hidden"),
+    ("intermediate_size", "model.intermediate"),
+    ("num_hidden_layers", "model.layers"),
+    ("num_attention_heads", "model.heads"),
+    ("num_key_value_heads", "model.kv_heads"),
+    ("max_position_embeddings", "model.positions"),
+];
+
 /// Rounds in which the size of the routers and the budget are made to fit.
 const ROUTER_ROUNDS: usize = 4;
 
@@ -595,7 +606,14 @@ impl Profile {
             positions: need(spec.positions, "positions")?,
             bos_eos: [WORLD_TOKEN; 2],
         };
-        Ok(sizes.config()?)
+        match sizes.config() {
+            Ok(config) => Ok(config),
+            Err(dsmoe_core::Error::Field { field, problem, help, .. }) => {
+                let own = SIZES.iter().find(|(name, _)| *name == field).map_or(&field[..], |(_, own)| *own);
+                bail!("{own} {problem}; {help}")
+            }
+            Err(error) => Err(error).context("model"),
+        }
     }
 
     /// Returns the activated parameters that every method gets: those outside FFNs, the active share of the dense FFN,

@@ -81,6 +81,21 @@ fn rows_with_other_numbers_of_experts_meet_one_budget() {
 }
 
 #[test]
+fn sizes_of_the_model_are_named_as_the_profile_does() {
+    for (from, to, wanted) in [
+        ("hidden = 128", "hidden = 0", "model.hidden "),
+        ("intermediate = 384", "intermediate = 0", "model.intermediate "),
+        ("heads = 4", "heads = 3", "model: 3 heads do not divide a width of 128"),
+    ] {
+        let text = text("quick").unwrap();
+        assert!(text.contains(from), "{from}");
+        let profile = Profile::parse(&text.replacen(from, to, 1), "p.toml").unwrap();
+        let message = format!("{:#}", profile.architecture(1536).unwrap_err());
+        assert!(message.starts_with(wanted) && !message.contains("config.json"), "{message}");
+    }
+}
+
+#[test]
 fn what_a_profile_cannot_say() {
     let with = |from: &str, to: &str| text("quick").unwrap().replacen(from, to, 1);
     let control = |row: &str| {
