@@ -503,6 +503,9 @@ pub(crate) fn check_files(path: &Path, comm: &dyn Communicator) -> Result<bool> 
     let (first, last) = (comm.rank() == 0, comm.rank() + 1 == comm.size());
     let wanted = |name: &str| if name == OPTIMIZER_FILE { last } else { first };
     let checked = || -> Result<bool> {
+        if path.exists() && !path.is_dir() {
+            return Err(Error::checkpoint(path, "it is no folder"));
+        }
         let Some(manifest) = Manifest::read(path)? else { return Ok(false) };
         match manifest.damaged(path, wanted)? {
             Some(file) => Err(damaged(&file)),

@@ -111,9 +111,14 @@ pub(crate) fn new_dir(dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).map_err(Error::io(dir))
 }
 
-/// Removes `dir` and all in it, if it is there.
+/// Removes `dir` and all in it, if it is there, or the file that has its place.
 pub(crate) fn remove_dir(dir: &Path) -> Result<()> {
-    match fs::remove_dir_all(dir) {
+    let is_other = |kind: fs::FileType| !kind.is_dir() && !kind.is_symlink();
+    let removed = match fs::symlink_metadata(dir) {
+        Ok(metadata) if is_other(metadata.file_type()) => fs::remove_file(dir),
+        _ => fs::remove_dir_all(dir),
+    };
+    match removed {
         Err(cause) if cause.kind() != io::ErrorKind::NotFound => Err(Error::io(dir)(cause)),
         _ => Ok(()),
     }

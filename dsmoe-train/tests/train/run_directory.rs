@@ -116,6 +116,26 @@ fn half_written_and_broken_checkpoints_are_skipped() {
 }
 
 #[test]
+fn a_file_in_the_place_of_a_checkpoint_is_skipped_and_replaced() {
+    let bed = Bed::new(true);
+    bed.part("out", 12, &["save_every=6"]);
+    let checkpoints = bed.path("out/checkpoints");
+    let become_file = |name: &str| {
+        std::fs::remove_dir_all(checkpoints.join(name)).unwrap();
+        std::fs::write(checkpoints.join(name), "x").unwrap();
+    };
+    become_file("step-00000012");
+    let parts = ["skipped a broken checkpoint", "step-00000012: it is no folder", "at step 6 of 20"];
+    bed.rest("out", &["save_every=6"]).noted(&parts);
+    assert_eq!(names(&checkpoints), ["step-00000018", "step-00000020"]);
+    assert!(names(&checkpoints).iter().all(|name| checkpoints.join(name).is_dir()));
+
+    names(&checkpoints).iter().for_each(|name| become_file(name));
+    let parts = ["step-00000020", "it is no folder", "choose another out"];
+    refused(&text(1), settings(&[]), bed.resumed("out"), &parts);
+}
+
+#[test]
 fn every_flipped_bit_of_a_checkpoint_is_found_and_the_one_before_is_taken() {
     let bed = Bed::new(true);
     let out = bed.path("out");
