@@ -66,6 +66,9 @@ read_words!(GrowMethod, "method", "lesa" => Lesa, "copy" => Copy, "average" => A
 read_words!(Space, "space", "svd" => Svd, "weights" => Weights);
 read_words!(GrownNorms, "norms", "parents" => Parents, "first" => First);
 
+/// Most passes of lesa over all rows.
+const MOST_EPOCHS: usize = 10_000;
+
 /// Options of growing.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GrowOptions {
@@ -79,7 +82,7 @@ pub struct GrowOptions {
     pub space: Space,
     /// Norms of new layers that are no copies.
     pub norms: GrownNorms,
-    /// Passes of lesa over all rows.
+    /// Passes of lesa over all rows, 1 to 10,000.
     pub epochs: usize,
     /// Weight of the difference of norms in lesa's loss, 0 to 1.
     pub penalty: f64,
@@ -106,8 +109,9 @@ impl GrowOptions {
     }
 
     pub(super) fn check(&self) -> Result<()> {
-        if self.epochs == 0 {
-            return Err(Error::setting("epochs", "is 0", "use at least 1"));
+        if !(1..=MOST_EPOCHS).contains(&self.epochs) {
+            let help = format!("use 1 to {MOST_EPOCHS}");
+            return Err(Error::setting("epochs", format!("is {}", self.epochs), help));
         }
         if !(0.0..=1.0).contains(&self.penalty) {
             return Err(Error::setting("penalty", format!("is {}", self.penalty), "use 0 to 1"));

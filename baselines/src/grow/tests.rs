@@ -272,6 +272,8 @@ fn wrong_requests_are_refused() {
     refused(GrowOptions::new(3), "layers: is 3, and the model has 4; use 4 to copy it, or more");
     refused(GrowOptions::new(8), "layers: is 8, and 4 layers have 3 gaps; use at most 7");
     refused(GrowOptions { epochs: 0, ..GrowOptions::new(5) }, "epochs: is 0");
+    let endless = GrowOptions { epochs: 100_000_000_000, ..GrowOptions::new(5) };
+    refused(endless, "epochs: is 100000000000; use 1 to 10000");
     refused(GrowOptions { penalty: f64::NAN, ..GrowOptions::new(5) }, "penalty: is NaN");
     refused(GrowOptions { method: GrowMethod::Stack, ..GrowOptions::new(9) }, "use at most 8");
     let of = |text: &str| GrowOptions { fill: text.parse().unwrap(), ..GrowOptions::new(5) };

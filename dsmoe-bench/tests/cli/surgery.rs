@@ -7,8 +7,8 @@ use std::time::Instant;
 use serde_json::json;
 
 use crate::common::{
-    agrees, config, fails, json_of, killed_after, kills_change_no_byte, list, number, on_text, path, run,
-    shows, spawn, succeeds, wait_until, write,
+    agrees, config, end, fails, json_of, killed_after, kills_change_no_byte, list, number, on_text, path,
+    run, shows, spawn, succeeds, wait_until, write,
 };
 
 fn calib() -> String {
@@ -262,13 +262,14 @@ fn growth_by_networks_continues_where_it_was_killed() {
     );
     // What another command left is not continued, and a call that starts over removes it.
     let other = "grow grow-source --layers 5 --epochs 400 --seed 1 --out grow-other/model";
-    let mut child = spawn(other);
+    let child = spawn(other);
     wait_until("a finished part", || path("grow-other/model.partial/part-fit-0").exists());
-    child.kill().unwrap();
-    child.wait().unwrap();
+    end(child, "-TERM");
     fails(&format!("{other} --penalty 0.1 --resume"), &["grow-other/model.partial", "leave --resume out"]);
     succeeds("grow grow-source --layers 5 --epochs 1 --quiet --out grow-other/model");
-    assert!(!path("grow-other/model.partial").exists());
+    // Nor does the folder stay that the ended process was writing.
+    let left = fs::read_dir(path("grow-other")).unwrap().map(|entry| entry.unwrap().file_name());
+    assert_eq!(left.collect::<Vec<_>>(), ["model"]);
 }
 
 #[test]
