@@ -263,6 +263,17 @@ fn parts_put_together_are_the_whole() {
     }
 }
 
+#[test]
+fn limits_and_sizes_of_a_profile_name_its_file() {
+    for (name, from, to, wanted) in [
+        ("limits", "windows = 6", "windows = 1000000000000", "measure.windows is 1000000000000"),
+        ("narrow", "hidden = 32", "hidden = 0", "model.hidden "),
+    ] {
+        let file = profile_with(name, from, to);
+        fails(&format!("reproduce --profile {file} --dry-run"), &["error: ", &format!("{file}: {wanted}")]);
+    }
+}
+
 /// A row computed by itself joins a table.
 #[test]
 fn a_table_grows_by_the_runs_of_other_methods() {
