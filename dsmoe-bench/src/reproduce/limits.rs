@@ -137,6 +137,9 @@ fn check_experts(profile: &Profile, dense: &Config) -> Result<()> {
 
 /// Checks every size of `profile`, whose dense model is `dense`.
 pub(super) fn check(profile: &Profile, dense: &Config, machine: Machine) -> Result<()> {
+    // Profiles of experiments come here alone.
+    check_lists(profile)?;
+    check_seeds(profile)?;
     check_experts(profile, dense)?;
     let Machine { memory, training, disk } = machine;
     let train = profile.train()?.resolve()?;
@@ -287,6 +290,8 @@ mod tests {
         at(most).unwrap();
         let error = at(most + 1).unwrap_err().to_string();
         assert!(error.contains("budgets are too many; use at most 8192 rows"), "{error}");
+        let error = checked(|profile| profile.seeds = 2000, machine()).unwrap_err().to_string();
+        assert_eq!(error, "seeds is 2000; use at most 1024");
         // The shortest training of the profile has 110 steps.
         checked(|profile| profile.milestones = shares(90), machine()).unwrap();
         let error = checked(|profile| profile.milestones = shares(500), machine()).unwrap_err().to_string();
