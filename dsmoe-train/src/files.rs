@@ -213,11 +213,11 @@ mod tests {
         let work = tempfile::tempdir().unwrap();
         let (temporary, place) = (work.path().join(".01-a.tmp"), work.path().join("01-a"));
         let write = |dir: &Path| fs::write(dir.join("weights"), "w").map_err(Error::io(dir));
-        // A file is in its place, which no directory replaces.
+        // The folder of the place is not there.
+        make_dir(&temporary, &work.path().join("absent/01-a"), write).unwrap_err();
+        assert!(names(work.path()).unwrap().is_empty());
+        // A file is in the place.
         fs::write(&place, "").unwrap();
-        make_dir(&temporary, &place, write).unwrap_err();
-        assert_eq!(names(work.path()).unwrap(), ["01-a"]);
-        fs::remove_file(&place).unwrap();
         make_dir(&temporary, &place, write).unwrap();
         assert_eq!(names(work.path()).unwrap(), ["01-a"]);
         assert_eq!(names(&place).unwrap(), ["weights"]);
