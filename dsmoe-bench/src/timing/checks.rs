@@ -16,6 +16,17 @@ pub(crate) fn check_size(flag: &str, size: usize) -> Result<()> {
     }
 }
 
+/// Refuses a prompt and new tokens that have more positions together than a model can have.
+pub(crate) fn check_positions(prompt: usize, tokens: usize) -> Result<()> {
+    check_size("prompt", prompt)?;
+    check_size("tokens", tokens)?;
+    let positions = prompt + tokens + 1;
+    if positions > LARGEST {
+        bail!("--prompt {prompt} and --tokens {tokens} ask for {positions} positions, more than {LARGEST}; use fewer");
+    }
+    Ok(())
+}
+
 /// Refuses experts that do not divide the width.
 pub(crate) fn check_experts(experts: usize, intermediate: usize) -> Result<()> {
     if experts == 0 || !intermediate.is_multiple_of(experts) {

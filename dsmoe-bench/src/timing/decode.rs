@@ -10,7 +10,7 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
 
 use super::ceilings::Cost;
-use super::checks::{check_memory, check_size};
+use super::checks::{check_memory, check_positions};
 use super::model::{Sizes, configs, describe, parameters, random_model, reach_share};
 use super::output::Output;
 use super::row::{Row, bits};
@@ -26,8 +26,7 @@ pub(crate) const PRECISIONS: [Precision; 1] = [Precision::Bf16];
 const TRIAL_TOKENS: usize = 32;
 
 pub(crate) fn check(args: &Decode) -> Result<()> {
-    check_size("prompt", args.prompt)?;
-    check_size("tokens", args.tokens)?;
+    check_positions(args.prompt, args.tokens)?;
     for sizes in args.architecture.sizes(&DEFAULT) {
         args.architecture.check(sizes)?;
         let [_, dsmoe] = configs(args.architecture.shape(), sizes, args.prompt + args.tokens + 1)?;

@@ -11,7 +11,7 @@ use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_train::eval::{EvalOptions, evaluate};
 
-use super::checks::{check_memory, check_size};
+use super::checks::{check_memory, check_positions};
 use super::decode::{Used, active_share, cost, decode};
 use super::model::{describe, parameters};
 use super::output::Output;
@@ -22,8 +22,7 @@ use crate::cli::bench::Decode;
 use crate::models::cache_bytes;
 
 pub(crate) fn check(args: &Decode, dir: &Path) -> Result<()> {
-    check_size("prompt", args.prompt)?;
-    check_size("tokens", args.tokens)?;
+    check_positions(args.prompt, args.tokens)?;
     let config = Config::load(dir)?;
     if config.thresholds.is_none() && args.dense.is_none() {
         let place = dir.join(CONFIG_FILE);

@@ -204,9 +204,10 @@ fn shapes_that_cannot_be_are_refused_in_one_line() {
         ("decode --layers 4000", &["memory", "smaller"]),
         // The weights are small, and not the keys and values.
         (
-            "decode --hidden 64 --intermediate 64 --layers 2000 --heads 4 --vocab 64 --prompt 16777216 --tokens 16777216",
+            "decode --hidden 64 --intermediate 64 --layers 2000 --heads 4 --vocab 64 --prompt 8000000 --tokens 8000000",
             &["memory", "smaller"],
         ),
+        ("decode --prompt 16777216 --tokens 16777216", &["33554433 positions", "fewer"]),
     ] {
         fails(&format!("bench {line}"), parts);
     }
