@@ -339,17 +339,33 @@ pub(crate) fn without_bom(bytes: &[u8]) -> &[u8] {
 /// assert_eq!(json_values(b"{\"a, b\": [\"[[\"]}"), 3); // an object, its key and a list
 /// ```
 pub fn json_values(json: &[u8]) -> usize {
-    let (mut found, mut in_string, mut is_escaped) = (0, false, false);
-    for &byte in json {
-        match byte {
-            _ if is_escaped => is_escaped = false,
-            b'\\' if in_string => is_escaped = true,
-            b'"' => in_string = !in_string,
-            b',' | b':' | b'[' | b'{' if !in_string => found += 1,
-            _ => {}
+    let mut values = JsonValues::default();
+    values.pass(json);
+    values.found
+}
+
+/// Counts as [`json_values`] does where the text comes in pieces.
+#[derive(Debug, Default)]
+pub(crate) struct JsonValues {
+    /// Keys and values of the pieces so far.
+    pub(crate) found: usize,
+    in_string: bool,
+    is_escaped: bool,
+}
+
+impl JsonValues {
+    /// Reads the next piece of the text.
+    pub(crate) fn pass(&mut self, json: &[u8]) {
+        for &byte in json {
+            match byte {
+                _ if self.is_escaped => self.is_escaped = false,
+                b'\\' if self.in_string => self.is_escaped = true,
+                b'"' => self.in_string = !self.in_string,
+                b',' | b':' | b'[' | b'{' if !self.in_string => self.found += 1,
+                _ => {}
+            }
         }
     }
-    found
 }
 
 /// Returns lowercase hexadecimal of `bytes`.
@@ -480,11 +496,18 @@ mod tests {
     }
 
     #[test]
-    fn values_in_strings_do_not_count() {
+    fn values_in_strings_do_not_count_however_the_text_is_cut() {
         for (text, wanted) in
             [("", 0), (r#"{"a": [1, {"b": 2}], "c": ""}"#, 8), (r#"{"a,[\"{:": ",,\\"}"#, 2), ("[[],[]]", 4)]
         {
             assert_eq!(json_values(text.as_bytes()), wanted, "{text}");
+            for cut in 0..=text.len() {
+                let mut values = JsonValues::default();
+                let (start, end) = text.as_bytes().split_at(cut);
+                values.pass(start);
+                values.pass(end);
+                assert_eq!(values.found, wanted, "{text} cut at {cut}");
+            }
         }
     }
 

@@ -6,10 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::files::JsonValues;
 use crate::reader::{Packing, Records};
 
 /// Bytes that a parser may read ahead of the row that it takes.
 pub(super) const AHEAD: usize = 1 << 16;
+/// The remedy for a row that is too large.
+pub(super) const SPLIT_ROW: &str = "split the row, or fetch the file again";
 /// A byte-order mark.
 const MARK: &[u8] = "\u{FEFF}".as_bytes();
 
@@ -23,6 +26,10 @@ struct State {
     limit: u64,
     /// Bytes that may be read before the next row is taken.
     left: u64,
+    /// The most keys and values of a row; none where the content is no JSON.
+    most_values: Option<usize>,
+    /// Keys and values that were read since the last row was taken.
+    values: JsonValues,
     /// Bytes that are held and known to be whole characters.
     checked: usize,
     is_started: bool,
@@ -33,15 +40,28 @@ struct State {
 pub(super) struct Reading<'a>(&'a Content);
 
 impl Content {
-    /// Opens `path`, of which a row has at most `limit` bytes.
+    /// Opens `path`, of which a row has at most `limit` bytes, and one of JSON at most `most_values` keys and values.
     ///
     /// # Errors
     /// The file cannot be read, or is compressed in another way than its name says.
-    pub(super) fn open(path: &Path, packing: Packing, limit: u64) -> Result<Content> {
+    pub(super) fn open(
+        path: &Path,
+        packing: Packing,
+        limit: u64,
+        most_values: Option<usize>,
+    ) -> Result<Content> {
         let records = Records::open(path, packing, "", ("row", limit), Arc::default())?;
-        let (path, left) = (path.to_path_buf(), limit + AHEAD as u64);
-        let (checked, is_started, failure) = (0, false, None);
-        Ok(Content(RefCell::new(State { records, path, limit, left, checked, is_started, failure })))
+        Ok(Content(RefCell::new(State {
+            records,
+            path: path.to_path_buf(),
+            limit,
+            left: limit + AHEAD as u64,
+            most_values,
+            values: JsonValues::default(),
+            checked: 0,
+            is_started: false,
+            failure: None,
+        })))
     }
 
     /// Returns the bytes.
@@ -53,12 +73,18 @@ impl Content {
     pub(super) fn row_taken(&self) {
         let mut state = self.0.borrow_mut();
         state.left = state.limit + AHEAD as u64;
+        state.values.found = 0;
     }
 
     /// Returns why the content could not be read on, if so; the parser's own error tells less.
     pub(super) fn failure(self) -> Option<Error> {
         self.0.into_inner().failure
     }
+}
+
+/// Says that a row has more than `most` keys and values.
+pub(super) fn many_values(most: usize) -> String {
+    format!("a row of more than {most} keys and values")
 }
 
 impl State {
@@ -69,7 +95,7 @@ impl State {
         }
         if self.checked > 0 && self.left == 0 {
             let reason = format!("a row of more than {} bytes", self.limit);
-            return Err(Error::file(&self.path, reason, "split the row, or fetch the file again"));
+            return Err(Error::file(&self.path, reason, SPLIT_ROW));
         }
         let most = usize::try_from(self.left).unwrap_or(usize::MAX);
         let count = self.checked.min(into.len()).min(most);
@@ -77,6 +103,13 @@ impl State {
         self.records.skip(count);
         self.checked -= count;
         self.left -= count as u64;
+        if let Some(most) = self.most_values {
+            // Before the parser has them: each takes memory there.
+            self.values.pass(&into[..count]);
+            if self.values.found > most + AHEAD {
+                return Err(Error::file(&self.path, many_values(most), SPLIT_ROW));
+            }
+        }
         Ok(count)
     }
 
@@ -129,11 +162,13 @@ impl Read for Reading<'_> {
 mod tests {
     use super::*;
 
+    const MOST_VALUES: usize = 50;
+
     fn open(bytes: &[u8], limit: u64) -> (tempfile::TempDir, Content) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.json");
         std::fs::write(&path, bytes).unwrap();
-        let content = Content::open(&path, Packing::Plain, limit).unwrap();
+        let content = Content::open(&path, Packing::Plain, limit, Some(MOST_VALUES)).unwrap();
         (dir, content)
     }
 
@@ -191,5 +226,24 @@ mod tests {
         // The last byte of a row that is as large as it may be.
         let (_dir, content) = open(&vec![b' '; 100 + AHEAD], 100);
         assert_eq!(read(&content, 1000, false).unwrap().len(), 100 + AHEAD);
+    }
+
+    #[test]
+    fn values_of_a_row_are_bounded_and_those_of_a_file_are_not() {
+        let rows = "[0],".repeat(3 * AHEAD);
+        let (_dir, content) = open(rows.as_bytes(), 1 << 20);
+        assert_eq!(read(&content, 1000, true).unwrap().len(), rows.len());
+        let (_dir, content) = open(rows.as_bytes(), 1 << 20);
+        read(&content, 1000, false).unwrap_err();
+        let error = content.failure().unwrap().to_string();
+        assert!(error.ends_with(
+            "a.json: a row of more than 50 keys and values; split the row, or fetch the file again"
+        ));
+        // As many as a row may have, and one more. What a text holds does not count.
+        let text = format!("[\"{}\"", ",".repeat(3 * AHEAD));
+        for (more, is_read) in [(MOST_VALUES + AHEAD - 1, true), (MOST_VALUES + AHEAD, false)] {
+            let (_dir, content) = open(format!("{text}{}", ",".repeat(more)).as_bytes(), 1 << 20);
+            assert_eq!(read(&content, 1000, false).is_ok(), is_read, "{more}");
+        }
     }
 }

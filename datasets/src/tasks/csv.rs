@@ -11,6 +11,9 @@ use serde_json::Value;
 use super::read::Take;
 use crate::error::{Error, Result, shown};
 
+/// Most columns: a row has a key and a value for each.
+const MAX_COLUMNS: usize = 1 << 20;
+
 /// A record whose quotes are closed at the ends of fields. The reader accepts any other as well.
 static QUOTED_WELL: LazyLock<Regex> = LazyLock::new(|| {
     let field = r#"(?:"(?:[^"]|"")*"|[^",\r\n][^,\r\n]*|)"#;
@@ -53,6 +56,9 @@ pub(crate) fn rows(path: &Path, source: impl Read, take: &mut Take<'_>) -> Resul
             return Err(wrong(reason.to_owned()));
         }
         match &names {
+            None if record.len() > MAX_COLUMNS => {
+                return Err(wrong(format!("{} columns, more than {MAX_COLUMNS}", record.len())));
+            }
             None => names = Some(std::mem::take(&mut record)),
             Some(names) if names.len() == record.len() => {
                 take(names.iter().map(str::to_owned).zip(record.iter().map(Value::from)).collect())?;
@@ -106,6 +112,7 @@ mod tests {
             ("a,b\n1,2\n1,2,3\n", "row 2: 3 fields under 2 columns"),
             ("a,b\n1,\"2\n", "row 1: a quote that is never closed"),
             ("a,b\n\"1\"x,2\n", "row 1: text behind a closing quote"),
+            (&",".repeat(MAX_COLUMNS)[..], "row 0: 1048577 columns, more than 1048576"),
         ] {
             let error = read(text).unwrap_err().to_string();
             assert!(error.starts_with(&format!("a.csv: {message}; ")), "{error}");

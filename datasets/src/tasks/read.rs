@@ -9,16 +9,19 @@ use std::sync::Arc;
 use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-use super::content::{AHEAD, Content, Reading};
+use super::content::{AHEAD, Content, Reading, SPLIT_ROW, many_values};
 use super::csv;
 use super::row::Row;
 use crate::error::{Error, Result};
+use crate::files::json_values;
 use crate::format::MAX_DOCUMENT;
 use crate::parquet_rows::ParquetRows;
 use crate::reader::{Packing, Records};
 
 /// The largest row, in bytes: a line, an object or a record.
 const MAX_ROW: u64 = MAX_DOCUMENT;
+/// Most keys and values of a row of JSON. Each takes some 72 bytes, and about twice as much in objects of one field.
+const MAX_VALUES: usize = 1 << 21;
 
 /// Receives rows one after the other.
 pub(crate) type Sink<'a> = dyn FnMut(Row) -> Result<()> + 'a;
@@ -79,13 +82,22 @@ pub(crate) fn read_rows(path: &Path, wrong_file: &'static str, sink: &mut Sink<'
     };
     match format {
         Format::JsonLines => lines(&path, packing, &mut |line, row| {
+            if json_values(line.as_bytes()) > MAX_VALUES {
+                return Err(Error::row(&path, row, many_values(MAX_VALUES), SPLIT_ROW));
+            }
             take(serde_json::from_str(line).map_err(|cause| not_json(&path, row, cause))?)
         })?,
         Format::Lines => lines(&path, packing, &mut |line, _| {
             take(Map::from_iter([("text".to_owned(), Value::from(line.strip_suffix('\r').unwrap_or(line)))]))
         })?,
-        Format::Json => streamed(&path, packing, &mut take, |content, take| json(&path, content, take))?,
-        Format::Csv => streamed(&path, packing, &mut take, |content, take| csv::rows(&path, content, take))?,
+        Format::Json => {
+            let content = Content::open(&path, packing, MAX_ROW, Some(MAX_VALUES))?;
+            streamed(&path, content, &mut take, |content, take| json(&path, content, take))?;
+        }
+        Format::Csv => {
+            let content = Content::open(&path, packing, MAX_ROW, None)?;
+            streamed(&path, content, &mut take, |content, take| csv::rows(&path, content, take))?;
+        }
         Format::Parquet => {
             let mut rows = ParquetRows::open(&path, Arc::default())?;
             while let Some(fields) = rows.next_object()? {
@@ -140,14 +152,13 @@ impl Labels {
     }
 }
 
-/// Hands the rows to `take` that `read` finds in the content of a file. One of them is in memory at a time.
+/// Hands the rows to `take` that `read` finds in the content of the file `path`. One of them is in memory at a time.
 fn streamed(
     path: &Path,
-    packing: Packing,
+    content: Content,
     take: &mut Take<'_>,
     read: impl FnOnce(Reading<'_>, &mut Take<'_>) -> Result<()>,
 ) -> Result<()> {
-    let content = Content::open(path, packing, MAX_ROW)?;
     let mut found = 0;
     let outcome = read(content.reader(), &mut |fields| {
         found += 1;

@@ -113,6 +113,20 @@ fn a_row_is_bounded_in_every_format() {
 }
 
 #[test]
+fn values_of_a_row_of_json_are_bounded() {
+    let zeros = "0,".repeat((1 << 21) + (1 << 17));
+    let wanted = "row 2: a row of more than 2097152 keys and values; split the row, or fetch the file again";
+    for (name, start, end) in [
+        ("valid.jsonl", format!("{PIQA}\n{{\"goal\": ["), "0]}\n"),
+        ("valid.json", format!("[{PIQA}, {{\"goal\": ["), "0]}]"),
+        ("valid.json", format!("{{\"Data\": [{PIQA}, {{\"goal\": ["), "0]}]}"),
+    ] {
+        let error = refused("piqa", name, format!("{start}{zeros}{end}").as_bytes());
+        assert_eq!(error, wanted, "{name}: {start}");
+    }
+}
+
+#[test]
 fn bytes_that_are_not_text_are_found_in_their_row() {
     let csv = b"goal,sol1,sol2,label\ng,one,two,1\n\xff,one,two,1\n";
     let json = [format!("[{PIQA}, {{\"goal\": \"").as_bytes(), b"\xff\"}]"].concat();
