@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use dsmoe_datasets::files::open_regular;
 use serde::{Deserialize, Serialize};
 
 use super::statistics::MedianEstimate;
@@ -123,8 +124,15 @@ impl Record {
         }
     }
 
+    /// Reads a record that the command line names.
     pub(crate) fn read(path: &Path) -> Result<Record> {
-        Record::parse(&files::read(path)?).with_context(|| path.display().to_string())
+        Record::parse(&files::read_json_text(path)?).with_context(|| path.display().to_string())
+    }
+
+    /// Reads a record in a folder, which is no pipe and no device.
+    pub(crate) fn read_inside(path: &Path) -> Result<Record> {
+        open_regular(path).with_context(|| path.display().to_string())?;
+        Record::read(path)
     }
 
     pub(crate) fn parse(text: &str) -> Result<Record> {

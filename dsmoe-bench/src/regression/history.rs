@@ -22,7 +22,8 @@ pub(crate) fn run(args: &History, ui: &mut Ui) -> Result<()> {
     check_file(&args.out, args.force)?;
     let (mut records, mut others) = (Vec::new(), Vec::new());
     for Found { path, named } in files(&args.records)? {
-        match Record::read(&path) {
+        let record = if named { Record::read(&path) } else { Record::read_inside(&path) };
+        match record {
             Ok(record) => records.push(record),
             Err(error) if named => return Err(error),
             Err(_) => others.push(path.display().to_string()),

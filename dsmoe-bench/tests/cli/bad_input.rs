@@ -214,6 +214,11 @@ fn pipes_inside_folders() {
     fails("reproduce splice pipes/page.md", &["results.json", "not a regular file"]);
     pipe("pipes/record/setup.json");
     fails("reproduce merge pipes/record --out pipes/merged", &["setup.json", "not a regular file"]);
+    pipe("pipes/track/first.json");
+    fails(
+        "bench history pipes/track --out pipes/track.html",
+        &["none of the files is a record", "first.json"],
+    );
 }
 
 /// Reports name such paths as well as they can.

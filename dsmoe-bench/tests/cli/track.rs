@@ -128,6 +128,21 @@ fn what_cannot_be_compared_is_refused() {
     is_wrong_usage("bench record --repeats 7");
 }
 
+/// In 2 GB of address space, before the values take memory.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_record_of_too_many_values_is_refused() {
+    use crate::common::{check_failure, finish, in_memory};
+    write("track/values.json", format!("[{}0]", "0,".repeat(8_000_000)));
+    for line in [
+        "bench compare track/values.json track/values.json --quiet",
+        "bench history track/values.json --out track/values.html --quiet",
+    ] {
+        let parts = ["track/values.json: its 8000001 values take", "more than a quarter of"];
+        check_failure(&finish(in_memory(2_000_000, line)), line, &parts);
+    }
+}
+
 #[test]
 fn other_tools_get_their_formats() {
     let formatted = |format: &str| {
