@@ -92,13 +92,14 @@ fn check_tokens(json: &Value) -> Result<(), String> {
 }
 
 /// Steps that put a text in the place of others, or before them, multiply their lengths: forty that double a character make a text
-/// that no memory holds.
+/// that no memory holds. So do maps, each by their longest text.
 fn check_growth(name: &str, part: &Value, sequence: &str) -> Result<(), String> {
     let chars = |value: &Value| value.as_str().map_or(1, |text| text.chars().count().max(1)) as f64;
     let mut all = 1.0;
     each(part, sequence, &mut |part| {
         let replaced = chars(&part["pattern"]["String"]);
-        all *= (chars(&part["content"]) / replaced).max(1.0) * chars(&part["prepend"]);
+        let mapped = part["precompiled_charsmap"].as_str().map_or(1, longest_mapped);
+        all *= (chars(&part["content"]) / replaced).max(1.0) * chars(&part["prepend"]) * mapped as f64;
         match all > MOST_GROWTH {
             true => Err(format!("the {name} may make more than {MOST_GROWTH} characters of one")),
             false => Ok(()),
@@ -122,6 +123,40 @@ fn check_charsmap(part: &Value) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+/// Returns the most characters that a charsmap puts in the place of one, at least one. Behind its trie lie texts, each of which ends at
+/// a zero byte or with the map, and which a value of the trie may enter at any byte.
+fn longest_mapped(charsmap: &str) -> usize {
+    let mut bytes = decoded(charsmap);
+    let stated = (0..4).try_fold(0u32, |stated, i| Some(stated | u32::from(bytes.next()?) << (8 * i)));
+    // The crate reads whole units of the trie, of four bytes each.
+    let texts = bytes.skip(stated.unwrap_or(0) as usize / 4 * 4);
+    let (mut longest, mut length) = (1, 0);
+    for byte in texts {
+        match byte {
+            0 => length = 0,
+            // A byte inside a character.
+            0x80..=0xBF => {}
+            _ => {
+                length += 1;
+                longest = longest.max(length);
+            }
+        }
+    }
+    longest
+}
+
+/// Returns the bytes of a text in base64. What is no base64 is for the crate to name.
+fn decoded(text: &str) -> impl Iterator<Item = u8> {
+    text.as_bytes().chunks(4).flat_map(|four| {
+        let (mut bits, mut known) = (0u64, 0);
+        for (i, six) in four.iter().map_while(|&byte| sextet(byte)).enumerate() {
+            bits |= six << (58 - 6 * i);
+            known = i + 1;
+        }
+        bits.to_be_bytes().into_iter().take(known * 6 / 8)
+    })
 }
 
 /// Returns the six bits of a character of base64.
@@ -310,6 +345,50 @@ mod tests {
         for text in ["", "////", "!!!!!!!!"] {
             let message = found(map(text));
             assert!(!message.is_empty() && !message.contains("states a trie"), "{text}: {message}");
+        }
+    }
+
+    #[test]
+    fn base64_is_decoded_with_and_without_padding() {
+        for (text, wanted) in [
+            ("", &b""[..]),
+            ("YQ==", b"a"),
+            ("YQ", b"a"),
+            ("YWI=", b"ab"),
+            ("YWJj", b"abc"),
+            ("YWJjZA==", b"abcd"),
+            ("w6n/+w", b"\xC3\xA9\xFF\xFB"),
+        ] {
+            assert_eq!(decoded(text).collect::<Vec<u8>>(), wanted, "{text}");
+        }
+    }
+
+    #[test]
+    fn texts_of_a_charsmap_have_the_limit_of_growth() {
+        // A trie of one unit and an "a". Then "xxx", "é" six times, which has two bytes, or "xx" and a zero.
+        let (start, xxx, accents, end) = ("BAAAAAAAAABh", "eHh4", "w6nDqcOpw6nDqcOp", "eHgA");
+        let map = |texts: &[(&str, usize)]| {
+            let texts: String = texts.iter().map(|(text, times)| text.repeat(*times)).collect();
+            json!({"type": "Precompiled", "precompiled_charsmap": format!("{start}{texts}")})
+        };
+        let two = |part: Value| json!({"type": "Sequence", "normalizers": [part.clone(), part]});
+        let found = |part: Value| message(json!({"/normalizer": part}));
+        // Texts of 4096, 4095 behind another, and 4093 characters, and of 64 in each of two maps.
+        for good in [
+            map(&[(xxx, 1365)]),
+            map(&[(xxx, 1000), (end, 1), (xxx, 1365)]),
+            map(&[(accents, 682)]),
+            two(map(&[(xxx, 21)])),
+        ] {
+            assert_eq!(found(good), "");
+        }
+        for bad in [
+            map(&[(xxx, 1366)]),
+            map(&[(end, 1), (xxx, 1366), (end, 1)]),
+            map(&[(accents, 683)]),
+            two(map(&[(xxx, 22)])),
+        ] {
+            assert_eq!(found(bad), "the normalizer may make more than 4096 characters of one");
         }
     }
 
