@@ -1,17 +1,16 @@
 //! Scoring of tokens that do not see what the same pass makes of earlier ones: each sees the keys and values of a cache before its own
 //! position, and its own.
 
-use dsmoe_kernels::{attention, cross_entropy};
+use dsmoe_kernels::attention;
 use rayon::prelude::*;
 
 use super::Inference;
 use super::cache::Cache;
 use super::cpu::{CpuInference, Heads, Workspace};
-use super::lent::Lent;
 use crate::config::LayerShape;
 use crate::error::Result;
 use crate::model::ropes::Turn;
-use crate::model::tensors::{Batch, attention_dims, check_input, in_pool, logits_of};
+use crate::model::tensors::{Batch, attention_dims, check_input};
 
 /// The keys and values of earlier tokens, to which the tokens of one sequence attend.
 struct Seen<'a> {
@@ -86,22 +85,11 @@ impl CpuInference {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let Batch { inputs, targets, seq } = batch;
-        in_pool(|| {
+        self.score_pass(losses, targets, workspace, |workspace| {
             self.forward(inputs, None, workspace, |layer, heads| {
                 self.attend_after(layer, heads, seen, (start, seq));
             });
-            let Workspace { h, logits, .. } = workspace;
-            cross_entropy::ForwardPacked {
-                losses,
-                hidden_states: h,
-                head: &self.head,
-                targets,
-                logits: logits_of(&self.config),
-                space: logits,
-            }
-            .run();
-        });
-        self.lent.as_ref().map_or(Ok(()), Lent::outcome)
+        })
     }
 
     /// Computes the attention of `seq` tokens of every sequence, from position `start` on, each over the positions of its cache before

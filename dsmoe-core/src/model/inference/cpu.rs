@@ -235,8 +235,21 @@ impl CpuInference {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let Batch { inputs, targets, seq } = batch;
-        in_pool(|| {
+        self.score_pass(losses, targets, workspace, |workspace| {
             self.hidden_states(inputs, seq, None, stats, workspace);
+        })
+    }
+
+    /// Sets `losses` from the normed hidden states that `pass` sets in the workspace, and returns the error of layers that are lent.
+    pub(super) fn score_pass(
+        &self,
+        losses: &mut [f32],
+        targets: &[u32],
+        workspace: &mut Workspace,
+        pass: impl FnOnce(&mut Workspace) + Send,
+    ) -> Result<()> {
+        in_pool(|| {
+            pass(workspace);
             let Workspace { h, logits, .. } = workspace;
             cross_entropy::ForwardPacked {
                 losses,
