@@ -120,7 +120,6 @@ fn all_experts_are_the_dense_model() {
     }
 }
 
-/// The experts of one method are a partition for another.
 /// A dense export with folded gates has the experts' neurons in their order, each expert's columns times its factor.
 #[test]
 fn folded_factors_scale_the_blocks_of_their_experts() {
@@ -150,6 +149,7 @@ fn folded_factors_scale_the_blocks_of_their_experts() {
     assert!(logits(&out).iter().all(|z| z.is_finite()));
 }
 
+/// The experts of one method are a partition for another.
 #[test]
 fn the_experts_file_is_a_partition_to_convert_by() {
     let dir = tempfile::tempdir().unwrap();
@@ -201,34 +201,45 @@ fn training_moves_every_part_of_the_gate_and_the_loss_goes_down() {
     assert!(last < 0.95 * first, "{first} to {last}");
 }
 
-/// Inputs with one large direction in four: the experts that answer them differ.
+/// The dense model with embeddings beside which attention and FFNs add little. A token then has nearly the same labels wherever it
+/// stands, which a linear router can learn, since there are fewer tokens than features.
+fn dense_by_token(dir: &Path) -> PathBuf {
+    let mut model = Model::load(&dense(dir)).unwrap();
+    let range = model.layout().get("model.embed_tokens.weight").unwrap().range.clone();
+    model.params_mut()[range].iter_mut().for_each(|p| *p *= 50.0);
+    common::saved(&model, &dir.join("by-token"), Dtype::F32)
+}
+
 #[test]
 fn a_router_of_factorllm_learns_its_labels_and_training_leaves_it() {
     let dir = tempfile::tempdir().unwrap();
-    let model = dense(dir.path());
+    let model = dense_by_token(dir.path());
     let found = |made: &Made, name: &str| {
         let of = |layer: usize| format!("layer {layer}: {name}");
         let value = |layer| made.measured.iter().find(|(known, _)| *known == of(layer)).expect(name).1;
         (value(0) + value(1)) / 2.0
     };
-    let taught = |out: &str, set: &[&str]| {
-        let set: Vec<&str> =
-            ["experts=8", "learning_rate=0.01"].into_iter().chain(set.iter().copied()).collect();
+    let taught = |out: &str, epochs: &str, set: &[&str]| {
+        let set = [&["experts=8", "learning_rate=0.01", epochs][..], set].concat();
         Run::new("factorllm", &set, 0.8, &tokens(64, SEQ)).run(&model, &dir.path().join(out)).unwrap()
     };
-    let random = taught("random", &["epochs=0"]);
     for (out, set) in [
-        ("single", &["epochs=40"][..]),
-        ("subset", &["epochs=40", "label=subset"]),
-        ("norm", &["epochs=40", "label=norm", "target=share"]),
+        ("single", &["label=single"][..]),
+        ("subset", &["label=subset"]),
+        ("norm", &["label=norm", "target=share"]),
     ] {
-        let made = taught(out, set);
+        let (random, made) =
+            (taught(&format!("{out}-random"), "epochs=0", set), taught(out, "epochs=20", set));
         let [before, after] = [&random, &made].map(|made| found(made, "share of labels found"));
-        assert!(after > before + 0.05, "{out}: {before} to {after}");
+        // Half of the experts run.
+        assert!(before < 0.65 && after > 0.85, "{out}: {before} to {after}");
         let errors = ["error of the labels", "error of the router", "error of random experts"];
         let [labels, router, chance] = errors.map(|name| found(&made, name));
-        // The other labels do not look at the error of the sum.
-        assert!(out != "subset" || (labels < router && router < chance), "{out}: {labels} {router} {chance}");
+        // The other labels do not look at the error of the sum, of which these are the least.
+        if out == "subset" {
+            let [above, range] = [router, chance].map(|error| error - labels);
+            assert!(above > -1e-9 && above < 0.5 * range, "{out}: {labels} {router} {chance}");
+        }
     }
 
     let mut model = Model::load(&dir.path().join("subset")).unwrap();
