@@ -113,6 +113,16 @@ pub(crate) fn on_text() -> String {
     format!("--data text.txt --doc-separator {SEPARATOR}")
 }
 
+/// The arguments of a short calibration on the text.
+pub(crate) fn calib() -> String {
+    format!("{} --samples 8 --seq 32", on_text().replacen("--data", "--calib", 1))
+}
+
+/// The loss of the model in `dir` on some of the text.
+pub(crate) fn nll(dir: &str) -> f64 {
+    number(&json_of(&format!("eval {dir} {} --seq 32 --limit-tokens 600", on_text()))["nll"])
+}
+
 /// The words of a command line. What stands between single quotes is one word.
 fn words(line: &str) -> Vec<String> {
     let parts = line.split('\'').enumerate();

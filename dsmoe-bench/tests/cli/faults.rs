@@ -46,35 +46,31 @@ fn twenty_kills_at_random_moments_do_not_change_a_bit() {
     assert!(weights("calm") == weights("killed"), "weights differ after {kills} kills");
 }
 
+/// Trains into `whole`, and into `parts` until `signal`, which has to end the run with `code`, these words and a checkpoint. The
+/// rest has to come to the same weights.
+fn a_signal_saves(signal: &str, (code, words): (i32, &str), [whole, parts]: [&str; 2]) {
+    succeeds(&train(whole, 200, ""));
+    let line = train(parts, 200, "--resume");
+    let child = spawn(&line);
+    let [metrics, model] = ["metrics.jsonl", "model.safetensors"].map(|name| path(parts).join(name));
+    wait_until("training", || fs::metadata(&metrics).is_ok_and(|file| file.len() >= 3000));
+    let run = end(child, signal);
+    assert_eq!(run.code, code, "{}", run.stderr);
+    shows(&run.stderr, &[words]);
+    assert!(newest_checkpoint(parts).is_some());
+    assert!(!model.exists(), "a run that was stopped has no final model");
+    succeeds(&line);
+    assert!(weights(whole) == weights(parts), "weights differ after {signal}");
+}
+
 #[test]
 fn an_interrupt_saves_and_the_rest_is_the_same() {
-    succeeds(&train("uninterrupted", 200, ""));
-    let line = train("interrupted", 200, "--resume");
-    let child = spawn(&line);
-    let metrics = path("interrupted/metrics.jsonl");
-    wait_until("training", || fs::metadata(&metrics).is_ok_and(|file| file.len() >= 3000));
-    let run = end(child, "-INT");
-    assert_eq!(run.code, 130, "{}", run.stderr);
-    shows(&run.stderr, &["--resume"]);
-    assert!(newest_checkpoint("interrupted").is_some());
-    assert!(!path("interrupted/model.safetensors").exists(), "an interrupted run has no final model");
-    succeeds(&line);
-    assert!(weights("uninterrupted") == weights("interrupted"), "weights differ after an interrupt");
+    a_signal_saves("-INT", (130, "--resume"), ["uninterrupted", "interrupted"]);
 }
 
 #[test]
 fn a_user_signal_saves_and_the_rest_is_the_same() {
-    succeeds(&train("unsignalled", 200, ""));
-    let line = train("signalled", 200, "--resume");
-    let child = spawn(&line);
-    let metrics = path("signalled/metrics.jsonl");
-    wait_until("training", || fs::metadata(&metrics).is_ok_and(|file| file.len() >= 3000));
-    let run = end(child, "-USR1");
-    assert_eq!(run.code, 0, "{}", run.stderr);
-    shows(&run.stderr, &["dsmoe: stopping after this step"]);
-    assert!(newest_checkpoint("signalled").is_some() && !path("signalled/model.safetensors").exists());
-    succeeds(&line);
-    assert!(weights("unsignalled") == weights("signalled"), "weights differ after a signal");
+    a_signal_saves("-USR1", (0, "dsmoe: stopping after this step"), ["unsignalled", "signalled"]);
 }
 
 /// Returns whether this process was started by `nohup` or its like.

@@ -3,11 +3,7 @@
 use dsmoe_core::family;
 use serde_json::{Value, json};
 
-use crate::common::{agrees, fails, json_of, number, on_text, path, run, succeeds};
-
-fn nll(dir: &str) -> f64 {
-    number(&json_of(&format!("eval {dir} {} --seq 32 --limit-tokens 600", on_text()))["nll"])
-}
+use crate::common::{agrees, calib, fails, json_of, nll, number, on_text, path, run, succeeds};
 
 #[test]
 fn the_docs_name_all_families_of_mixtures() {
@@ -60,7 +56,7 @@ fn a_mixture_is_made_measured_trained_and_exported() {
 #[test]
 fn experts_are_merged_and_dropped_and_the_model_serves_on() {
     succeeds("convert dense --as mixtral --experts 4 --top-k 2 --seed 3 --out many");
-    let calib = format!("{} --samples 8 --seq 32", on_text().replacen("--data", "--calib", 1));
+    let calib = calib();
     let (held, before) = (number(&json_of("inspect many")["params_total"]), nll("many"));
     for (method, set, budget) in [
         ("hc-smoe", "", "held:70%"),

@@ -4,15 +4,31 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::common::{
-    agrees, config, end, fails, json_of, killed_after, kills_change_no_byte, list, number, on_text, path,
-    run, shows, spawn, succeeds, wait_until, write,
+    agrees, calib, config, end, fails, json_of, killed_after, kills_change_no_byte, list, nll, number,
+    on_text, path, run, shows, spawn, succeeds, wait_until, write,
 };
 
-fn calib() -> String {
-    format!("{} --samples 8 --seq 32", on_text().replacen("--data", "--calib", 1))
+/// Trains the model in `dir` for four steps, into `dir` with `-run` behind it.
+fn trains(dir: &str) {
+    let steps = format!("{} --steps 4 --batch 2 --seq 32 --lr 1e-3", on_text());
+    let trained = json_of(&format!("train {dir} {steps} --out {dir}-run"));
+    assert_eq!(number(&trained["steps"]), 4.0, "{trained}");
+}
+
+/// Checks that the model in `dir`, which a command with this report has made, can be measured, generates text and learns. Returns
+/// what `inspect` says of it, and its loss.
+fn serves_on(dir: &str, report: &Value) -> (Value, f64) {
+    let seen = json_of(&format!("inspect {dir}"));
+    assert_eq!(number(&seen["params_total"]), number(&report["params_total"]), "{report}");
+    let loss = nll(dir);
+    assert!(loss.is_finite(), "{dir}: {loss}");
+    succeeds(&format!("generate {dir} --prompt Once --max-tokens 4 --temperature 0"));
+    trains(dir);
+    assert!(nll(&format!("{dir}-run")).is_finite(), "{dir}");
+    (seen, loss)
 }
 
 #[test]
@@ -80,20 +96,9 @@ fn parts_of_one_ffn_are_dropped_and_the_model_serves_on() {
             (number(&report["source_held"]), &report["params_total"]),
             (held, &planned["params_total"])
         );
-        let seen = json_of(&format!("inspect {out}"));
-        assert_eq!(number(&seen["params_total"]), number(&report["params_total"]), "{report}");
+        let (seen, after) = serves_on(&out, &report);
         let share = number(&seen["params_total"]) / held;
         assert!((0.85..=0.92).contains(&share), "{from}: {share}");
-        let text = on_text();
-        let nll =
-            |dir: &str| number(&json_of(&format!("eval {dir} --seq 32 --limit-tokens 600 {text}"))["nll"]);
-        let after = nll(&out);
-        assert!(after.is_finite(), "{from}: {after}");
-        succeeds(&format!("generate {out} --prompt Once --max-tokens 4 --temperature 0"));
-        let steps = format!("{text} --steps 4 --batch 2 --seq 32 --lr 1e-3");
-        let trained = json_of(&format!("train {out} {steps} --out {out}-run"));
-        assert_eq!(number(&trained["steps"]), 4.0, "{trained}");
-        assert!(nll(&format!("{out}-run")).is_finite(), "{from}");
         for form in ["native", "hf"] {
             let copy = format!("{out}-{form}");
             succeeds(&format!("export {out} --as {form} --out {copy}"));
@@ -128,9 +133,7 @@ fn parts_of_one_ffn_are_dropped_and_the_model_serves_on() {
             };
             assert_eq!(map.is_array(), router == "map", "{out}: {seen}");
         }
-        let steps = format!("{} --steps 4 --batch 2 --seq 32 --lr 1e-3", on_text());
-        let trained = json_of(&format!("train {from}-map {steps} --out {from}-map-run"));
-        assert_eq!(number(&trained["steps"]), 4.0, "{trained}");
+        trains(&format!("{from}-map"));
         succeeds(&format!("export {from}-map --as native --out {from}-map-native"));
         let refusal = &["expert_map says that gates share experts", "--as native"];
         fails(&format!("export {from}-map --as hf --out {from}-map-hf"), refusal);
@@ -144,7 +147,7 @@ fn parts_of_one_ffn_are_dropped_and_the_model_serves_on() {
 /// Layers of different numbers of experts, in the commands that read them.
 #[test]
 fn one_expert_of_a_whole_model_is_dropped() {
-    let (calib, text) = (calib(), on_text());
+    let calib = calib();
     for (out, made) in
         [("uneven-gated", "dsmoe --set experts=8"), ("uneven-chosen", "llama-moe --set experts=8")]
     {
@@ -152,22 +155,12 @@ fn one_expert_of_a_whole_model_is_dropped() {
         let line =
             format!("prune {out}-source --method seer-moe --set allocation=global --budget held:99.9%");
         let report = json_of(&format!("{line} {calib} --out {out}"));
-        let seen = json_of(&format!("inspect {out}"));
-        assert_eq!(number(&seen["params_total"]), number(&report["params_total"]), "{report}");
+        let (seen, before) = serves_on(out, &report);
         let of = if out == "uneven-gated" { &seen["experts"] } else { &seen["ffn"]["settings"] };
         let mut layers: Vec<u64> = serde_json::from_value(of["experts_per_layer"].clone()).unwrap();
         layers.sort_unstable();
         assert_eq!((layers[0], &of["num_experts"]), (7, &json!(8)), "{of}");
         assert!(layers[1..].iter().all(|&experts| experts == 8), "{layers:?}");
-        let nll =
-            |dir: &str| number(&json_of(&format!("eval {dir} --seq 32 --limit-tokens 600 {text}"))["nll"]);
-        let before = nll(out);
-        assert!(before.is_finite());
-        succeeds(&format!("generate {out} --prompt Once --max-tokens 4 --temperature 0"));
-        let steps = format!("{text} --steps 4 --batch 2 --seq 32 --lr 1e-3");
-        let trained = json_of(&format!("train {out} {steps} --out {out}-run"));
-        assert_eq!(number(&trained["steps"]), 4.0, "{trained}");
-        assert!(nll(&format!("{out}-run")).is_finite());
         succeeds(&format!("export {out} --as native --out {out}-native"));
         assert_eq!(nll(&format!("{out}-native")), before);
         let refusal = &["experts_per_layer", "different numbers of experts", "--as native"];

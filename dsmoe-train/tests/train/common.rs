@@ -148,6 +148,19 @@ impl Bed {
         heard
     }
 
+    /// One invocation on the first text, which `observer` hears and `stop` ends.
+    pub(crate) fn watched(
+        &self,
+        observer: &mut dyn Observer,
+        stop: &AtomicBool,
+        more: &[&str],
+        options: RunOptions,
+    ) -> Outcome {
+        let model = Model::load(&self.source).unwrap();
+        let mut trainer = Trainer::new(model, &text(1), settings(more), options).unwrap();
+        trainer.run(observer, stop).unwrap()
+    }
+
     /// One whole run.
     pub(crate) fn whole(&self, name: &str, more: &[&str]) -> Heard {
         self.ends(Outcome::Finished, more, self.options(name))

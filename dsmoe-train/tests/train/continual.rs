@@ -55,6 +55,18 @@ fn whole(bed: &Bed, out: &str, method: Method, tasks: &[Task]) -> ContinualRepor
     learn(&options(bed, out, method), tasks, &mut |_| true).unwrap()
 }
 
+/// Learns all tasks in `whole`, and returns its report beside the options that do so in `parts`, which resume.
+fn whole_and_parts(
+    bed: &Bed,
+    train: TrainConfig,
+    method: Method,
+    tasks: &[Task],
+) -> (ContinualReport, ContinualOptions) {
+    let whole = ContinualOptions { train, ..options(bed, "whole", method) };
+    let report = learn(&whole, tasks, &mut |_| true).unwrap();
+    (report, ContinualOptions { out: bed.path("parts"), resume: true, ..whole })
+}
+
 fn after(bed: &Bed, out: &str, task: &str) -> std::path::PathBuf {
     bed.path(out).join("tasks").join(task)
 }
@@ -105,8 +117,7 @@ const ALL: &str =
 fn what_is_interrupted_ends_as_a_whole() {
     let bed = Bed::new(false);
     let tasks = three(12);
-    let report = whole(&bed, "whole", method(ALL), &tasks);
-    let parts = ContinualOptions { resume: true, ..options(&bed, "parts", method(ALL)) };
+    let (report, parts) = whole_and_parts(&bed, train(), method(ALL), &tasks);
     // A process was killed in its first write. No process has the largest number.
     std::fs::create_dir(bed.path("parts")).unwrap();
     if std::path::Path::new("/proc/self").exists() {
@@ -175,9 +186,7 @@ fn a_task_goes_on_from_a_checkpoint_inside_it() {
         let tasks = three(12);
         let gates = if experts { "active_target=0.5" } else { "sparsity=1" };
         let train = settings(&[gates, "lr=1e-2", "save_every=5"]);
-        let of = |out: &str| ContinualOptions { train: train.clone(), ..options(&bed, out, method(text)) };
-        let report = learn(&of("whole"), &tasks, &mut |_| true).unwrap();
-        let parts = ContinualOptions { resume: true, ..of("parts") };
+        let (report, parts) = whole_and_parts(&bed, train, method(text), &tasks);
         for (dies, goes_on) in [(9u64, 6u64), (23, 23)] {
             let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 learn(&parts, &tasks, &mut |progress| {
@@ -206,8 +215,7 @@ fn an_interruption_is_heard_while_candidates_are_scored() {
     let bed = Bed::new(false);
     let tasks = three(6);
     let text = r#"{"prune": "none", "select": 0.25, "select_every": 6, "replay": 8}"#;
-    let report = whole(&bed, "whole", method(text), &tasks);
-    let parts = ContinualOptions { resume: true, ..options(&bed, "parts", method(text)) };
+    let (report, parts) = whole_and_parts(&bed, train(), method(text), &tasks);
     // The text is evaluated before the first task.
     let start = bed.path("parts").join("start.json");
     assert!(!learn(&parts, &tasks, &mut |_| !start.is_file()).unwrap().finished);
@@ -240,10 +248,7 @@ fn an_interruption_is_heard_while_held_out_text_is_evaluated() {
         let bed = Bed::new(experts);
         let tasks = three(4);
         let gates = if experts { "active_target=0.5" } else { "sparsity=1" };
-        let train = settings(&[gates, "lr=1e-2"]);
-        let of = |out: &str| ContinualOptions { train: train.clone(), ..options(&bed, out, method(text)) };
-        let report = learn(&of("whole"), &tasks, &mut |_| true).unwrap();
-        let parts = ContinualOptions { resume: true, ..of("parts") };
+        let (report, parts) = whole_and_parts(&bed, settings(&[gates, "lr=1e-2"]), method(text), &tasks);
         let (mut calls, mut between_steps) = (1, 0);
         loop {
             let mut heard = Vec::new();

@@ -75,6 +75,13 @@ impl Shared<'_> {
         RunOptions { stop_after, resume, zero, comm, ..RunOptions::new(self.source, self.out) }
     }
 
+    /// Loads what a process has of the model.
+    fn model(&self) -> Result<Model> {
+        let outline = self.zero.on(self.size) == Zero::Parameters;
+        let load = if outline { Model::load_outline } else { Model::load };
+        Ok(load(self.source)?)
+    }
+
     /// Runs it, process `rank` with the communicator and the settings that `of` returns, and returns all outcomes.
     fn run_with(
         &self,
@@ -85,16 +92,38 @@ impl Shared<'_> {
                 let of = &of;
                 scope.spawn(move || {
                     let (comm, config) = of(member);
-                    let outline = self.zero.on(self.size) == Zero::Parameters;
-                    let load = if outline { Model::load_outline } else { Model::load };
-                    let model = load(self.source)?;
-                    let mut trainer = Trainer::new(model, &text(1), config, self.options(comm))?;
+                    let options = self.options(comm);
+                    let mut trainer = Trainer::new(self.model()?, &text(1), config, options)?;
                     trainer.run(&mut (), &AtomicBool::new(false))
                 })
             };
             let threads: Vec<_> = members(self.size, DEADLINE).into_iter().map(start).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         })
+    }
+
+    /// Runs it until all processes stop after `step`. Process `asked` has the observer that `own` makes, which may raise the flag of
+    /// that process.
+    fn stop_at(
+        &self,
+        step: u64,
+        more: &[&str],
+        asked: usize,
+        own: impl Fn(&AtomicBool) -> Box<dyn Observer + '_> + Sync,
+    ) {
+        std::thread::scope(|scope| {
+            for member in members(self.size, DEADLINE) {
+                scope.spawn(|| {
+                    let is_asked = member.rank() == asked;
+                    let (model, options) = (self.model().unwrap(), self.options(Arc::new(member)));
+                    let mut trainer = Trainer::new(model, &text(1), shared(more), options).unwrap();
+                    let flag = AtomicBool::new(false);
+                    let (mut own, mut ignore) = (own(&flag), ());
+                    let observer: &mut dyn Observer = if is_asked { &mut *own } else { &mut ignore };
+                    assert_eq!(trainer.run(observer, &flag).unwrap(), Outcome::Interrupted { step });
+                });
+            }
+        });
     }
 
     fn run(&self, more: &[&str]) {
@@ -521,20 +550,7 @@ fn all_stop_after_the_same_step_and_go_on() {
         let out = dir.path().join(format!("out {size}"));
         let run =
             Shared { source: &source, out: &out, size, steps: None, resume: false, zero: Zero::Moments };
-        std::thread::scope(|scope| {
-            for member in members(size, DEADLINE) {
-                scope.spawn(|| {
-                    let first = member.rank() == 0;
-                    let options = run.options(Arc::new(member));
-                    let model = Model::load(&source).unwrap();
-                    let mut trainer = Trainer::new(model, &text(1), shared(&more), options).unwrap();
-                    let (mut stop, mut ignore) = (StopByFile(out.join("stop")), ());
-                    let observer: &mut dyn Observer = if first { &mut stop } else { &mut ignore };
-                    let outcome = trainer.run(observer, &AtomicBool::new(false)).unwrap();
-                    assert_eq!(outcome, Outcome::Interrupted { step });
-                });
-            }
-        });
+        run.stop_at(step, &more, 0, |_| Box::new(StopByFile(out.join("stop"))));
         assert!(!out.join("stop").exists());
         Shared { resume: true, ..run }.run(&more);
         let model = |out: &Path| std::fs::read(out.join("model.safetensors")).unwrap();
@@ -561,22 +577,7 @@ fn all_stop_in_an_evaluation_if_one_is_to_and_make_it_up() {
     for zero in [Zero::Moments, Zero::Parameters] {
         let out = dir.path().join(format!("out {zero:?}"));
         let run = Shared { source: &source, out: &out, size: 2, steps: None, resume: false, zero };
-        std::thread::scope(|scope| {
-            for member in members(2, DEADLINE) {
-                scope.spawn(|| {
-                    let is_asked = member.rank() == 1;
-                    let options = run.options(Arc::new(member));
-                    let load = if zero == Zero::Parameters { Model::load_outline } else { Model::load };
-                    let model = load(&source).unwrap();
-                    let mut trainer = Trainer::new(model, &text(1), shared(&more), options).unwrap();
-                    let flag = AtomicBool::new(false);
-                    let (mut stop, mut ignore) = (StopInEvaluation(&flag), ());
-                    let observer: &mut dyn Observer = if is_asked { &mut stop } else { &mut ignore };
-                    let outcome = trainer.run(observer, &flag).unwrap();
-                    assert_eq!(outcome, Outcome::Interrupted { step: 4 });
-                });
-            }
-        });
+        run.stop_at(4, &more, 1, |flag| Box::new(StopInEvaluation(flag)));
         let state = std::fs::read_to_string(out.join("checkpoints/step-00000004/state.json")).unwrap();
         assert!(state.contains("\"left\": \"evaluation\""), "{state}");
         Shared { resume: true, ..run }.run(&more);

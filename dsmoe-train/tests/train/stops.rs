@@ -2,8 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dsmoe_core::Model;
-use dsmoe_train::{EvalReport, Observer, Outcome, StepRecord, Trainer};
+use dsmoe_train::{EvalReport, Observer, Outcome, StepRecord};
 
 use crate::common::*;
 use crate::held::switched;
@@ -58,9 +57,7 @@ fn a_stop_behind_a_step_is_made_up_for() {
         loop {
             let stop = AtomicBool::new(false);
             let mut observer = StopBehind { stop: &stop, at, calls: 0, heard: Heard::default() };
-            let model = Model::load(&bed.source).unwrap();
-            let mut trainer = Trainer::new(model, &text(1), settings(&more), bed.resumed(&out)).unwrap();
-            let outcome = trainer.run(&mut observer, &stop).unwrap();
+            let outcome = bed.watched(&mut observer, &stop, &more, bed.resumed(&out));
             let heard = observer.heard;
             steps.extend(heard.records.iter().map(|record| record.step));
             evals.extend(heard.evals.iter().map(|(step, report)| (*step, report.ppl)));
@@ -125,10 +122,8 @@ fn a_resume_of_a_run_that_a_resume_finished_evaluates_nothing() {
         bed.whole(&whole, &more);
         let stop = AtomicBool::new(false);
         let mut observer = StopInTheLastEvaluation { stop: &stop, last: 8, step: 0 };
-        let model = Model::load(&bed.source).unwrap();
-        let mut trainer = Trainer::new(model, &text(1), settings(&more), bed.options(&out)).unwrap();
-        assert_eq!(trainer.run(&mut observer, &stop).unwrap(), Outcome::Interrupted { step: 8 });
-        drop(trainer);
+        let outcome = bed.watched(&mut observer, &stop, &more, bed.options(&out));
+        assert_eq!(outcome, Outcome::Interrupted { step: 8 });
         let state = bed.path(&out).join("checkpoints/step-00000008/state.json");
         let saved = std::fs::read_to_string(&state).unwrap();
         assert!(saved.contains("\"left\": \"evaluation\""), "{kind}: {saved}");
@@ -167,9 +162,7 @@ fn a_stop_behind_fitted_thresholds_keeps_them() {
     let stop = AtomicBool::new(false);
     let mut observer = StopBehind { stop: &stop, at: 1, calls: 0, heard: Heard::default() };
     let run = |observer: &mut dyn Observer, stop: &AtomicBool| {
-        let model = Model::load(&bed.source).unwrap();
-        let mut trainer = Trainer::new(model, &text(1), settings(&more), bed.resumed("out")).unwrap();
-        trainer.run(observer, stop).unwrap()
+        bed.watched(observer, stop, &more, bed.resumed("out"))
     };
     let state = bed.path("out").join("checkpoints/step-00000004/state.json");
     let left = || std::fs::read_to_string(&state).unwrap();
