@@ -22,7 +22,9 @@ pub(crate) fn check_positions(prompt: usize, tokens: usize) -> Result<()> {
     check_size("tokens", tokens)?;
     let positions = prompt + tokens + 1;
     if positions > LARGEST {
-        bail!("--prompt {prompt} and --tokens {tokens} ask for {positions} positions, more than {LARGEST}; use fewer");
+        bail!(
+            "--prompt {prompt} and --tokens {tokens} ask for {positions} positions, more than {LARGEST}; use fewer"
+        );
     }
     Ok(())
 }
