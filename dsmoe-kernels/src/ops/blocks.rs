@@ -3,8 +3,8 @@
 use rayon::iter::plumbing::{Producer, ProducerCallback};
 use rayon::prelude::*;
 
-/// Values of one block.
-pub(crate) const BLOCK: usize = 1 << 14;
+/// Values of one block. Under Miri a small problem has several blocks, so that threads share it.
+pub(crate) const BLOCK: usize = if cfg!(miri) { 1 << 6 } else { 1 << 14 };
 
 /// Returns the rows of a block for rows of `width` values.
 pub(crate) fn block_rows(width: usize) -> usize {

@@ -40,8 +40,8 @@ pub const DECODE_QUERIES: usize = 4;
 /// Queries times heads of a group in a task of the forward pass: they share the packed keys.
 const BLOCK_ROWS: usize = 128;
 
-/// Multiply-adds below which threads cost more time than they save.
-const SERIAL_WORK: usize = 1 << 17;
+/// Multiply-adds below which threads cost more time than they save. Under Miri threads share small problems too.
+const SERIAL_WORK: usize = if cfg!(miri) { 1 << 4 } else { 1 << 17 };
 
 /// Sets `out` and `lse`.
 #[derive(Debug)]

@@ -15,10 +15,10 @@ use crate::crew;
 use crate::isa::Isa;
 use crate::simd::{Product, ProductKernel};
 
-/// Multiply-adds below which waking a second thread costs more than it saves.
-const SERIAL_WORK: usize = 1 << 18;
+/// Multiply-adds below which waking a second thread costs more than it saves. Under Miri threads share small problems too.
+const SERIAL_WORK: usize = if cfg!(miri) { 1 << 7 } else { 1 << 18 };
 /// The same for threads that wait in a crew.
-const SERIAL_WORK_OF_CREW: usize = 1 << 15;
+const SERIAL_WORK_OF_CREW: usize = if cfg!(miri) { 1 << 6 } else { 1 << 15 };
 /// Inner dimension of one round over C: the part of A that a task packs stays in the second-level cache.
 pub(crate) const ROUND: usize = 2048;
 /// Approximate f32 values of A that a task packs.
