@@ -75,6 +75,7 @@ impl Rng {
 #[cfg(test)]
 mod tests {
     use super::Rng;
+    use crate::testing::sized;
 
     #[test]
     fn equal_seeds_give_equal_streams_and_others_differ() {
@@ -90,7 +91,7 @@ mod tests {
     #[test]
     fn moments_are_those_of_the_distributions() {
         let mut rng = Rng::new(7, 0);
-        let n = 200_000;
+        let n = sized(200_000, 20_000);
         let (mut sum, mut squares, mut uniform) = (0.0f64, 0.0f64, 0.0f64);
         for _ in 0..n {
             let x = f64::from(rng.normal());

@@ -1,10 +1,10 @@
 use super::{Add, Scale, Sum, reference};
 use crate::isa::Isa;
-use crate::testing::{assert_close, assert_same_on_threads, f64s, normals};
+use crate::testing::{assert_close, assert_same_on_threads, f64s, normals, sized};
 
 #[test]
 fn sums_are_exact_to_rounding_on_every_tier() {
-    for n in [0, 1, 7, 16, 33, 40_000] {
+    for n in [0, 1, 7, 16, 33, sized(40_000, 150)] {
         let (a, b) = (normals(n, 1), normals(n, 2));
         let want: Vec<f32> = reference::sum(&f64s(&a), &f64s(&b), 1.0).iter().map(|&x| x as f32).collect();
         for isa in Isa::available() {
@@ -20,7 +20,7 @@ fn sums_are_exact_to_rounding_on_every_tier() {
 
 #[test]
 fn scaled_sums_agree_with_the_reference_on_every_tier() {
-    for n in [0, 1, 7, 16, 33, 40_000] {
+    for n in [0, 1, 7, 16, 33, sized(40_000, 150)] {
         let (a, b) = (normals(n, 1), normals(n, 2));
         let scaled: Vec<f32> = b.iter().map(|b| 0.22 * b).collect();
         let want = reference::sum(&f64s(&a), &f64s(&b), f64::from(0.22_f32));
@@ -36,7 +36,8 @@ fn scaled_sums_agree_with_the_reference_on_every_tier() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    let (a, b) = (normals(100_000, 1), normals(100_000, 2));
+    let n = sized(100_000, 200);
+    let (a, b) = (normals(n, 1), normals(n, 2));
     assert_same_on_threads("add", || {
         let mut out = vec![0.0; a.len()];
         Sum { out: &mut out, a: &a, b: &b }.run();

@@ -1,7 +1,7 @@
 use super::{Backward, BackwardHeads, Forward, ForwardHeads, ForwardSum, Heads, Restore, reference};
 use crate::isa::Isa;
 use crate::testing::{
-    assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
+    assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals, sized,
 };
 
 const EPS: f32 = 1e-5;
@@ -66,7 +66,10 @@ fn shifted(w: &[f32], offset: f32) -> Vec<f64> {
 }
 
 fn check_against_the_reference(offset: f32) {
-    for (tokens, hidden) in [(0, 8), (1, 1), (3, 7), (5, 16), (33, 100), (700, 65), (9, 2049)] {
+    for &(tokens, hidden) in sized::<&[_]>(
+        &[(0, 8), (1, 1), (3, 7), (5, 16), (33, 100), (700, 65), (9, 2049)],
+        &[(0, 8), (1, 1), (3, 7), (5, 16), (9, 33)],
+    ) {
         let (x, w) = (normals(tokens * hidden, 1), normals(hidden, 2));
         let dy = normals(tokens * hidden, 3);
         let whole = shifted(&w, offset);
@@ -92,7 +95,7 @@ fn joined_forms_are_the_sum_of_their_parts() {
 }
 
 fn check_joined_forms(offset: f32) {
-    let (tokens, hidden) = (300, 70);
+    let (tokens, hidden) = sized((300, 70), (9, 20));
     let [a, b, dy] = [1, 2, 3].map(|seed| normals(tokens * hidden, seed));
     let w = normals(hidden, 4);
     let x: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
@@ -117,10 +120,12 @@ fn check_joined_forms(offset: f32) {
 /// Every head of a strided matrix is a row of the plain norm: the bits are the same, and columns of others stay.
 #[test]
 fn heads_are_rows_of_one_head() {
-    let shapes =
-        [(0, 2, 8, 20, 0), (1, 1, 5, 5, 0), (7, 3, 8, 40, 9), (300, 4, 33, 140, 8), (9, 1, 700, 800, 100)];
-    for ((tokens, heads, head_dim, stride, first), offset) in
-        shapes.into_iter().zip([0.0, 1.0].into_iter().cycle())
+    let shapes = sized::<&[_]>(
+        &[(0, 2, 8, 20, 0), (1, 1, 5, 5, 0), (7, 3, 8, 40, 9), (300, 4, 33, 140, 8), (9, 1, 700, 800, 100)],
+        &[(0, 2, 8, 20, 0), (1, 1, 5, 5, 0), (7, 3, 8, 40, 9), (9, 2, 17, 40, 5)],
+    );
+    for (&(tokens, heads, head_dim, stride, first), offset) in
+        shapes.iter().zip([0.0, 1.0].into_iter().cycle())
     {
         let width = heads * head_dim;
         let (matrix, dmatrix) = (normals(tokens * stride, 1), normals(tokens * stride, 2));
@@ -175,9 +180,9 @@ fn heads_are_rows_of_one_head() {
 
 #[test]
 fn threads_do_not_change_a_bit_of_heads() {
-    let (tokens, heads, head_dim) = (900, 4, 32);
-    let norm = Heads { heads, stride: 200, offset: 1.0, eps: EPS };
-    let (matrix, w) = (normals(tokens * 200, 1), normals(head_dim, 2));
+    let (tokens, heads, head_dim, stride) = sized((900, 4, 32, 200), (20, 2, 8, 24));
+    let norm = Heads { heads, stride, offset: 1.0, eps: EPS };
+    let (matrix, w) = (normals(tokens * stride, 1), normals(head_dim, 2));
     assert_same_on_threads("rms_norm of heads", || {
         let (mut x, mut dx, mut dw) = (matrix.clone(), matrix.clone(), vec![0.0; head_dim]);
         let (mut saved, mut rstd) = (vec![0.0; tokens * heads * head_dim], vec![0.0; tokens * heads]);
@@ -210,7 +215,7 @@ fn a_nan_reaches_its_row_and_no_other() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    let (tokens, hidden) = (700, 130);
+    let (tokens, hidden) = sized((700, 130), (12, 20));
     let (x, w, dy) = (normals(tokens * hidden, 1), normals(hidden, 2), normals(tokens * hidden, 3));
     assert_same_on_threads("rms_norm", || {
         let rows = Rows { x: &x, w: &w, dy: &dy, offset: 0.0 };
