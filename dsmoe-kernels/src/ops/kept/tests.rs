@@ -3,7 +3,7 @@ use crate::Precision;
 use crate::isa::Isa;
 use crate::linear;
 use crate::matmul::{Mat, Packed};
-use crate::testing::{assert_close, assert_same_on_threads, f64s, is_tried, normals};
+use crate::testing::{assert_close, assert_same_on_threads, f64s, normals, sized};
 
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
@@ -40,17 +40,14 @@ fn values_by_hand() {
 fn products_agree_with_the_reference_on_every_tier() {
     for (rows, inputs, outputs) in [
         (1, 1, 1),
-        (1, 70, 33),
-        (3, 129, 65),
-        (1, 576, 200),
-        (FEW_ROWS, 37, 130),
-        (FEW_ROWS + 1, 64, 70),
+        (1, sized(70, 20), 33),
+        (3, sized(129, 7), 65),
+        (1, sized(576, 9), sized(200, 2)),
+        (FEW_ROWS, sized(37, 5), sized(130, 7)),
+        (FEW_ROWS + 1, sized(64, 5), sized(70, 33)),
         (0, 5, 5),
         (1, 40, 0),
-    ]
-    .into_iter()
-    .filter(|(rows, inputs, outputs)| is_tried(rows * inputs * outputs))
-    {
+    ] {
         let (x, w, bias) = (normals(rows * inputs, 1), normals(outputs * inputs, 2), normals(outputs, 3));
         for (isa, precision) in Isa::available().into_iter().flat_map(|isa| PRECISIONS.map(|p| (isa, p))) {
             let columns = Columns::new(precision, Mat::new(&w, outputs, inputs));
@@ -84,9 +81,9 @@ fn products_agree_with_the_reference_on_every_tier() {
 
 #[test]
 fn several_layers_with_their_own_thresholds_are_those_layers() {
-    const OUTPUTS: [usize; 3] = [70, 130, 3];
-    let (inputs, thresholds) = (90, [0.5, 0.5, 1.2]);
-    for rows in [1, 2, 9] {
+    const OUTPUTS: [usize; 3] = sized([70, 130, 3], [7, 33, 3]);
+    let (inputs, thresholds) = (sized(90, 6), [0.5, 0.5, 1.2]);
+    for rows in [1, 2, sized(9, 5)] {
         let x = normals(rows * inputs, 4);
         for precision in PRECISIONS {
             let ws = OUTPUTS.map(|outputs| {
@@ -128,7 +125,7 @@ fn several_layers_with_their_own_thresholds_are_those_layers() {
 
 #[test]
 fn many_rows_without_a_threshold_have_the_bits_of_the_linear_layer() {
-    let (rows, inputs, outputs) = (12, 70, 100);
+    let (rows, inputs, outputs) = sized((12, 70, 100), (5, 9, 33));
     let (x, w) = (normals(rows * inputs, 1), normals(outputs * inputs, 2));
     for precision in PRECISIONS {
         let (columns, packed) = (
@@ -146,8 +143,9 @@ fn many_rows_without_a_threshold_have_the_bits_of_the_linear_layer() {
 
 #[test]
 fn picked_rows_agree_with_the_reference_on_every_tier() {
-    let shapes = [(1, 1), (70, 33), (64, 129), (576, 20), (5, 0)];
-    for (inputs, outputs) in shapes.into_iter().filter(|(inputs, outputs)| is_tried(inputs * outputs)) {
+    for &(inputs, outputs) in
+        sized::<&[_]>(&[(1, 1), (70, 33), (64, 129), (576, 20), (5, 0)], &[(1, 1), (20, 33), (70, 5), (5, 0)])
+    {
         let (x, w, gates, bias) =
             (normals(inputs, 1), normals(outputs * inputs, 2), normals(outputs, 3), normals(outputs, 4));
         for (isa, precision) in Isa::available().into_iter().flat_map(|isa| PRECISIONS.map(|p| (isa, p))) {
@@ -174,7 +172,7 @@ fn picked_rows_agree_with_the_reference_on_every_tier() {
 
 #[test]
 fn pieces_of_rows_make_the_whole_matrix() {
-    let (outputs, inputs) = (150, 37);
+    let (outputs, inputs) = (150, sized(37, 7));
     let (w, x) = (normals(outputs * inputs, 1), normals(inputs, 2));
     for precision in PRECISIONS {
         let mut pieces = Columns::zeros(precision, outputs, inputs);
@@ -198,7 +196,7 @@ fn pieces_of_rows_make_the_whole_matrix() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    let (inputs, outputs) = (900, 1000);
+    let (inputs, outputs) = sized((900, 1000), (20, 150));
     let (x, w) = (normals(inputs, 1), normals(outputs * inputs, 2));
     let columns = Columns::new(Precision::Bf16, Mat::new(&w, outputs, inputs));
     assert_same_on_threads("kept", || {
