@@ -7,7 +7,7 @@ use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::matmul::{Mat, Packed, Precision};
 use crate::testing::{
-    assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals,
+    assert_close, assert_close_f64, assert_same_on_threads, f64s, finite_differences, normals, sized,
 };
 
 const PLAIN: Logits = Logits { scale: 1.0, cap: None };
@@ -84,9 +84,10 @@ fn train(
 
 #[test]
 fn forward_and_backward_agree_with_the_reference_on_every_tier() {
-    for (tokens, hidden, vocab) in
-        [(0, 3, 5), (1, 1, 1), (5, 3, 2), (9, 20, 33), (40, 16, 515), (1300, 4, 37), (3, 2, 20_000)]
-    {
+    for &(tokens, hidden, vocab) in sized::<&[_]>(
+        &[(0, 3, 5), (1, 1, 1), (5, 3, 2), (9, 20, 33), (40, 16, 515), (1300, 4, 37), (3, 2, 20_000)],
+        &[(0, 3, 5), (1, 1, 1), (4, 2, 17)],
+    ) {
         let dims = Dims { tokens, hidden, vocab };
         let (h, head) = (normals(tokens * hidden, 1), normals(vocab * hidden, 2));
         let targets = targets(dims);
@@ -112,7 +113,10 @@ fn forward_and_backward_agree_with_the_reference_on_every_tier() {
 
 #[test]
 fn a_packed_head_gives_the_same_losses() {
-    for (tokens, hidden, vocab) in [(0, 3, 5), (1, 1, 1), (9, 20, 33), (1300, 4, 37), (3, 700, 20_000)] {
+    for &(tokens, hidden, vocab) in sized::<&[_]>(
+        &[(0, 3, 5), (1, 1, 1), (9, 20, 33), (1300, 4, 37), (3, 700, 20_000)],
+        &[(0, 3, 5), (1, 1, 1), (4, 2, 17)],
+    ) {
         let dims = Dims { tokens, hidden, vocab };
         let (h, head) = (normals(tokens * hidden, 1), normals(vocab * hidden, 2));
         let packed = Packed::new(Precision::F32, Mat::new(&head, vocab, hidden));
@@ -130,9 +134,10 @@ fn a_packed_head_gives_the_same_losses() {
 /// Rounding the operands to bf16 by hand and multiplying in f32 is what the precision means.
 #[test]
 fn bf16_rounds_the_operands_of_the_products() {
-    let dims = Dims { tokens: 50, hidden: 24, vocab: 90 };
+    let (tokens, hidden, vocab) = sized((50, 24, 90), (3, 6, 17));
+    let dims = Dims { tokens, hidden, vocab };
     let rounded = |x: Vec<f32>| -> Vec<f32> { x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect() };
-    let (h, head) = (normals(50 * 24, 1), normals(90 * 24, 2));
+    let (h, head) = (normals(tokens * hidden, 1), normals(vocab * hidden, 2));
     let targets = targets(dims);
     let [wide_h, wide_head] = [f64s(&h), f64s(&head)];
     let problem = Problem { h: &wide_h, head: &wide_head, targets: &targets, logits: PLAIN, dims };
@@ -184,7 +189,7 @@ fn large_logits_do_not_overflow_and_nan_stays() {
 
 #[test]
 fn log_probabilities_agree_with_the_reference_on_every_tier() {
-    for n in [1, 2, 16, 47, 5000] {
+    for n in [1, 2, 16, 47, sized(5000, 200)] {
         let z: Vec<f32> = normals(n, 1).iter().map(|z| 20.0 * z).collect();
         let want = reference::log_softmax(&f64s(&z));
         for isa in Isa::available() {
@@ -198,7 +203,7 @@ fn log_probabilities_agree_with_the_reference_on_every_tier() {
 #[test]
 fn logits_of_their_own_are_those_of_the_losses() {
     for logits in VARIANTS {
-        let products: Vec<f32> = normals(20_000, 1).iter().map(|z| 10.0 * z).collect();
+        let products: Vec<f32> = normals(sized(20_000, 100), 1).iter().map(|z| 10.0 * z).collect();
         let want: Vec<f64> = products
             .iter()
             .map(|&z| {
@@ -219,8 +224,9 @@ fn logits_of_their_own_are_those_of_the_losses() {
 
 #[test]
 fn threads_do_not_change_a_bit() {
-    let dims = Dims { tokens: 600, hidden: 40, vocab: 333 };
-    let (h, head, targets) = (normals(600 * 40, 1), normals(333 * 40, 2), targets(dims));
+    let (tokens, hidden, vocab) = sized((600, 40, 333), (5, 2, 17));
+    let dims = Dims { tokens, hidden, vocab };
+    let (h, head, targets) = (normals(tokens * hidden, 1), normals(vocab * hidden, 2), targets(dims));
     assert_same_on_threads("cross_entropy", || {
         train(Isa::current(), Precision::F32, [&h, &head], &targets, (0.1, VARIANTS[3]), dims)
     });
@@ -353,7 +359,9 @@ fn the_reference_gradient_of_a_distillation_is_the_derivative() {
 
 #[test]
 fn a_distillation_agrees_with_the_reference_on_every_tier() {
-    for (tokens, hidden, vocab) in [(1, 1, 1), (9, 20, 33), (1030, 4, 37), (3, 70, 20_000)] {
+    for &(tokens, hidden, vocab) in
+        sized::<&[_]>(&[(1, 1, 1), (9, 20, 33), (1030, 4, 37), (3, 70, 20_000)], &[(1, 1, 1), (4, 2, 17)])
+    {
         let dims = Dims { tokens, hidden, vocab };
         for (logits, weight) in VARIANTS.into_iter().zip([0.9, 1.0, 0.5, 0.0]) {
             let of = Distillation::new(dims, hidden + 3, logits, weight);
@@ -382,8 +390,9 @@ fn a_distillation_agrees_with_the_reference_on_every_tier() {
 
 #[test]
 fn a_teacher_without_weight_changes_no_gradient_and_one_like_the_student_no_loss() {
-    let dims = Dims { tokens: 40, hidden: 12, vocab: 50 };
-    let silent = Distillation::new(dims, 12, PLAIN, 0.0);
+    let (tokens, hidden, vocab) = sized((40, 12, 50), (3, 3, 9));
+    let dims = Dims { tokens, hidden, vocab };
+    let silent = Distillation::new(dims, hidden, PLAIN, 0.0);
     for isa in Isa::available() {
         let [losses, _, dh, dhead] = silent.run(isa);
         let plain =
@@ -391,7 +400,7 @@ fn a_teacher_without_weight_changes_no_gradient_and_one_like_the_student_no_loss
         for (got, want) in [losses, dh, dhead].iter().zip(&plain) {
             assert_close(isa.name(), got, &f64s(want), 1e-6);
         }
-        let mut like = Distillation::new(dims, 12, VARIANTS[3], 1.0);
+        let mut like = Distillation::new(dims, hidden, VARIANTS[3], 1.0);
         (like.teacher_h, like.teacher_head) = (like.h.clone(), like.head.clone());
         let [_, divergences, dh, _] = like.run(isa);
         assert!(divergences.iter().all(|x| x.abs() < 1e-5), "{divergences:?}");
@@ -435,9 +444,10 @@ fn the_reference_gradient_of_the_most_likely_tokens_is_the_derivative() {
 
 #[test]
 fn the_most_likely_tokens_are_those_of_sorted_logits() {
-    for (tokens, hidden, vocab, tops) in
-        [(1, 1, 1, [1, 1]), (9, 20, 33, [1, 33]), (1030, 4, 37, [5, 36]), (3, 70, 20_000, [64, 300])]
-    {
+    for &(tokens, hidden, vocab, tops) in sized::<&[_]>(
+        &[(1, 1, 1, [1, 1]), (9, 20, 33, [1, 33]), (1030, 4, 37, [5, 36]), (3, 70, 20_000, [64, 300])],
+        &[(1, 1, 1, [1, 1]), (4, 2, 17, [1, 17])],
+    ) {
         for (logits, top) in VARIANTS.into_iter().flat_map(|logits| tops.map(|top| (logits, top))) {
             let of = Distillation::new(Dims { tokens, hidden, vocab }, hidden, logits, 1.0);
             for isa in Isa::available() {
@@ -483,9 +493,10 @@ fn the_most_likely_tokens_are_those_of_sorted_logits() {
 
 #[test]
 fn a_distillation_of_the_most_likely_tokens_agrees_with_the_reference_on_every_tier() {
-    for (tokens, hidden, vocab, top) in
-        [(1, 1, 1, 1), (9, 20, 33, 33), (9, 20, 33, 4), (1030, 4, 37, 5), (3, 70, 20_000, 64)]
-    {
+    for &(tokens, hidden, vocab, top) in sized::<&[_]>(
+        &[(1, 1, 1, 1), (9, 20, 33, 33), (9, 20, 33, 4), (1030, 4, 37, 5), (3, 70, 20_000, 64)],
+        &[(1, 1, 1, 1), (2, 2, 9, 9), (4, 2, 17, 4)],
+    ) {
         let dims = Dims { tokens, hidden, vocab };
         for (logits, weight) in VARIANTS.into_iter().zip([0.9, 1.0, 0.5, 0.0]) {
             let of = Distillation::new(dims, hidden + 3, logits, weight);
@@ -509,7 +520,8 @@ fn a_distillation_of_the_most_likely_tokens_agrees_with_the_reference_on_every_t
             }
         }
     }
-    let of = Distillation::new(Dims { tokens: 600, hidden: 4, vocab: 50 }, 9, VARIANTS[3], 0.7);
+    let (tokens, hidden, vocab) = sized((600, 4, 50), (5, 3, 9));
+    let of = Distillation::new(Dims { tokens, hidden, vocab }, 9, VARIANTS[3], 0.7);
     assert_same_on_threads("the most likely tokens", || {
         let (ids, log_p) = of.most_likely(Isa::current(), 7);
         of.run_with(Isa::current(), Distributions::Top { ids: &ids, log_p: &log_p })
@@ -518,15 +530,16 @@ fn a_distillation_of_the_most_likely_tokens_agrees_with_the_reference_on_every_t
 
 #[test]
 fn all_tokens_give_the_whole_divergence_and_fewer_give_less() {
-    let of = Distillation::new(Dims { tokens: 40, hidden: 12, vocab: 50 }, 9, PLAIN, 0.8);
+    let (tokens, hidden, vocab) = sized((40, 12, 50), (3, 3, 9));
+    let of = Distillation::new(Dims { tokens, hidden, vocab }, 9, PLAIN, 0.8);
     let [losses, whole, dh, dhead] = of.run(Isa::current());
-    let mut last = vec![0.0; 40];
-    for top in [1, 5, 20, 50] {
+    let mut last = vec![0.0; tokens];
+    for top in [1, sized(5, 2), sized(20, 5), vocab] {
         let (ids, log_p) = of.most_likely(Isa::current(), top);
         let got = of.run_with(Isa::current(), Distributions::Top { ids: &ids, log_p: &log_p });
         assert!(got[1].iter().zip(&last).all(|(more, less)| *more >= less - 1e-5), "{top}");
         last.clone_from(&got[1]);
-        if top == 50 {
+        if top == vocab {
             for (got, want) in got.iter().zip([&losses, &whole, &dh, &dhead]) {
                 assert_close("all", got, &f64s(want), 5e-6);
             }
