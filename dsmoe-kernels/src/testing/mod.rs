@@ -80,13 +80,6 @@ pub fn normals(n: usize, seed: u64) -> Vec<f32> {
     out
 }
 
-/// Tells whether a test takes a problem of so many multiply-adds. Miri takes thousands of times as long as a processor, so it
-/// takes the small ones.
-#[cfg(test)]
-pub(crate) fn is_tried(multiply_adds: usize) -> bool {
-    !cfg!(miri) || multiply_adds <= 20_000
-}
-
 /// Returns the sizes of a test's problems: `ordinary`, or `small` under Miri, where a test should end within half a minute. Miri runs a
 /// few hundred thousand basic blocks a second. On the portable tier a multiply-add of a product takes about 60 of them, and columns are
 /// padded to 32; an exponential takes 600, and a normal value 50.
