@@ -227,7 +227,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::{is_led, run, with_crew};
-    use crate::testing::with_threads;
+    use crate::testing::{sized, with_threads};
 
     fn counts(tasks: usize) -> Vec<usize> {
         let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
@@ -241,7 +241,7 @@ mod tests {
 
     #[test]
     fn every_task_runs_once() {
-        let loops = if cfg!(miri) { 20 } else { 2000 };
+        let loops = sized(2000, 20);
         for threads in [2, 3, 5] {
             with_threads(threads, || {
                 with_crew(|| {
@@ -266,7 +266,7 @@ mod tests {
 
     #[test]
     fn several_crews_share_a_pool() {
-        let loops = if cfg!(miri) { 5 } else { 200 };
+        let loops = sized(200, 5);
         with_threads(3, || {
             rayon::scope(|scope| {
                 for _ in 0..8 {
@@ -286,11 +286,12 @@ mod tests {
 
     #[test]
     fn a_panic_of_a_task_is_one_of_the_loop() {
+        let tasks = sized(41, 9);
         with_threads(3, || {
-            for at in [0, 5, 40] {
+            for at in [0, 5, tasks - 1] {
                 let looped = || {
                     with_crew(|| {
-                        run(41, &|task| {
+                        run(tasks, &|task| {
                             std::thread::sleep(std::time::Duration::from_micros(20));
                             assert_ne!(task, at, "expected");
                         })
