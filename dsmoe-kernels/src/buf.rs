@@ -31,9 +31,17 @@ impl Buf {
     pub fn resize(&mut self, len: usize) {
         let lines = len.div_ceil(16);
         if lines > self.lines.len() {
+            // First the old memory is freed: both at once would leave a gap behind that fits no larger buffer.
+            *self = Buf::default();
             *self = Buf::zeros(len);
         }
         self.len = len;
+    }
+
+    /// Returns the values that there is memory for.
+    #[cfg(test)]
+    pub(crate) fn room(&self) -> usize {
+        16 * self.lines.len()
     }
 
     /// Sets every value to 0.
@@ -141,9 +149,11 @@ mod tests {
         let before = buf.as_ptr();
         buf[0] = 1.0;
         buf.resize(7);
-        assert_eq!((buf.len(), buf.as_ptr()), (7, before));
+        assert_eq!((buf.len(), buf.as_ptr(), buf.room()), (7, before, 48));
         buf.clear();
         assert_eq!(&buf[..], &[0.0; 7]);
+        buf.resize(49);
+        assert_eq!((buf.len(), buf.room()), (49, 64));
     }
 
     #[test]
