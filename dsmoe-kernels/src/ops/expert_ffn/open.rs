@@ -15,6 +15,7 @@ use super::plan::Plan;
 use super::scratch::{Stored, recycled};
 use super::strips::{Run, Sum, list};
 use crate::buf::{Buf, SharedRows, with_spare};
+use crate::isa::Isa;
 use crate::matmul::picked::{Products, Step, most_rows, row_words, with_rows, with_step};
 use crate::matmul::{PANEL, Precision, for_tasks, tasks_for, tiles};
 use crate::simd::{Product, ProductKernel, SQUARE};
@@ -31,6 +32,16 @@ pub(super) struct Words {
     pub(super) c: Buf,
     pub(super) panels: Vec<Panel<'static>>,
     pub(super) cut: Vec<Range<usize>>,
+}
+
+impl Words {
+    /// Makes room for a forward of `tokens` tokens that open all experts.
+    pub(super) fn reserve(&mut self, weights: &PackedWeights, tokens: usize, isa: Isa) {
+        let dims = weights.dims();
+        let groups_of_core = dims.core_neurons().div_ceil(NEURONS);
+        let groups = groups_of_core + dims.num_routed() * dims.expert_width().div_ceil(NEURONS);
+        self.c.resize(tokens.min(BLOCK) * groups * row_words(isa, weights.precision(), NEURONS));
+    }
 }
 
 /// Sets y to the sum of the core and of the open experts; see [`ForwardPacked`](super::ForwardPacked).

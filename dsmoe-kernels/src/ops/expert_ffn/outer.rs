@@ -21,11 +21,10 @@ const ROWS: usize = 8;
 /// Steps of a sum before it is added to the gradient: longer sums have larger rounding errors.
 const DEPTH: usize = 256;
 
-/// The memory of [`Gradients`].
+/// The memory of [`Gradients`], but for the neurons'.
 #[derive(Debug, Default)]
 pub(super) struct Words {
     strips: [Buf; 2],
-    neurons: [Buf; 3],
     steps: Vec<usize>,
 }
 
@@ -40,11 +39,13 @@ pub(super) struct Gradients<'a> {
 }
 
 impl Gradients<'_> {
-    pub(super) fn add(self, plan: &Plan<'_>, memory: &mut Words) {
+    /// Adds to the gradients. The neurons are stored in buffers that serve others before and after: those of one of the three
+    /// matrices in the first, those of two in the second.
+    pub(super) fn add(self, plan: &Plan<'_>, memory: &mut Words, [one, two]: [&mut Buf; 2]) {
         let Gradients { grads, neurons, x, dy } = self;
         let (isa, dims) = (plan.isa, plan.dims);
         let (hidden, width) = (dims.hidden, dims.expert_width());
-        let Words { strips, neurons: words, steps } = memory;
+        let Words { strips, steps } = memory;
         let depth = if storage(isa, plan.precision) == Precision::Bf16 { 2 } else { 1 };
         steps.clear();
         steps.push(0);
@@ -55,8 +56,12 @@ impl Gradients<'_> {
         set_strips(strips_of_x, x, plan);
         set_strips(strips_of_dy, dy, plan);
         let row = tile_depth(width);
+        let len = steps[dims.num_experts] * row;
+        one.resize(len);
+        two.resize(2 * len);
+        let (second, third) = two.split_at_mut(len);
+        let mut words = [&mut one[..], second, third];
         for (words, values) in words.iter_mut().zip(neurons) {
-            words.resize(steps[dims.num_experts] * row);
             let (out, experts) = (SharedRows::new(words, row), dims.num_experts);
             let tasks = tasks_for(values.len() * NEURONS).min(experts);
             for_tasks(tasks, |task| {

@@ -5,15 +5,16 @@ use std::ops::Range;
 use super::dims::Dims;
 use super::open::Words;
 use super::outer;
-use super::packed::tile_depth;
+use super::packed::{PackedWeights, tile_depth};
 use super::strips::Run;
 use crate::buf::Buf;
+use crate::isa::Isa;
 use crate::matmul::Precision;
 
 /// The memory of a sum over experts. Its lists are made anew in every call.
 #[derive(Debug, Default)]
 pub(super) struct Stored {
-    /// The neurons that the sum reads.
+    /// The neurons that the sum reads; before it those that gradients of weights read.
     pub(super) neurons: Buf,
     pub(super) runs: Vec<Run<'static>>,
     /// Rows of every run in every strip.
@@ -51,12 +52,19 @@ impl Scratch {
     /// Reserves the memory for training on `dims` with any routing.
     pub fn reserve(&mut self, dims: Dims) {
         let values = dims.tokens * dims.intermediate;
-        for buf in [&mut self.g, &mut self.da, &mut self.db, &mut self.scaled] {
+        for buf in [&mut self.da, &mut self.db, &mut self.scaled] {
             buf.resize(values);
         }
         let pairs = dims.tokens * dims.num_experts;
-        self.stored.neurons.resize(2 * pairs * tile_depth(dims.expert_width()));
+        let padded = pairs * tile_depth(dims.expert_width());
+        self.g.resize(padded);
+        self.stored.neurons.resize(2 * padded);
         self.dpairs.resize(pairs);
+    }
+
+    /// Reserves the memory for a forward of `tokens` tokens over `weights` with any routing.
+    pub fn reserve_forward(&mut self, weights: &PackedWeights, tokens: usize) {
+        self.words.reserve(weights, tokens, Isa::current());
     }
 
     /// Returns the precision to which training rounds.

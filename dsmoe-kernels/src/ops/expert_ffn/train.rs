@@ -9,6 +9,7 @@ use super::outer;
 use super::plan::{Pairs, Plan, check_pairs};
 use super::scratch::{Scratch, Stored};
 use crate::blocks::{BLOCK, each_when};
+use crate::buf::Buf;
 use crate::isa::Isa;
 use crate::linear::{self, add_bias};
 use crate::matmul::{Mat, Operands, Precision, Source};
@@ -264,7 +265,9 @@ fn backward(dx: &mut [f32], part: BackwardPart<'_>, scratch: &mut Scratch, plan:
     if let Some(dcoefficients) = dcoefficients {
         coefficient_gradients(dcoefficients, dpairs, [a, b, g], plan);
     }
-    weight_gradients(grads, [da, db, scaled], [x, dy], plan, outer);
+    // g is no longer read, and the memory of the sum over experts not yet written.
+    let neurons = [g, &mut stored.neurons];
+    weight_gradients(grads, [da, db, scaled], [x, dy], plan, (outer, neurons));
     let terms = [&Plain { values: da, width }, &Plain { values: db, width }];
     combine::row_major(dx, terms, [weights.gate, weights.up], plan, stored);
 }
@@ -338,7 +341,7 @@ fn weight_gradients(
     lefts: [&[f32]; 3],
     [x, dy]: [&[f32]; 2],
     plan: &Plan<'_>,
-    memory: &mut outer::Words,
+    (memory, of_neurons): (&mut outer::Words, [&mut Buf; 2]),
 ) {
     let Plan { dims: Dims { tokens, hidden, .. }, isa, precision, .. } = *plan;
     let width = plan.dims.expert_width();
@@ -353,7 +356,7 @@ fn weight_gradients(
         }
     }
     if let Pairs::Routed(_) = plan.pairs {
-        outer::Gradients { grads: [gate, up, down], neurons: lefts, x, dy }.add(plan, memory);
+        outer::Gradients { grads: [gate, up, down], neurons: lefts, x, dy }.add(plan, memory, of_neurons);
         return;
     }
     for (dw, left, right) in [(gate, da, x), (up, db, x), (down, scaled, dy)] {
