@@ -596,6 +596,39 @@ fn the_order_of_the_experts_does_not_matter() {
     assert_close("ddown", &moved.ddown, &f64s(&experts(&plain.ddown)), 1e-6);
 }
 
+/// Routers change as long as a training goes on: memory that depended on the open experts would grow with it.
+#[test]
+fn no_routing_takes_more_memory_than_is_reserved() {
+    // Widths that are and are not padded; the last has several blocks of tokens.
+    let shapes = [
+        dims(60, 40, 16, 5),
+        dims(60, 40, 20, 5),
+        Dims { core: 2, ..dims(60, 40, 20, 5) },
+        dims(600, 20, 16, 3),
+    ];
+    let shapes = shapes.into_iter().filter(is_small_enough);
+    for (shape, all_pairs) in shapes.flat_map(|shape| [(shape, true), (shape, false)]) {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let dims = Dims { all_pairs, ..shape };
+            let patterns: [Active; 3] = [|_, i| i == 0, scattered, |_, _| true];
+            let problems = patterns.map(|active| Problem::new(dims, active));
+            let mut scratch = Scratch::new(precision);
+            scratch.reserve(dims);
+            scratch.reserve_forward(&problems[0].packed(dims), dims.tokens);
+            let room = |scratch: &Scratch| {
+                let Scratch { g, da, db, scaled, dpairs, stored, words, .. } = scratch;
+                [g, da, db, scaled, dpairs, &stored.neurons, &words.c].map(|buf| buf.room())
+            };
+            let reserved = room(&scratch);
+            for problem in &problems {
+                problem.train(Isa::current(), &mut scratch);
+                problem.forward(Isa::current(), &mut scratch);
+                assert_eq!(room(&scratch), reserved, "{precision:?} {dims:?} {:?}", problem.routing.offsets);
+            }
+        }
+    }
+}
+
 #[test]
 #[should_panic(expected = "expert_ffn::ForwardPacked: offsets")]
 fn routes_of_another_shape_are_refused() {
