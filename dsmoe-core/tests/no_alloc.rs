@@ -1,11 +1,11 @@
-//! Decoding and training allocate nothing once they are under way.
+//! Decoding, scoring and training allocate nothing once they are under way.
 
 use std::path::Path;
 
 use dsmoe_core::config::Config;
 use dsmoe_core::generate::{GenerateOptions, generate};
 use dsmoe_core::init::preset;
-use dsmoe_core::model::{Batch, Inference, Model, StepArgs, TrainWorkspace};
+use dsmoe_core::model::{Batch, Inference, Model, StepArgs, TrainWorkspace, Workspace};
 use dsmoe_kernels::Precision;
 use dsmoe_kernels::rng::Rng;
 use dsmoe_kernels::testing::{CountingAllocator, with_threads};
@@ -70,6 +70,7 @@ fn allocations(model: &Inference, serial: bool, tokens: usize, temperature: f32)
 #[test]
 fn nothing_is_allocated_after_the_first_tokens_and_steps() {
     decoding();
+    scoring();
     training();
 }
 
@@ -95,6 +96,29 @@ fn decoding() {
                 assert_eq!(least, Some(0), "{case}, one thread {serial}");
             }
         }
+    }
+}
+
+/// The first text makes what the others use, of which some open more experts.
+fn scoring() {
+    const TEXTS: usize = 16;
+    let (seq, tokens) = (32, 128);
+    let mut rng = Rng::new(2, 0);
+    let mut text = || -> Vec<u32> { (0..tokens).map(|_| (rng.next_u64() % 1000) as u32).collect() };
+    let texts: Vec<Vec<u32>> = (0..TEXTS).map(|_| text()).collect();
+    for precision in [Precision::F32, Precision::Bf16] {
+        let model = Inference::new(&model(Some(0.5)), precision);
+        let (mut workspace, mut losses) = (Workspace::default(), vec![0.0; tokens]);
+        let mut counts = Vec::with_capacity(TEXTS);
+        with_threads(1, || {
+            for text in &texts {
+                let batch = Batch { inputs: text, targets: text, seq };
+                model.score(&mut losses, batch, None, &mut workspace).unwrap();
+                counts.push(count(true));
+            }
+        });
+        assert!(counts[0] > 0, "{precision}: nothing was counted");
+        assert_eq!(counts[TEXTS - 1], counts[0], "{precision}: {counts:?}");
     }
 }
 

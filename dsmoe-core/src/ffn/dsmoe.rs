@@ -195,13 +195,15 @@ struct PackedDsmoe {
 impl PackedDsmoe {
     /// Sets `y` to the outputs of the open experts and of the core.
     fn run(&self, y: &mut [f32], x: &[f32], routing: &Routing, scratch: &mut expert_ffn::Scratch) {
-        let routes = routes(routing);
+        let (routes, tokens) = (routes(routing), x.len() / self.ffn.gated.hidden);
+        // Gates open other numbers of experts in every layer and every text: memory that grew with them would leave gaps behind.
+        scratch.reserve_forward(&self.weights, tokens);
         expert_ffn::ForwardPacked {
             y,
             x,
             weights: &self.weights,
             pairs: expert_ffn::Pairs::Routed(&routes),
-            dims: self.ffn.dims(x.len() / self.ffn.gated.hidden),
+            dims: self.ffn.dims(tokens),
             scratch,
         }
         .run();
