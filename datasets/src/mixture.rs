@@ -438,11 +438,11 @@ impl Interleaving {
     }
 
     fn pattern(&mut self, block: u64) -> &[(usize, usize)] {
-        let pattern = match self.block.take() {
-            Some((kept, pattern)) if kept == block => pattern,
-            _ => pattern(&self.quotas, self.seed, block),
-        };
-        &self.block.insert((block, pattern)).1
+        let (kept, mut order) = self.block.take().unwrap_or_default();
+        if kept != block || order.is_empty() {
+            set_pattern(&mut order, &self.quotas, self.seed, block);
+        }
+        &self.block.insert((block, order)).1
     }
 }
 
@@ -473,8 +473,8 @@ fn quotas(weights: &[f64]) -> Vec<usize> {
     }
 }
 
-/// Returns the parts of one block in their order, each with its rank.
-fn pattern(quotas: &[usize], seed: u64, block: u64) -> Vec<(usize, usize)> {
+/// Sets `order` to the parts of one block in their order, each with its rank.
+fn set_pattern(order: &mut Vec<(usize, usize)>, quotas: &[usize], seed: u64, block: u64) {
     // Another stream than that of the windows.
     let mut rng = crate::windows::stream(seed, block, 1);
     let mut places: Vec<(u128, usize, usize)> = Vec::with_capacity(BLOCK);
@@ -486,7 +486,8 @@ fn pattern(quotas: &[usize], seed: u64, block: u64) -> Vec<(usize, usize)> {
         }
     }
     places.sort_unstable();
-    places.into_iter().map(|(_, part, rank)| (part, rank)).collect()
+    order.clear();
+    order.extend(places.into_iter().map(|(_, part, rank)| (part, rank)));
 }
 
 #[cfg(test)]
@@ -557,6 +558,11 @@ mod tests {
         assert_ne!(all, samples(&parts, 10, 2 * BLOCK));
         let mut late = Interleaving::new(&parts, 4, 9).unwrap();
         assert_eq!(late.batch_at(3000).collect::<Vec<_>>(), all[12_000..12_004], "any step at once");
+        let memory =
+            |order: &Interleaving| order.block.as_ref().map(|(block, order)| (*block, order.as_ptr()));
+        let (_, place) = memory(&late).unwrap();
+        assert_eq!(late.batch_at(0).collect::<Vec<_>>(), all[..4], "a block after a later one");
+        assert_eq!(memory(&late), Some((0, place)), "a block takes the memory of the last one");
         // Fixed for good: a checkpoint of an older version resumes on the same windows.
         let first: Vec<usize> = all[..12].iter().map(|sample| sample.part).collect();
         assert_eq!(first, [2, 1, 0, 0, 1, 0, 0, 1, 3, 2, 0, 3]);
