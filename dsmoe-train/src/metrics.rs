@@ -96,7 +96,8 @@ pub struct StepRecord {
     /// Weight of the sparsity loss in this step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sparsity_weight: Option<f64>,
-    /// Resident memory of the process, where the system reports it.
+    /// Resident memory of the process, where the system reports it: `VmRSS` of `/proc/self/status`, which has pages of mapped files
+    /// too, those of the program and of its libraries among them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rss_bytes: Option<u64>,
     /// Seconds since this invocation began to train.
