@@ -606,8 +606,9 @@ fn no_routing_takes_more_memory_than_is_reserved() {
         Dims { core: 2, ..dims(60, 40, 20, 5) },
         dims(600, 20, 16, 3),
     ];
-    let shapes = shapes.into_iter().filter(is_small_enough);
-    for (shape, all_pairs) in shapes.flat_map(|shape| [(shape, true), (shape, false)]) {
+    let small = [dims(2, 3, 2, 3)];
+    let shapes: &[Dims] = sized(&shapes, &small);
+    for (shape, all_pairs) in shapes.iter().flat_map(|&shape| [(shape, true), (shape, false)]) {
         for precision in [Precision::F32, Precision::Bf16] {
             let dims = Dims { all_pairs, ..shape };
             let patterns: [Active; 3] = [|_, i| i == 0, scattered, |_, _| true];
