@@ -38,7 +38,7 @@ fn a_sweep_that_is_refused_makes_nothing() {
     let end = bytes.len();
     bytes[end - 4096..].fill(0xff);
     std::fs::write(&file, bytes).unwrap();
-    fails(&format!("sweep sweep/broken {line}"), &["model.safetensors"]);
+    fails(&format!("sweep sweep/broken {line}"), &["sweep/broken", "lm_head.weight", "not finite"]);
     assert!(!path("sweep/refused").exists());
 }
 

@@ -236,7 +236,7 @@ fn numbers_of_a_profile_have_limits_in_plans_and_in_runs() {
         ("late_step = 0.05", "1e-12", "late_step is"),
         ("hidden = 128", huge, "hidden"),
         ("layers = 6", huge, "layers"),
-        ("positions = 512", huge, "max_position_embeddings"),
+        ("positions = 512", huge, "limits.toml: model.positions"),
         ("batch = 16", huge, "batch"),
         ("seq = 128", huge, "seq"),
     ] {
