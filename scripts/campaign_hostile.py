@@ -425,7 +425,7 @@ def prepare(bed):
     copy("text.txt", "shelf/text.txt")
     bed.must("data verify shelf --write")
     records = Path(__file__).resolve().parent.parent / "dsmoe-bench/record"
-    for name in ["quick", "related-thresholds-esacl"]:
+    for name in ["quick", "related"]:
         copy(records / name, f"record-{name}")
         for packed in (bed.work / f"record-{name}").glob("*.tar.gz"):
             subprocess.run(["tar", "-xzf", packed.name], cwd=packed.parent, check=True)
@@ -496,7 +496,7 @@ def prepare(bed):
         Case("sweep/sweep.json", [sweep + " --resume"]),
         Case("record.json", ["bench compare other.json record.json", "bench history record.json other.json --out history.html"]),
         Case("record-quick/results.json", ["reproduce splice quick.md"]),
-        Case("record-related-thresholds-esacl/results.json", ["reproduce splice related-thresholds-esacl.md"]),
+        Case("record-related/results.json", ["reproduce splice related.md"]),
         Case(f"record-quick/runs/{run}", merge, remove=["merged"]),
         Case(f"record-quick/timings/{timing}", merge, remove=["merged"]),
         Case("record-quick/setup.json", merge, remove=["merged"]),

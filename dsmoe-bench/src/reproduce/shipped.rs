@@ -1,6 +1,6 @@
 //! Numbers of the recorded reproductions of embedded profiles, to compare a run with.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -29,20 +29,19 @@ struct Shipped {
 const EXPERIMENTS: [&str; 2] =
     [include_str!("shipped/related.json"), include_str!("shipped/related-smollm2.json")];
 
-/// Records of experiments of one profile, without all but their numbers.
+/// A record of experiments, without all but their numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct ShippedExperiments {
     profile: String,
-    /// The revisions of the programs that made the records.
     git_revision: String,
     /// The numbers of each experiment and seed, by row and column.
     runs: BTreeMap<String, BTreeMap<String, f64>>,
 }
 
 impl ShippedExperiments {
-    fn of(outcomes: &[Outcome]) -> ShippedExperiments {
+    fn of(outcome: &Outcome) -> ShippedExperiments {
         let mut runs: BTreeMap<String, BTreeMap<String, f64>> = BTreeMap::new();
-        for found in outcomes.iter().flat_map(|outcome| &outcome.experiments) {
+        for found in &outcome.experiments {
             for (row, cell) in found.rows.iter().flat_map(|row| row.cells.iter().map(move |cell| (row, cell)))
             {
                 for (seed, value) in cell.seeds.iter().enumerate() {
@@ -51,11 +50,9 @@ impl ShippedExperiments {
                 }
             }
         }
-        let revisions: BTreeSet<&str> =
-            outcomes.iter().map(|outcome| &outcome.setup.git_revision[..]).collect();
         ShippedExperiments {
-            profile: outcomes.first().map_or(String::new(), |outcome| outcome.setup.profile.name.clone()),
-            git_revision: revisions.into_iter().collect::<Vec<_>>().join(" and "),
+            profile: outcome.setup.profile.name.clone(),
+            git_revision: outcome.setup.git_revision.clone(),
             runs,
         }
     }
@@ -67,7 +64,7 @@ pub(super) fn compare_experiments(outcome: &Outcome) -> Option<Likeness> {
     let mut records =
         EXPERIMENTS.iter().filter_map(|text| serde_json::from_str::<ShippedExperiments>(text).ok());
     let record = records.find(|record| record.profile == profile.name && profile.is_embedded())?;
-    let ours = ShippedExperiments::of(std::slice::from_ref(outcome)).runs;
+    let ours = ShippedExperiments::of(outcome).runs;
     // A run is as far off as the number of it that is farthest off.
     let both = ours.iter().filter_map(|(run, numbers)| {
         let recorded = record.runs.get(run)?;
@@ -159,9 +156,11 @@ impl Likeness {
 mod tests {
     use std::path::Path;
 
+    use serde::de::DeserializeOwned;
+
     use super::*;
 
-    fn record(name: &str) -> Results {
+    fn record<T: DeserializeOwned>(name: &str) -> T {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("record").join(name).join("results.json");
         serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
     }
@@ -180,35 +179,25 @@ mod tests {
         }
     }
 
-    /// The records of a profile of experiments.
-    fn experiments(names: &[&str]) -> Vec<Outcome> {
-        let read = |name: &&str| {
-            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("record").join(name).join("results.json");
-            serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-        };
-        names.iter().map(read).collect()
-    }
-
-    const RECORDS_OF_EXPERIMENTS: [&[&str]; 2] =
-        [&["related", "related-thresholds-esacl"], &["related-smollm2"]];
+    const RECORDS_OF_EXPERIMENTS: [&str; 2] = ["related", "related-smollm2"];
 
     /// `DSMOE_SNAPSHOTS=update` writes the files anew.
     #[test]
     fn the_shipped_numbers_of_experiments_are_the_records() {
-        for (text, names) in EXPERIMENTS.iter().zip(RECORDS_OF_EXPERIMENTS) {
-            let wanted = ShippedExperiments::of(&experiments(names));
+        for (text, name) in EXPERIMENTS.iter().zip(RECORDS_OF_EXPERIMENTS) {
+            let wanted = ShippedExperiments::of(&record(name));
             if std::env::var_os("DSMOE_SNAPSHOTS").is_some_and(|value| value == "update") {
-                let path = format!("{}/src/reproduce/shipped/{}.json", env!("CARGO_MANIFEST_DIR"), names[0]);
+                let path = format!("{}/src/reproduce/shipped/{name}.json", env!("CARGO_MANIFEST_DIR"));
                 std::fs::write(path, serde_json::to_string_pretty(&wanted).unwrap() + "\n").unwrap();
                 continue;
             }
-            assert_eq!(serde_json::from_str::<ShippedExperiments>(text).unwrap(), wanted, "{}", names[0]);
+            assert_eq!(serde_json::from_str::<ShippedExperiments>(text).unwrap(), wanted, "{name}");
         }
     }
 
     #[test]
     fn experiments_are_compared_with_their_record() {
-        for mut outcome in RECORDS_OF_EXPERIMENTS.into_iter().flat_map(experiments) {
+        for mut outcome in RECORDS_OF_EXPERIMENTS.map(record::<Outcome>) {
             let found = compare_experiments(&outcome).unwrap();
             let seeds = outcome.setup.profile.seeds as usize;
             assert_eq!((found.runs, found.different.len()), (seeds * outcome.experiments.len(), 0));
@@ -226,7 +215,7 @@ mod tests {
 
     #[test]
     fn results_are_compared_with_the_record_of_their_profile() {
-        let mut results = record("quick");
+        let mut results: Results = record("quick");
         // The profile of the record may be older than the embedded one.
         results.setup.profile = Profile::load("quick").unwrap();
         let found = compare(&results).unwrap();
