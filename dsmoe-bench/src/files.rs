@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
+use crate::cli::resumable::NOT_EMPTY;
 use crate::{format, memory};
 
 /// The largest file that is read whole, in bytes.
@@ -258,6 +259,41 @@ pub(crate) fn check_file(path: &Path, force: bool) -> Result<()> {
 pub(crate) fn make_folder(path: &Path, anyway: bool, remedy: &str) -> Result<()> {
     check_folder(path, anyway, remedy)?;
     fs::create_dir_all(path).with_context(|| path.display().to_string())
+}
+
+/// Name of the folder of the finished points in a [`PointFolder`].
+pub(crate) const POINTS: &str = "points";
+
+/// A folder of points, which are measured one after the other, and of the settings that they were measured with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PointFolder<'a> {
+    pub(crate) out: &'a Path,
+    pub(crate) resume: bool,
+    /// Name of the file of the settings.
+    pub(crate) file: &'static str,
+    pub(crate) settings: &'a Value,
+}
+
+impl PointFolder<'_> {
+    /// Refuses a folder that is not empty, unless its points are resumed and have the same settings. Makes nothing.
+    pub(crate) fn check(&self) -> Result<()> {
+        check_folder(self.out, self.resume, NOT_EMPTY)?;
+        let path = self.out.join(self.file);
+        if path.is_file() && read_json::<Value>(&path)? != *self.settings {
+            bail!(
+                "{}: its points are of another model, text or setting; choose another --out",
+                path.display()
+            );
+        }
+        Ok(())
+    }
+
+    /// Makes the folder, unless [`PointFolder::check`] refuses it.
+    pub(crate) fn make(&self) -> Result<()> {
+        self.check()?;
+        fs::create_dir_all(self.out.join(POINTS)).with_context(|| self.out.display().to_string())?;
+        write_json(&self.out.join(self.file), self.settings)
+    }
 }
 
 /// The folders that [`MadeFolders::make`] made. Those that are empty when it is dropped are removed again: work that was refused

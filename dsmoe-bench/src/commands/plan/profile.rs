@@ -1,6 +1,5 @@
 //! `dsmoe plan profile`: what every budget costs many requests.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
@@ -16,8 +15,7 @@ use serde_json::{Value, json};
 
 use crate::cli::gates::GateArgs;
 use crate::cli::plan::PlanProfile;
-use crate::cli::resumable::NOT_EMPTY;
-use crate::files::{self, lossy, read_json, read_part, write_json, write_part};
+use crate::files::{POINTS, PointFolder, lossy, read_part, write_part};
 use crate::format::{self, Table};
 use crate::interrupts::{CONTINUE, INTERRUPTED, STOP, Stopped, Unpolled, catch_interrupts};
 use crate::models::{load_inference, tokenizer};
@@ -28,7 +26,6 @@ use crate::texts::{load, open, options, total_bytes};
 use crate::ui::{Ui, stderr_line};
 
 const SETTINGS: &str = "plan.json";
-const POINTS: &str = "points";
 const PROFILE: &str = "profile.json";
 /// Tokens that are decoded to time decoding.
 const DECODED: usize = 32;
@@ -165,12 +162,13 @@ fn profile(args: &PlanProfile, ui: &mut Ui) -> Result<()> {
     let sources = load(&texts, &tokenizer, args.bos, args.data.cache.as_deref(), ui)?;
     let requests = cut(&sources, args.requests, args.prompt + args.continuation).context("--data")?;
     let settings = settings(args, &shares, &sources, &requests)?;
-    check_out(args, out, &settings)?;
+    let folder = PointFolder { out, resume: args.work.resume, file: SETTINGS, settings: &settings };
+    folder.check()?;
     catch_interrupts()?;
     let _unpolled = Unpolled::begin(CONTINUE);
     let mut model = load_inference(&args.model, args.dtype, Device::Cpu, GateArgs::default())?;
     // A command that is refused until here leaves no folder, for which the corrected one would need --resume.
-    prepare(args, out, &settings)?;
+    folder.make()?;
     let profiling = Profiling {
         requests: &requests,
         prompt: args.prompt,
@@ -279,23 +277,6 @@ fn settings(
     }))
 }
 
-/// Checks that the folder is empty, or that the points in it are of the same profile.
-fn check_out(args: &PlanProfile, out: &Path, settings: &Value) -> Result<()> {
-    files::check_folder(out, args.work.resume, NOT_EMPTY)?;
-    let path = out.join(SETTINGS);
-    if path.is_file() && read_json::<Value>(&path)? != *settings {
-        bail!("{}: its points are of another model, text or setting; choose another --out", path.display());
-    }
-    Ok(())
-}
-
-/// Makes the folder, unless [`check_out`] refuses it.
-fn prepare(args: &PlanProfile, out: &Path, settings: &Value) -> Result<()> {
-    check_out(args, out, settings)?;
-    fs::create_dir_all(out.join(POINTS)).with_context(|| out.display().to_string())?;
-    write_json(&out.join(SETTINGS), settings)
-}
-
 fn summary<'a>(profile: &'a Profile, out: &'a Path) -> Summary<'a> {
     Summary {
         model: &profile.model,
@@ -337,6 +318,7 @@ fn show(summary: &Summary<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::write_json;
 
     #[test]
     fn a_profile_of_too_many_budgets_or_sources_is_refused() {

@@ -3,12 +3,11 @@
 mod point;
 mod report;
 
-use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use dsmoe_core::Inference;
 use dsmoe_core::accounting::Accounting;
 use dsmoe_core::config::Config;
@@ -19,9 +18,8 @@ use serde_json::{Value, json};
 
 use self::point::{Point, Text, Work};
 use crate::cli::gates::GateArgs;
-use crate::cli::resumable::NOT_EMPTY;
 use crate::cli::sweep::Sweep;
-use crate::files::{self, check_folder, read_json, write_json};
+use crate::files::{self, POINTS, PointFolder, write_json};
 use crate::interrupts::{CONTINUE, INTERRUPTED, STOP, Unpolled, catch_interrupts};
 use crate::models::{load_inference, tokenizer};
 use crate::reproduce::speed::check_decode;
@@ -32,8 +30,6 @@ use crate::ui::Ui;
 const SEQ: usize = 1024;
 /// File of what a sweep measures.
 const SETTINGS: &str = "sweep.json";
-/// Folder of the finished points.
-const POINTS: &str = "points";
 
 pub(crate) fn run(args: &Sweep, ui: &mut Ui) -> Result<ExitCode> {
     let config = Config::load(&args.model)?;
@@ -43,8 +39,14 @@ pub(crate) fn run(args: &Sweep, ui: &mut Ui) -> Result<ExitCode> {
     let tasks = tasks(args)?;
     let texts = texts(args, &tokenizer, ui)?;
     let settings = settings(args, &config, &texts, &tasks)?;
-    if let Some(out) = &args.out {
-        check_out(out, args.resume, &settings)?;
+    let folder = args.out.as_deref().map(|out| PointFolder {
+        out,
+        resume: args.resume,
+        file: SETTINGS,
+        settings: &settings,
+    });
+    if let Some(folder) = folder {
+        folder.check()?;
         catch_interrupts()?;
     }
     let _unpolled = args.out.as_ref().map(|_| Unpolled::begin(CONTINUE));
@@ -54,8 +56,8 @@ pub(crate) fn run(args: &Sweep, ui: &mut Ui) -> Result<ExitCode> {
     let dense = args.against.as_deref().map(open).transpose()?;
     let mut model = open(&args.model)?;
     // A command that is refused until here leaves no folder, for which the corrected one would need --resume.
-    if let Some(out) = &args.out {
-        prepare(out, args.resume, &settings)?;
+    if let Some(folder) = folder {
+        folder.make()?;
     }
     let work =
         Work { args, texts: &texts, tokenizer: &tokenizer, tasks: &tasks, seq: seq(args, &config), ui };
@@ -173,21 +175,4 @@ fn check_times(args: &Sweep, config: &Config) -> Result<()> {
     let configs = || [Some(config), dense.as_ref()].into_iter().flatten();
     let weights: u64 = configs().map(|config| Accounting::of(config).total * args.dtype.bytes() as u64).sum();
     configs().try_for_each(|config| check_decode(config, weights, args.decode, ("--batch", args.batch)))
-}
-
-/// Checks that the folder is empty, or that the points in it are of the same sweep.
-fn check_out(out: &Path, resume: bool, settings: &Value) -> Result<()> {
-    check_folder(out, resume, NOT_EMPTY)?;
-    let path = out.join(SETTINGS);
-    if path.is_file() && read_json::<Value>(&path)? != *settings {
-        bail!("{}: its points are of another model, text or setting; choose another --out", path.display());
-    }
-    Ok(())
-}
-
-/// Makes the folder, unless [`check_out`] refuses it.
-fn prepare(out: &Path, resume: bool, settings: &Value) -> Result<()> {
-    check_out(out, resume, settings)?;
-    fs::create_dir_all(out.join(POINTS)).with_context(|| out.display().to_string())?;
-    write_json(&out.join(SETTINGS), settings)
 }
