@@ -14,6 +14,8 @@ pub(crate) const COPY: &str = "copy the file again";
 const LARGEST: u64 = 64 << 20;
 /// The largest configuration that is read, in bytes.
 const LARGEST_CONFIG: u64 = 16 << 20;
+/// The largest file of a tokenizer that is read, in bytes; a Unigram model of a million tokens, with indents, has some 70 million.
+const LARGEST_OF_TOKENIZER: u64 = 128 << 20;
 /// Most values of an object that is kept as it is. Each takes some 72 bytes, and as much again while its list grows.
 const MOST_VALUES: usize = 1 << 21;
 /// Most values of a tokenizer's file; the largest tokenizers in use have three million.
@@ -27,6 +29,11 @@ pub(crate) fn read_json(path: &Path) -> Result<String> {
 /// Reads the text of a configuration.
 pub(crate) fn read_config(path: &Path) -> Result<String> {
     read_up_to(path, LARGEST_CONFIG)
+}
+
+/// Reads the text of a file of a tokenizer.
+pub(crate) fn read_tokenizer(path: &Path) -> Result<String> {
+    read_up_to(path, LARGEST_OF_TOKENIZER)
 }
 
 fn read_up_to(path: &Path, largest: u64) -> Result<String> {
@@ -135,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_is_smaller_than_other_files() {
+    fn files_have_limits_by_their_kind() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let read = |len: u64, read: fn(&Path) -> Result<String>| {
             file.as_file().set_len(len).unwrap();
@@ -145,6 +152,9 @@ mod tests {
         assert_eq!(read(LARGEST_CONFIG + 1, read_json).unwrap(), LARGEST_CONFIG + 1);
         let message = read(LARGEST_CONFIG + 1, read_config).unwrap_err().to_string();
         assert!(message.contains("more than 16777216 bytes"), "{message}");
+        assert_eq!(read(LARGEST + 1, read_tokenizer).unwrap(), LARGEST + 1);
+        let message = read(LARGEST + 1, read_json).unwrap_err().to_string();
+        assert!(message.contains("more than 67108864 bytes"), "{message}");
     }
 
     #[test]

@@ -19,8 +19,8 @@ const ADDED: &str = "added_tokens.json";
 const SPECIAL: &str = "special_tokens_map.json";
 const TEMPLATE: &str = "chat_template.jinja";
 
-/// The largest file that is read, in bytes; the largest tokenizers in use have some 40 million.
-const MAX_BYTES: u64 = 64 << 20;
+/// The largest file that is read, in bytes; a Unigram model of a million tokens, with indents, has some 70 million.
+const MAX_BYTES: u64 = 128 << 20;
 /// Most keys and values of a file; the largest tokenizers in use have three million.
 const MAX_VALUES: usize = 1 << 23;
 

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use crate::config::{CONFIG_FILE, Config};
 use crate::error::{Error, Result};
 use crate::files::{is_present, write_synced};
-use crate::json::{parse_object, read_json};
+use crate::json::{parse_object, read_tokenizer};
 
 const CONFIGURATION_FILE: &str = "configuration_dsmoe.py";
 const MODELING_FILE: &str = "modeling_dsmoe.py";
@@ -57,7 +57,7 @@ fn tokenizer_config(dir: &Path) -> Result<Option<String>> {
         return Ok(None);
     }
     let path = dir.join(TOKENIZER_CONFIG_FILE);
-    let mut map = if is_present(&path)? { parse_object(&path, &read_json(&path)?)? } else { Map::new() };
+    let mut map = if is_present(&path)? { parse_object(&path, &read_tokenizer(&path)?)? } else { Map::new() };
     let class = map.entry("tokenizer_class").or_insert(Value::Null);
     let named = !class.is_null();
     if !named {

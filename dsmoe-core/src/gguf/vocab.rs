@@ -11,7 +11,7 @@ use super::value::Value;
 use crate::config::Config;
 use crate::error::{Error, Result, shown};
 use crate::files::is_present;
-use crate::json::{MOST_IN_TOKENIZER, check_values, parse, read_json};
+use crate::json::{MOST_IN_TOKENIZER, check_values, parse, read_tokenizer};
 
 const COPY: &str = "copy the file again";
 const OTHER: &str = "export it as native: llama.cpp has no such tokenizer";
@@ -44,7 +44,7 @@ impl Files {
             return Err(Error::path(&path, "is missing", help));
         }
         let json = |path: &Path| -> Result<Json> {
-            let text = read_json(path)?;
+            let text = read_tokenizer(path)?;
             check_values(path, &text, MOST_IN_TOKENIZER)?;
             parse(path, &text, "JSON", COPY)
         };
@@ -55,7 +55,7 @@ impl Files {
             false => Json::Null,
         };
         let template = model.join("chat_template.jinja");
-        let template = if is_present(&template)? { Some(read_json(&template)?) } else { None };
+        let template = if is_present(&template)? { Some(read_tokenizer(&template)?) } else { None };
         Ok(Files { path, tokenizer, settings, template })
     }
 
