@@ -140,13 +140,21 @@ pub fn last_evaluation(dir: &Path) -> Option<LastEvaluation> {
     let mut bytes = Vec::new();
     file.take(TAIL).read_to_end(&mut bytes).ok()?;
     bytes.rsplit(|&byte| byte == b'\n').find_map(|line| {
-        let value: Value = serde_json::from_slice(line).ok()?;
+        let value = parsed(line)?;
         Some(LastEvaluation {
             step: value.get("step")?.as_u64()?,
             ppl: value.get("eval_ppl")?.as_f64()?,
             active_ratio: value.get("eval_active_ratio").and_then(Value::as_f64),
         })
     })
+}
+
+/// Parses a line; none if it is no JSON, or has more values than a run writes.
+fn parsed(line: &[u8]) -> Option<Value> {
+    if json_values(line) > MOST_VALUES {
+        return None;
+    }
+    serde_json::from_slice(line).ok()
 }
 
 /// The open metrics file.
@@ -181,9 +189,8 @@ impl Metrics {
         loop {
             line.clear();
             let len = reader.read_until(b'\n', &mut line).map_err(Error::io(path))?;
-            let whole = line.ends_with(b"\n") && json_values(&line) <= MOST_VALUES;
-            let value = whole.then(|| serde_json::from_slice::<Value>(&line).ok()).flatten();
-            let Some(value) = value else { break };
+            let whole = line.ends_with(b"\n").then(|| parsed(&line)).flatten();
+            let Some(value) = whole else { break };
             let is_header = value.get("step").is_none();
             let is_again = |at: u64| evaluates && at == step && value.get("eval_nll").is_some();
             let in_run = value.get("step").and_then(Value::as_u64);
