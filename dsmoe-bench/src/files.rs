@@ -64,7 +64,8 @@ pub(crate) fn check_values(path: &Path, json: &[u8], total: Option<u64>) -> Resu
         Some(total) if needed > total / 4 => {
             let ([needed, total], place) = ([needed, total].map(format::bytes), path.display());
             bail!(
-                "{place}: its {values} values take {needed}, more than a quarter of {total} of memory; make it again"
+                "{place}: its {values} values take {needed}, more than a quarter of {total} of memory; use a machine \
+                 with more, or make it again"
             )
         }
         _ => Ok(()),
