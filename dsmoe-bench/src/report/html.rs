@@ -132,7 +132,14 @@ fn cell_html(cell: &Cell, first: bool, numeric: bool) -> String {
     let sort = cell.value.filter(|v| v.is_finite()).map(|v| format!(" data-v=\"{v}\"")).unwrap_or_default();
     let tip = cell.tip.as_ref().map(|tip| format!(" data-tip=\"{}\" tabindex=\"0\"", escape(tip)));
     let tip = tip.unwrap_or_default();
-    format!("<{tag}{class}{sort}{tip}>{}</{}>", prose(&cell.text), &tag[..2])
+    let text = match cell.text.split_once(" (") {
+        // Tables of many columns fit a page where ranges have lines of their own.
+        Some((value, range)) if numeric && range.contains(" to ") => {
+            format!("{} <span class=\"range\">({}</span>", prose(value), prose(range))
+        }
+        _ => prose(&cell.text),
+    };
+    format!("<{tag}{class}{sort}{tip}>{text}</{}>", &tag[..2])
 }
 
 fn figure_html(figure: &Figure) -> String {
@@ -246,6 +253,11 @@ mod tests {
         let html = page(&report(vec![table.into()]));
         assert_eq!(html.matches("<tr class=\"accent\">").count(), 1, "{html}");
         assert!(!html.contains("nothing") && html.contains(">ppl<"), "{html}");
+        let mut table = Tabular::new("t", "T", "row | nats");
+        table.row(vec!["a (1 to 2)".into(), Cell { text: "0.5 (0.4 to 0.6)".to_owned(), ..fixed(0.5, 1) }]);
+        let html = page(&report(vec![table.into()]));
+        assert!(html.contains(">0.5 <span class=\"range\">(0.4 to 0.6)</span></td>"), "{html}");
+        assert!(html.contains(">a (1 to 2)</th>"), "{html}");
         let figures = ["a", "b"].map(|id| (format!("by {id}"), Figure::new(id, id, ["x", "y"], Vec::new())));
         let html = page(&report(vec![Block::Choice(figures.to_vec())]));
         assert_eq!((html.matches("type=\"radio\"").count(), html.matches(" checked").count()), (2, 1));
