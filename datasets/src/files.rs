@@ -315,7 +315,7 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
     File::open(path)
 }
 
-/// Does as [`read_at_most`] with a file that lies in a folder, and that [`open_regular`] opens.
+/// Reads a file in a folder by [`open_regular`], and at most as many bytes as [`read_at_most`] does.
 ///
 /// # Errors
 /// Those of both.
@@ -344,7 +344,7 @@ pub fn json_values(json: &[u8]) -> usize {
     values.found
 }
 
-/// Counts as [`json_values`] does where the text comes in pieces.
+/// Counts the values of [`json_values`] in a text that arrives in pieces.
 #[derive(Debug, Default)]
 pub(crate) struct JsonValues {
     /// Keys and values of the pieces so far.

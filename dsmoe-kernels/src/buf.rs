@@ -31,7 +31,7 @@ impl Buf {
     pub fn resize(&mut self, len: usize) {
         let lines = len.div_ceil(16);
         if lines > self.lines.len() {
-            // First the old memory is freed: both at once would leave a gap behind that fits no larger buffer.
+            // The old memory is freed first. Holding both at once would leave a gap that no larger buffer fits.
             *self = Buf::default();
             *self = Buf::zeros(len);
         }

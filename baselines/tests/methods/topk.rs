@@ -231,7 +231,7 @@ fn a_router_of_factorllm_learns_its_labels_and_training_leaves_it() {
         let (random, made) =
             (taught(&format!("{out}-random"), "epochs=0", set), taught(out, "epochs=20", set));
         let [before, after] = [&random, &made].map(|made| found(made, "share of labels found"));
-        // Half of the experts run.
+        // Half of the experts are active.
         assert!(before < 0.65 && after > 0.85, "{out}: {before} to {after}");
         let errors = ["error of the labels", "error of the router", "error of random experts"];
         let [labels, router, chance] = errors.map(|name| found(&made, name));

@@ -104,7 +104,7 @@ impl State {
         self.checked -= count;
         self.left -= count as u64;
         if let Some(most) = self.most_values {
-            // Before the parser has them: each takes memory there.
+            // Values are counted before the parser gets them, since each takes memory there.
             self.values.pass(&into[..count]);
             if self.values.found > most + AHEAD {
                 return Err(Error::file(&self.path, many_values(most), SPLIT_ROW));

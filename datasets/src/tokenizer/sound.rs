@@ -136,7 +136,7 @@ fn longest_mapped(charsmap: &str) -> usize {
     for byte in texts {
         match byte {
             0 => length = 0,
-            // A byte inside a character.
+            // This byte continues a character.
             0x80..=0xBF => {}
             _ => {
                 length += 1;

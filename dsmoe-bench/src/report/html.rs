@@ -133,7 +133,7 @@ fn cell_html(cell: &Cell, first: bool, numeric: bool) -> String {
     let tip = cell.tip.as_ref().map(|tip| format!(" data-tip=\"{}\" tabindex=\"0\"", escape(tip)));
     let tip = tip.unwrap_or_default();
     let text = match cell.text.split_once(" (") {
-        // Tables of many columns fit a page where ranges have lines of their own.
+        // The range gets a line of its own, so that tables of many columns fit the page.
         Some((value, range)) if numeric && range.contains(" to ") => {
             format!("{} <span class=\"range\">({}</span>", prose(value), prose(range))
         }

@@ -128,7 +128,7 @@ fn what_cannot_be_compared_is_refused() {
     is_wrong_usage("bench record --repeats 7");
 }
 
-/// In 2 GB of address space, before the values take memory.
+/// The record is refused before its values take memory: the command has 2 GB of address space.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_record_of_too_many_values_is_refused() {

@@ -196,7 +196,7 @@ impl PackedDsmoe {
     /// Sets `y` to the outputs of the open experts and of the core.
     fn run(&self, y: &mut [f32], x: &[f32], routing: &Routing, scratch: &mut expert_ffn::Scratch) {
         let (routes, tokens) = (routes(routing), x.len() / self.ffn.gated.hidden);
-        // Gates open other numbers of experts in every layer and every text: memory that grew with them would leave gaps behind.
+        // The number of open experts differs between layers and texts. A buffer that grew with it would fragment the heap.
         scratch.reserve_forward(&self.weights, tokens);
         expert_ffn::ForwardPacked {
             y,

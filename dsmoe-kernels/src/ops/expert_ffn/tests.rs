@@ -596,7 +596,7 @@ fn the_order_of_the_experts_does_not_matter() {
     assert_close("ddown", &moved.ddown, &f64s(&experts(&plain.ddown)), 1e-6);
 }
 
-/// Routers change as long as a training goes on: memory that depended on the open experts would grow with it.
+/// Training changes the routing in every step. If buffers were sized by the open experts, their memory would grow during a run.
 #[test]
 fn no_routing_takes_more_memory_than_is_reserved() {
     // Widths that are and are not padded; the last has several blocks of tokens.
